@@ -1,0 +1,106 @@
+"""The C++ core. All buffers are anything with the buffer protocol, C-contiguous; offsets and sizes are bytes.
+
+Failures of the operating system raise OSError with errno and file name. Every call that reads, writes,
+copies or checksums releases the GIL.
+"""
+
+from typing_extensions import Buffer
+
+BLOCK_IO_BACKENDS: tuple[str, ...]  # what this machine can do, best first: ("io_uring", "threads") or ("threads",)
+
+def crc32c(data: Buffer, value: int = 0) -> int:
+    """CRC32C (Castagnoli, RFC 3720) of data, continuing from `value`; the fastest kernel of this CPU."""
+
+def crc32c_portable(data: Buffer, value: int = 0) -> int:
+    """The same by the table-driven kernel, for comparison."""
+
+def crc32c_kernel() -> str:
+    """Which kernel `crc32c` runs: "sse4.2", "armv8" or "portable"."""
+
+def crc32c_blocks(data: Buffer, block_size: int, out: Buffer, *, threads: int = 1) -> None:
+    """CRC32C of each block_size bytes of data (the last block may be short) into `out`, uint32, one per block.
+
+    ValueError if `out` has not exactly ceil(len(data) / block_size) items or is not writable.
+    """
+
+class Memory:
+    """Anonymous memory, 2 MiB aligned, on huge pages where the kernel gives them, not inherited by forks.
+
+    Supports the (writable) buffer protocol; freed when the last buffer over it is gone.
+    """
+
+    def __init__(self, size: int) -> None: ...
+    def populate(self, *, threads: int = 1) -> None:
+        """Touch every page now, so that later copies run at the speed of memory."""
+    @property
+    def huge_pages(self) -> bool:
+        """Whether the kernel accepted the request for huge pages."""
+    def __len__(self) -> int: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+class File:
+    """One file descriptor, owned. Closed by close() or with the object."""
+
+    @staticmethod
+    def create(path: str, *, direct: bool = True, mode: int = 0o666) -> File:
+        """O_CREAT | O_EXCL | O_RDWR | O_CLOEXEC. `direct` asks for O_DIRECT; refused (EINVAL), it is buffered."""
+    @staticmethod
+    def open(path: str, *, direct: bool = False) -> File:
+        """O_RDONLY | O_CLOEXEC, O_DIRECT as in create."""
+    @property
+    def path(self) -> str: ...
+    @property
+    def direct(self) -> bool:
+        """Whether O_DIRECT is on."""
+    @property
+    def size(self) -> int: ...
+    def truncate(self, size: int) -> None: ...
+    def sync(self) -> None:
+        """fsync."""
+    def is_named(self, path: str) -> bool:
+        """Whether `path` now leads to this very file (same device and inode)."""
+    def close(self) -> None:
+        """Close, and raise what close() reports; a second call does nothing."""
+
+class BlockIO:
+    """Reads and writes of any size and alignment with many requests in flight. One user at a time.
+
+    A file opened with O_DIRECT is read and written directly where offset, size and memory are aligned to 4096
+    bytes; unaligned edges go through an aligned bounce buffer. An unaligned tail that is written directly is
+    padded with zeros to the next 4096 bytes: the caller truncates when the file is complete. EINVAL on a direct
+    transfer turns O_DIRECT off for that file and goes on buffered.
+    """
+
+    def __init__(self, backend: str = "", *, request_size: int = 4194304, queue_depth: int = 8) -> None:
+        """backend "" is the best there is; ValueError for an unknown one, OSError for one this kernel refuses."""
+    @property
+    def backend(self) -> str: ...
+    def write(self, file: File, offset: int, data: Buffer) -> None:
+        """All of data at offset, which must be a multiple of 4096 if the file is direct (else ValueError)."""
+    def read(self, file: File, offset: int, data: Buffer) -> int:
+        """Fill data from offset; fewer bytes, returned, only at the end of the file."""
+    def close(self) -> None: ...
+
+def sync_directory(path: str) -> None:
+    """fsync of a directory."""
+
+def copy_chunk(
+    source: Buffer,
+    source_start: int,
+    chunk_start: int,
+    target: Buffer,
+    target_start: int,
+    shape: tuple[int, ...],
+    source_strides: tuple[int, ...],
+    target_strides: tuple[int, ...],
+    item_size: int,
+) -> int:
+    """Copy that part of a strided region which lies in a window of the source; returns the bytes copied.
+
+    `source` holds the bytes [source_start, source_start + len(source)) of a file. The region is an array of
+    `shape` items of item_size bytes; item (i, ...) lies in the file at chunk_start + sum(i * source_strides),
+    which must grow in C order (as it does for a box inside a C-ordered chunk; the innermost source stride is
+    item_size), and goes to target_start + sum(i * target_strides) of `target`, whose strides may be any,
+    negative ones included. Items that lie partly or wholly outside the window are left alone.
+    ValueError when any item would fall outside `target` or an argument overflows 63 bits.
+    """
