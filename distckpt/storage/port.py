@@ -43,7 +43,11 @@ class WriteFile(Protocol):
     def name(self) -> str: ...
 
     def write(self, offset: int, buffer: Buffer) -> None:
-        """Write the whole buffer at `offset`."""
+        """Write the whole buffer at `offset`, a multiple of 4096 (else ValueError).
+
+        Where a buffer ends off such a multiple, the bytes up to the next one are undefined: the end of the
+        file must lie there, or a later write cover them.
+        """
 
     def finish(self, size_bytes: int) -> None:
         """Set the length, make the content durable, check that the name still leads to this very file, close.
@@ -56,7 +60,11 @@ class WriteFile(Protocol):
 
 
 class Storage(Protocol):
-    """A root directory. Missing files raise FileNotFoundError, other failures OSError with errno and file name."""
+    """A root directory. Safe to use from several threads.
+
+    Missing files raise FileNotFoundError, other failures OSError with errno and file name, and names that are
+    not as above ValueError.
+    """
 
     @property
     def location(self) -> str:

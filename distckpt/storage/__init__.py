@@ -1,0 +1,6 @@
+"""Where checkpoints lie: the Storage port and its backends."""
+
+from distckpt.storage.port import FreeSpace, ReadFile, Storage, WriteFile
+from distckpt.storage.posix import PosixStorage
+
+__all__ = ["FreeSpace", "PosixStorage", "ReadFile", "Storage", "WriteFile"]

@@ -1,0 +1,364 @@
+"""Storage on a mounted file system. It decides the order of system calls, and never what the files mean.
+
+The protocol. A power cut may come between any two steps; POSIX then promises only what fsync returned for.
+
+1. A directory is made with mkdir, then its *parent* is fsynced, top down from the root's own parent. An
+   existing one is treated alike: another rank may have made it a moment ago, and not have got to its fsync
+   yet.
+2. A large file is opened with O_EXCL: no two writers ever share a file, so nothing written can be mixed. It
+   is written with O_DIRECT where the file system allows it, zero-padded to 4096 bytes, and cut to its true
+   length with ftruncate before the fsync, because the length is part of what fsync makes durable.
+3. After the fsync the path is compared with the open file (device and inode). If somebody removed or
+   replaced it in the meantime, the bytes are safe in a file that has no name, and the caller must not
+   commit that name.
+4. close() is looked at, because network file systems may report a failed write as late as that. Whatever
+   fails in 1 to 4, the file is abandoned and never synced again: after one failed fsync the kernel may drop
+   the dirty pages and report success to the next (Rebello et al., "Can Applications Recover from fsync
+   Failures?", USENIX ATC 2020).
+5. A small file never appears under its name before it is whole: it is written under an unguessable
+   temporary name in the same directory (one file system, so no copy) and fsynced. Content first, name
+   second.
+   a. put_if_absent then gives it its name with link(), which fails if the name is taken, on NFS too. Of two
+      writers one wins. The reply to link() can get lost on a network; so on failure the name is compared
+      with the temporary file, and if both are one file, the call did succeed.
+   b. replace then uses rename(), which is atomic: readers open the old file or the new one.
+6. The temporary name is unlinked *before* the directory is fsynced, so one fsync makes both changes durable
+   and a crash after success leaves no litter. A crash before it may leave `.tmp-*` names; `list` shows
+   them, so that they can be swept.
+7. Only the fsync of the directory makes a name, or its absence, durable. Therefore it comes last, and
+   success is reported after it. A failure there means that it is unknown whether the name will survive.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import socket
+import stat
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+from typing_extensions import Buffer
+
+from distckpt import _C
+from distckpt.storage.port import FreeSpace
+
+WRITE_ALIGNMENT = 4096
+TEMPORARY_PREFIX = ".tmp-"
+
+
+class PosixStorage:
+    """Files below `root`, which need not exist yet. Safe to use from several threads, and after a fork.
+
+    io_backend, request_size (bytes) and queue_depth are those of `_C.BlockIO`; "" is the best backend.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        io_backend: str = "",
+        request_size: int = 4 << 20,
+        queue_depth: int = 8,
+    ) -> None:
+        self._root = os.path.abspath(os.fspath(root))
+        self._pool = _BlockIOPool(io_backend, request_size, queue_depth)
+
+    @property
+    def location(self) -> str:
+        return self._root
+
+    @property
+    def io_backend(self) -> str:
+        """The backend that moves the bytes: "io_uring" or "threads"."""
+        with self._pool.borrow() as block_io:
+            return block_io.backend
+
+    def list(self, directory: str) -> Sequence[str]:
+        try:
+            return sorted(os.listdir(self._directory_path(directory)))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def make_directory(self, directory: str) -> None:
+        self._make_root()
+        path = self._root
+        for segment in _segments(directory) if directory else ():
+            parent, path = path, os.path.join(path, segment)
+            _make_one_directory(path)
+            _sync_directory(parent)
+
+    def sync_directory(self, directory: str) -> None:
+        _sync_directory(self._directory_path(directory))
+
+    def create(self, name: str, *, size_hint: int = 0) -> PosixWriteFile:
+        """As in the port. size_hint is not used: preallocation was measured not to make writing faster."""
+        file = _C.File.create(self._path(name), direct=True)
+        return PosixWriteFile(name, file, self._pool)
+
+    def open(self, name: str) -> PosixReadFile:
+        path = self._path(name)
+        # Look first: a directory opens fine and fails later, a named pipe waits for a writer for ever.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", path)
+        return PosixReadFile(name, _C.File.open(path), self._pool)
+
+    def put_if_absent(self, name: str, data: bytes) -> bool:
+        path = self._path(name)
+        temporary, written = _write_temporary(path, data)
+        try:
+            linked = _link_if_absent(temporary, written, path)
+        finally:
+            _remove_temporary(temporary)
+        if linked:
+            _sync_directory(os.path.dirname(path))
+        return linked
+
+    def replace(self, name: str, data: bytes) -> None:
+        path = self._path(name)
+        temporary, _ = _write_temporary(path, data)
+        try:
+            os.rename(temporary, path)
+        except BaseException:
+            _remove_temporary(temporary)
+            raise
+        _sync_directory(os.path.dirname(path))
+
+    def remove(self, name: str) -> None:
+        with suppress(FileNotFoundError):
+            os.unlink(self._path(name))
+
+    def remove_directory(self, directory: str) -> None:
+        try:
+            os.rmdir(self._path(directory))
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+
+    def touch(self, name: str) -> None:
+        os.utime(self._path(name))
+
+    def age_s(self, name: str) -> float:
+        """As in the port, by this host's clock; never negative."""
+        return max(0.0, time.time() - os.stat(self._path(name)).st_mtime)
+
+    def free_space(self) -> FreeSpace | None:
+        """What an unprivileged user may still write. Hosts that share a file system give it different ids."""
+        path = self._root
+        while not os.path.exists(path):
+            path = os.path.dirname(path)
+        status = os.statvfs(path)
+        if status.f_blocks == 0:  # Some network and FUSE file systems do not say.
+            return None
+        filesystem_id = f"{_host_id()}:{os.stat(path).st_dev}"
+        return FreeSpace(filesystem_id, status.f_bavail * status.f_frsize)
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self._root, *_segments(name))
+
+    def _directory_path(self, directory: str) -> str:
+        return self._path(directory) if directory else self._root
+
+    def _make_root(self) -> None:
+        missing = []
+        path = self._root
+        while not os.path.isdir(path):
+            missing.append(path)
+            path = os.path.dirname(path)
+        # Another rank may just have made this one. Who may not read its parent did not make it either.
+        with suppress(PermissionError):
+            _sync_directory(os.path.dirname(path))
+        for path in reversed(missing):
+            _make_one_directory(path)
+            _sync_directory(os.path.dirname(path))
+
+
+class PosixWriteFile:
+    """One new file, open for writing. Not thread-safe; owns its file descriptor."""
+
+    def __init__(self, name: str, file: _C.File, pool: _BlockIOPool) -> None:
+        self._name = name
+        self._file: _C.File | None = file
+        self._pool = pool
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    def write(self, offset: int, buffer: Buffer) -> None:
+        """As in the port. Offsets are multiples of 4096; only the end of the file may be unaligned."""
+        file = self._open_file()
+        if offset < 0 or offset % WRITE_ALIGNMENT:
+            raise ValueError(f"{file.path}: write offset {offset} is not a multiple of {WRITE_ALIGNMENT}")
+        try:
+            with self._pool.borrow() as block_io:
+                block_io.write(file, offset, buffer)
+        except BaseException:
+            self.abandon()
+            raise
+
+    def finish(self, size_bytes: int) -> None:
+        file = self._open_file()
+        try:
+            file.truncate(size_bytes)
+            file.sync()
+            if not file.is_named(file.path):
+                raise OSError(errno.ESTALE, "path no longer names the file that was written", file.path)
+            self._file = None
+            file.close()
+        except BaseException:
+            self.abandon()
+            raise
+
+    def abandon(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            with suppress(OSError):
+                file.close()
+
+    def _open_file(self) -> _C.File:
+        if self._file is None:
+            raise ValueError(f"{self._name}: already finished or abandoned")
+        return self._file
+
+
+class PosixReadFile:
+    """One open file, read through the page cache."""
+
+    def __init__(self, name: str, file: _C.File, pool: _BlockIOPool) -> None:
+        self._name = name
+        self._file = file
+        self._size_bytes = file.size
+        self._pool = pool
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def size_bytes(self) -> int:
+        """The length when the file was opened."""
+        return self._size_bytes
+
+    def read_into(self, offset: int, buffer: Buffer) -> None:
+        if offset < 0:
+            raise ValueError(f"{self._file.path}: read offset {offset} is negative")
+        wanted = memoryview(buffer).nbytes
+        with self._pool.borrow() as block_io:
+            count = block_io.read(self._file, offset, buffer)
+        if count != wanted:
+            raise EOFError(
+                f"{self._file.path}: {wanted} bytes wanted at offset {offset}, "
+                f"but only {count} are there: the file is shorter than expected"
+            )
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _BlockIOPool:
+    """Lends each call a BlockIO of its own, since one serves one user at a time. Thread-safe."""
+
+    def __init__(self, backend: str, request_size: int, queue_depth: int) -> None:
+        self._backend = backend
+        self._request_size = request_size
+        self._queue_depth = queue_depth
+        self._pid = os.getpid()
+        self._idle: list[_C.BlockIO] = []
+        with self.borrow():  # An unknown or refused backend is an error now, not at the first save.
+            pass
+
+    @contextmanager
+    def borrow(self) -> Iterator[_C.BlockIO]:
+        if os.getpid() != self._pid:
+            # The parent's rings and threads are of no use in a forked child.
+            self._pid, self._idle = os.getpid(), []
+        idle = self._idle
+        try:
+            block_io = idle.pop()
+        except IndexError:
+            block_io = _C.BlockIO(
+                self._backend, request_size=self._request_size, queue_depth=self._queue_depth
+            )
+        yield block_io
+        # Not after an error: a BlockIO that failed half-way is not used again.
+        idle.append(block_io)
+
+
+def _segments(name: str) -> list[str]:
+    segments = name.split("/")
+    if "\0" in name or any(segment in ("", ".", "..") for segment in segments):
+        raise ValueError(f"{name!r} is not a relative name without empty, '.' or '..' segments")
+    return segments
+
+
+def _make_one_directory(path: str) -> None:
+    try:
+        os.mkdir(path)
+    except FileExistsError:
+        if not os.path.isdir(path):
+            raise
+
+
+def _sync_directory(path: str) -> None:
+    try:
+        _C.sync_directory(path)
+    except OSError as error:
+        # EINVAL: the file system has no such operation (some FUSE, CIFS), and keeps names in its own way.
+        if error.errno != errno.EINVAL:
+            raise
+
+
+def _write_temporary(path: str, data: bytes) -> tuple[str, os.stat_result]:
+    """A durable file with `data` under a new name beside `path`; its content is durable, its name is not."""
+    temporary = os.path.join(os.path.dirname(path), TEMPORARY_PREFIX + secrets.token_hex(16))
+    descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            _write_all(descriptor, data)
+            os.fsync(descriptor)
+            written = os.fstat(descriptor)
+        finally:
+            os.close(descriptor)
+    except BaseException as error:
+        _remove_temporary(temporary)
+        if isinstance(error, OSError) and error.filename is None:
+            raise OSError(error.errno, error.strerror, path) from error
+        raise
+    return temporary, written
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+
+
+def _link_if_absent(temporary: str, written: os.stat_result, path: str) -> bool:
+    try:
+        os.link(temporary, path, follow_symlinks=False)
+    except OSError as error:
+        with suppress(OSError):
+            if os.path.samestat(written, os.lstat(path)):
+                return True
+        if isinstance(error, FileExistsError):
+            return False
+        raise
+    return True
+
+
+def _remove_temporary(temporary: str) -> None:
+    with suppress(OSError):
+        os.unlink(temporary)
+
+
+def _host_id() -> str:
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return socket.gethostname()
