@@ -1,0 +1,259 @@
+// The Python module distckpt._C: nothing but translation. distckpt/_C.pyi is its contract.
+
+#include <pybind11/pybind11.h>
+
+#include <string>
+#include <vector>
+
+#include "block_io.h"
+#include "copy.h"
+#include "crc32c.h"
+#include "file.h"
+#include "memory.h"
+
+namespace py = pybind11;
+
+namespace distckpt {
+namespace {
+
+// A C-contiguous buffer, held as long as this object lives. TypeError for what is no buffer, ValueError for
+// one that is not contiguous or, if it must be, not writable.
+class Buffer {
+ public:
+  Buffer(const py::object& object, bool writable) {
+    if (PyObject_GetBuffer(object.ptr(), &view_, PyBUF_ND | (writable ? PyBUF_WRITABLE : 0)) == 0) return;
+    if (!PyErr_ExceptionMatches(PyExc_BufferError)) throw py::error_already_set();
+    py::error_already_set error;
+    py::raise_from(error, PyExc_ValueError,
+                   writable ? "expected a writable, C-contiguous buffer" : "expected a C-contiguous buffer");
+    throw py::error_already_set();
+  }
+  ~Buffer() { PyBuffer_Release(&view_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  uint8_t* data() const { return static_cast<uint8_t*>(view_.buf); }
+  size_t size() const { return static_cast<size_t>(view_.len); }
+  size_t item_size() const { return static_cast<size_t>(view_.itemsize); }
+
+ private:
+  Py_buffer view_;
+};
+
+// ValueError, not TypeError or OverflowError, for an integer that is too large.
+int64_t ToInt64(py::handle object) {
+  const auto index = py::reinterpret_steal<py::object>(PyNumber_Index(object.ptr()));
+  if (!index) throw py::error_already_set();
+  int overflow = 0;
+  const int64_t value = PyLong_AsLongLongAndOverflow(index.ptr(), &overflow);
+  if (overflow != 0) throw std::invalid_argument("an integer overflows 63 bits");
+  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
+size_t ToCount(py::handle object, const char* name, int64_t least) {
+  const int64_t value = ToInt64(object);
+  if (value < least) throw std::invalid_argument(name + (" must be at least " + std::to_string(least)));
+  return static_cast<size_t>(value);
+}
+
+std::vector<int64_t> ToInt64s(const py::sequence& sequence) {
+  std::vector<int64_t> values;
+  values.reserve(sequence.size());
+  for (const py::handle item : sequence) values.push_back(ToInt64(item));
+  return values;
+}
+
+// As os.fsencode: any str, bytes or os.PathLike; ValueError for one with a null character.
+std::string ToPath(const py::object& object) {
+  PyObject* encoded = nullptr;
+  if (!PyUnicode_FSConverter(object.ptr(), &encoded)) throw py::error_already_set();
+  return py::reinterpret_steal<py::bytes>(encoded);
+}
+
+py::object FromPath(const std::string& path) {
+  auto* decoded = PyUnicode_DecodeFSDefaultAndSize(path.data(), static_cast<Py_ssize_t>(path.size()));
+  if (decoded == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(decoded);
+}
+
+// OSError(errno, message, filename), which Python makes the subclass for the errno.
+void RaiseOSError(const std::system_error& error, const py::object& path) {
+  const py::tuple arguments = py::make_tuple(error.code().value(), error.what(), path);
+  PyErr_SetObject(PyExc_OSError, arguments.ptr());
+}
+
+void Translate(std::exception_ptr pending) {
+  try {
+    if (pending) std::rethrow_exception(pending);
+  } catch (const FileError& error) {
+    RaiseOSError(error, FromPath(error.path()));
+  } catch (const std::system_error& error) {
+    RaiseOSError(error, py::none());
+  }
+}
+
+template <uint32_t (*kFunction)(uint32_t, const void*, size_t)>
+uint32_t Checksum(const py::object& data, uint32_t value) {
+  const Buffer buffer(data, false);
+  const py::gil_scoped_release release;
+  return kFunction(value, buffer.data(), buffer.size());
+}
+
+void ChecksumBlocks(const py::object& data, const py::object& block_size, const py::object& out,
+                    const py::object& threads) {
+  const Buffer buffer(data, false);
+  const Buffer sums(out, true);
+  const size_t size = ToCount(block_size, "block_size", 1);
+  const size_t thread_count = ToCount(threads, "threads", 1);
+  const size_t expected = BlockCount(buffer.size(), size);
+  if (sums.item_size() != sizeof(uint32_t) || sums.size() / sizeof(uint32_t) != expected) {
+    throw std::invalid_argument("out must be " + std::to_string(expected) + " items of 4 bytes, not " +
+                                std::to_string(sums.size() / sums.item_size()) + " of " +
+                                std::to_string(sums.item_size()));
+  }
+  const py::gil_scoped_release release;
+  Crc32cBlocks(buffer.data(), buffer.size(), size, sums.data(), thread_count);
+}
+
+int64_t Copy(const py::object& source, const py::object& source_start, const py::object& chunk_start,
+             const py::object& target, const py::object& target_start, const py::sequence& shape,
+             const py::sequence& source_strides, const py::sequence& target_strides,
+             const py::object& item_size) {
+  const Buffer from(source, false);
+  const Buffer to(target, true);
+  const CopyRegion region{ToInt64s(shape),    ToInt64s(source_strides), ToInt64s(target_strides),
+                          ToInt64(item_size), ToInt64(chunk_start),     ToInt64(target_start)};
+  const int64_t start = ToInt64(source_start);
+  const py::gil_scoped_release release;
+  return CopyChunk(region, from.data(), start, static_cast<int64_t>(from.size()), to.data(),
+                   static_cast<int64_t>(to.size()));
+}
+
+void BindChecksums(py::module_& m) {
+  m.def("crc32c", &Checksum<&Crc32c>, py::arg("data"), py::arg("value") = 0);
+  m.def("crc32c_portable", &Checksum<&Crc32cPortable>, py::arg("data"), py::arg("value") = 0);
+  m.def("crc32c_kernel", &Crc32cKernelName);
+  m.def("crc32c_blocks", &ChecksumBlocks, py::arg("data"), py::arg("block_size"), py::arg("out"),
+        py::kw_only(), py::arg("threads") = 1);
+}
+
+void BindMemory(py::module_& m) {
+  py::class_<Memory>(m, "Memory", py::buffer_protocol())
+      .def(
+          py::init([](const py::object& size) { return std::make_unique<Memory>(ToCount(size, "size", 0)); }),
+          py::arg("size"))
+      .def(
+          "populate",
+          [](Memory& self, const py::object& threads) {
+            const size_t thread_count = ToCount(threads, "threads", 1);
+            const py::gil_scoped_release release;
+            self.Populate(thread_count);
+          },
+          py::kw_only(), py::arg("threads") = 1)
+      .def_property_readonly("huge_pages", &Memory::huge_pages)
+      .def("__len__", &Memory::size)
+      .def_buffer(
+          [](Memory& self) { return py::buffer_info(self.data(), static_cast<py::ssize_t>(self.size())); });
+}
+
+void BindFile(py::module_& m) {
+  py::class_<File>(m, "File")
+      .def_static(
+          "create",
+          [](const py::object& path, bool direct, mode_t mode) {
+            const std::string name = ToPath(path);
+            const py::gil_scoped_release release;
+            return File::Create(name, direct, mode);
+          },
+          py::arg("path"), py::kw_only(), py::arg("direct") = true, py::arg("mode") = 0666)
+      .def_static(
+          "open",
+          [](const py::object& path, bool direct) {
+            const std::string name = ToPath(path);
+            const py::gil_scoped_release release;
+            return File::Open(name, direct);
+          },
+          py::arg("path"), py::kw_only(), py::arg("direct") = false)
+      .def_property_readonly("path", [](const File& self) { return FromPath(self.path()); })
+      .def_property_readonly("direct", &File::direct)
+      .def_property_readonly("size",
+                             [](const File& self) {
+                               const py::gil_scoped_release release;
+                               return self.Size();
+                             })
+      .def(
+          "truncate",
+          [](File& self, const py::object& size) {
+            const int64_t bytes = ToInt64(size);
+            const py::gil_scoped_release release;
+            self.Truncate(bytes);
+          },
+          py::arg("size"))
+      .def("sync", &File::Sync, py::call_guard<py::gil_scoped_release>())
+      .def(
+          "is_named",
+          [](const File& self, const py::object& path) {
+            const std::string name = ToPath(path);
+            const py::gil_scoped_release release;
+            return self.IsNamed(name);
+          },
+          py::arg("path"))
+      .def("close", &File::Close, py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "sync_directory",
+      [](const py::object& path) {
+        const std::string name = ToPath(path);
+        const py::gil_scoped_release release;
+        SyncDirectory(name);
+      },
+      py::arg("path"));
+}
+
+void BindBlockIO(py::module_& m) {
+  py::class_<BlockIO>(m, "BlockIO")
+      .def(py::init(
+               [](const std::string& backend, const py::object& request_size, const py::object& queue_depth) {
+                 return std::make_unique<BlockIO>(backend, ToInt64(request_size), ToInt64(queue_depth));
+               }),
+           py::arg("backend") = "", py::kw_only(), py::arg("request_size") = 4194304,
+           py::arg("queue_depth") = 8)
+      .def_property_readonly("backend", &BlockIO::backend)
+      .def(
+          "write",
+          [](BlockIO& self, File& file, const py::object& offset, const py::object& data) {
+            const Buffer buffer(data, false);
+            const int64_t start = ToInt64(offset);
+            const py::gil_scoped_release release;
+            self.Write(file, start, buffer.data(), buffer.size());
+          },
+          py::arg("file").none(false), py::arg("offset"), py::arg("data"))
+      .def(
+          "read",
+          [](BlockIO& self, File& file, const py::object& offset, const py::object& data) {
+            const Buffer buffer(data, true);
+            const int64_t start = ToInt64(offset);
+            const py::gil_scoped_release release;
+            return self.Read(file, start, buffer.data(), buffer.size());
+          },
+          py::arg("file").none(false), py::arg("offset"), py::arg("data"))
+      .def("close", &BlockIO::Close, py::call_guard<py::gil_scoped_release>());
+  py::list backends;
+  for (const std::string& backend : BlockIO::Backends()) backends.append(backend);
+  m.attr("BLOCK_IO_BACKENDS") = py::tuple(backends);
+}
+
+}  // namespace
+}  // namespace distckpt
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The C++ core of distckpt.";
+  py::register_local_exception_translator(&distckpt::Translate);
+  distckpt::BindChecksums(m);
+  distckpt::BindMemory(m);
+  distckpt::BindFile(m);
+  distckpt::BindBlockIO(m);
+  m.def("copy_chunk", &distckpt::Copy, py::arg("source"), py::arg("source_start"), py::arg("chunk_start"),
+        py::arg("target"), py::arg("target_start"), py::arg("shape"), py::arg("source_strides"),
+        py::arg("target_strides"), py::arg("item_size"));
+}

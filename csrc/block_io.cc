@@ -1,0 +1,342 @@
+#include "block_io.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <exception>
+#include <limits>
+#include <stdexcept>
+
+#include "checked.h"
+
+namespace distckpt {
+namespace {
+
+constexpr uint64_t kAlignment = BlockIO::kAlignment;
+constexpr int64_t kMaxRequestSize = int64_t{1} << 30;  // Linux transfers at most 2 GiB less a page at once.
+constexpr int64_t kMaxQueueDepth = 1024;
+constexpr size_t kSmall = size_t{64} << 10;  // Below this one bounced request beats several exact ones.
+constexpr int kMaxRetries = 1000;            // Of a request that the kernel keeps putting off.
+
+constexpr uint64_t AlignDown(uint64_t value) { return value / kAlignment * kAlignment; }
+constexpr uint64_t AlignUp(uint64_t value) { return AlignDown(value + kAlignment - 1); }
+
+// One request: bytes [begin, end) of the file. Bytes [user_begin, user_end) of them are the caller's, at
+// `user`; if it is not bounced that is all of them.
+struct Piece {
+  uint64_t begin;
+  uint64_t end;
+  uint64_t user_begin;
+  uint64_t user_end;
+  uint8_t* user;
+  bool bounced;
+};
+
+// Cuts [offset, offset + size) into requests.
+class Splitter {
+ public:
+  Splitter(uint64_t offset, uint8_t* memory, size_t size, size_t request_size, bool direct)
+      : next_(offset), end_(offset + size), memory_(memory), request_size_(request_size), direct_(direct) {
+    const bool exact = IsAligned(offset) && IsAligned(size);
+    in_place_ = IsAligned(reinterpret_cast<uintptr_t>(memory) - offset) && (exact || size >= kSmall);
+  }
+
+  bool done() const { return next_ == end_; }
+  uint64_t next() const { return next_; }
+
+  Piece Next() {
+    const Piece piece = Cut();
+    memory_ += piece.user_end - piece.user_begin;
+    next_ = piece.user_end;
+    return piece;
+  }
+
+ private:
+  static bool IsAligned(uint64_t value) { return value % kAlignment == 0; }
+
+  Piece Cut() const {
+    const uint64_t room = end_ - next_;
+    if (!direct_ || (in_place_ && IsAligned(next_) && room >= kAlignment)) {
+      const uint64_t size = std::min<uint64_t>(request_size_, direct_ ? AlignDown(room) : room);
+      return {next_, next_ + size, next_, next_ + size, memory_, false};
+    }
+    const uint64_t begin = AlignDown(next_);
+    const uint64_t end = std::min(begin + (in_place_ ? kAlignment : request_size_), AlignUp(end_));
+    return {begin, end, next_, std::min(end, end_), memory_, true};
+  }
+
+  uint64_t next_;
+  const uint64_t end_;
+  uint8_t* memory_;
+  const size_t request_size_;
+  const bool direct_;
+  bool in_place_;  // The caller's memory is aligned where the file is.
+};
+
+}  // namespace
+
+// One Read or Write under way.
+class BlockOperation {
+ public:
+  BlockOperation(BlockIO& io, File& file, bool write, uint64_t offset, uint8_t* memory, size_t size)
+      : io_(io),
+        file_(file),
+        use_(file),
+        write_(write),
+        splitter_(offset, memory, size, io.request_size_, file.direct()),
+        slots_(io.queue_depth_) {
+    free_.reserve(slots_.size());
+    for (size_t slot = slots_.size(); slot-- > 0;) free_.push_back(slot);
+  }
+
+  // Returns the file offset at which the file was found to end, or the maximum.
+  uint64_t Run() {
+    while (true) {
+      while (WantsMore()) StartNext();
+      if (free_.size() == slots_.size()) break;
+      const Completion completion = io_.queue_->Wait();
+      if (!Continue(completion)) free_.push_back(completion.slot);
+    }
+    if (error_) std::rethrow_exception(error_);
+    return file_end_;
+  }
+
+ private:
+  struct Slot {
+    Piece piece;
+    uint8_t* memory;
+    uint64_t done;  // Bytes of the piece.
+    bool direct;    // Whether the request in flight was made with O_DIRECT on.
+    int retries;
+  };
+
+  bool WantsMore() const {
+    return !error_ && !splitter_.done() && !free_.empty() && splitter_.next() < file_end_;
+  }
+
+  void StartNext() {
+    const size_t index = free_.back();
+    Slot& slot = slots_[index];
+    slot = {splitter_.Next(), nullptr, 0, false, 0};
+    try {
+      slot.memory = slot.piece.bounced ? Bounce(index) : slot.piece.user;
+      if (slot.piece.bounced && write_) FillBounce(slot);
+      Submit(index);
+      free_.pop_back();
+    } catch (...) {
+      Fail(std::current_exception());
+    }
+  }
+
+  void Submit(size_t index) {
+    Slot& slot = slots_[index];
+    slot.direct = file_.direct();
+    const Piece& piece = slot.piece;
+    io_.queue_->Submit(index,
+                       {use_.fd(), write_, slot.memory + slot.done,
+                        static_cast<size_t>(piece.end - piece.begin - slot.done), piece.begin + slot.done});
+  }
+
+  // Takes a result. Returns whether the slot is in flight again.
+  bool Continue(const Completion& completion) {
+    Slot& slot = slots_[completion.slot];
+    try {
+      if (error_ || Ended(slot, completion.result)) return false;
+      Submit(completion.slot);
+      return true;
+    } catch (...) {
+      Fail(std::current_exception());
+      return false;
+    }
+  }
+
+  // Whether the piece is complete; if not, the rest of it is to be submitted.
+  bool Ended(Slot& slot, int64_t result) {
+    if (result < 0) {
+      Retry(slot, static_cast<int>(-result));
+      return false;
+    }
+    if (result == 0 && write_) throw FileError(EIO, Describe(slot) + " made no progress", file_.path());
+    const bool at_end = Advance(slot, static_cast<uint64_t>(result));
+    if (at_end) file_end_ = std::min(file_end_, slot.piece.begin + slot.done);
+    if (!at_end && slot.piece.begin + slot.done < slot.piece.end) return false;
+    if (slot.piece.bounced && !write_) EmptyBounce(slot);
+    return true;
+  }
+
+  // Returns if the request may be made again.
+  void Retry(Slot& slot, int error) {
+    if (error == EINTR) return;
+    if (error == EAGAIN && ++slot.retries < kMaxRetries) {
+      ::usleep(1000);
+      return;
+    }
+    if (error != EINVAL || !slot.direct) throw FileError(error, Describe(slot), file_.path());
+    // The file system took O_DIRECT but not this transfer. Another slot may have found out before.
+    file_.DisableDirect(use_);
+  }
+
+  // Counts transferred bytes. Returns whether the file ends after them.
+  bool Advance(Slot& slot, uint64_t transferred) {
+    const uint64_t position = slot.piece.begin + slot.done + transferred;
+    if (!slot.direct || position == slot.piece.end || transferred % kAlignment == 0) {
+      slot.done += transferred;
+      return transferred == 0;
+    }
+    // A direct transfer stopped inside a block, and cannot go on from there.
+    if (!write_ && position >= static_cast<uint64_t>(file_.Size(use_))) {
+      slot.done += transferred;
+      return true;
+    }
+    if (transferred < kAlignment) {
+      file_.DisableDirect(use_);
+      slot.done += transferred;
+    } else {
+      slot.done += AlignDown(transferred);
+    }
+    return false;
+  }
+
+  uint8_t* Bounce(size_t index) {
+    std::unique_ptr<Memory>& bounce = io_.bounces_[index];
+    if (!bounce) bounce = std::make_unique<Memory>(io_.request_size_);
+    return bounce->data();
+  }
+
+  // A bounced write begins at user_begin, for the offset of a direct write is aligned.
+  void FillBounce(const Slot& slot) {
+    const Piece& piece = slot.piece;
+    const size_t size = piece.user_end - piece.begin;
+    std::memcpy(slot.memory, piece.user, size);
+    std::memset(slot.memory + size, 0, piece.end - piece.user_end);
+  }
+
+  void EmptyBounce(const Slot& slot) {
+    const Piece& piece = slot.piece;
+    const uint64_t end = std::min(piece.begin + slot.done, piece.user_end);
+    if (end <= piece.user_begin) return;
+    std::memcpy(piece.user, slot.memory + (piece.user_begin - piece.begin), end - piece.user_begin);
+  }
+
+  std::string Describe(const Slot& slot) const {
+    const uint64_t offset = slot.piece.begin + slot.done;
+    return (write_ ? "write of " : "read of ") + std::to_string(slot.piece.end - offset) +
+           " bytes at offset " + std::to_string(offset);
+  }
+
+  // The first error is the one that is told; the transfers in flight are waited for.
+  void Fail(std::exception_ptr error) {
+    if (!error_) error_ = std::move(error);
+  }
+
+  BlockIO& io_;
+  File& file_;
+  const File::Use use_;
+  const bool write_;
+  Splitter splitter_;
+  std::vector<Slot> slots_;
+  std::vector<size_t> free_;
+  std::exception_ptr error_;
+  uint64_t file_end_ = std::numeric_limits<uint64_t>::max();
+};
+
+namespace {
+
+std::unique_ptr<TransferQueue> MakeQueue(const std::string& backend, size_t depth) {
+  return backend == "io_uring" ? MakeUringQueue(depth) : MakeThreadQueue(depth);
+}
+
+std::vector<std::string> FindBackends() {
+  try {
+    MakeUringQueue(1);
+    return {"io_uring", "threads"};
+  } catch (const std::system_error&) {
+    return {"threads"};
+  }
+}
+
+}  // namespace
+
+const std::vector<std::string>& BlockIO::Backends() {
+  static const std::vector<std::string> backends = FindBackends();
+  return backends;
+}
+
+BlockIO::BlockIO(const std::string& backend, int64_t request_size, int64_t queue_depth)
+    : backend_(backend.empty() ? Backends().front() : backend),
+      request_size_(static_cast<size_t>(request_size)),
+      queue_depth_(static_cast<size_t>(queue_depth)),
+      owner_(::getpid()) {
+  if (backend_ != "io_uring" && backend_ != "threads") {
+    throw std::invalid_argument("unknown backend '" + backend_ + "': expected 'io_uring' or 'threads'");
+  }
+  if (request_size < 1 || request_size > kMaxRequestSize || request_size_ % kAlignment != 0) {
+    throw std::invalid_argument("request_size must be a multiple of 4096, at most 1 GiB: " +
+                                std::to_string(request_size));
+  }
+  if (queue_depth < 1 || queue_depth > kMaxQueueDepth) {
+    throw std::invalid_argument("queue_depth must be 1 to 1024: " + std::to_string(queue_depth));
+  }
+  bounces_.resize(queue_depth_);
+  queue_ = MakeQueue(backend_, queue_depth_);
+}
+
+BlockIO::~BlockIO() = default;
+
+void BlockIO::CheckUsable() const {
+  if (!queue_) throw std::invalid_argument("the BlockIO is closed");
+}
+
+namespace {
+
+// Before the lock is taken: a thread of the parent may have held it when the process forked.
+void CheckOwner(pid_t owner) {
+  if (::getpid() != owner) throw std::runtime_error("a BlockIO cannot be used in a child of its process");
+}
+
+void CheckRange(int64_t offset, size_t size) {
+  if (offset < 0) throw std::invalid_argument("offset must not be negative: " + std::to_string(offset));
+  if (size > static_cast<size_t>(std::numeric_limits<int64_t>::max() - 2 * kMaxRequestSize)) {
+    throw std::invalid_argument("the size overflows 63 bits");
+  }
+  // With room for the padding of the last block.
+  CheckedAdd(CheckedAdd(offset, static_cast<int64_t>(size)), static_cast<int64_t>(kAlignment));
+}
+
+}  // namespace
+
+void BlockIO::Write(File& file, int64_t offset, const void* data, size_t size) {
+  CheckOwner(owner_);
+  CheckRange(offset, size);
+  const std::lock_guard<std::mutex> lock(mutex_);
+  CheckUsable();
+  if (file.direct() && offset % static_cast<int64_t>(kAlignment) != 0) {
+    throw std::invalid_argument("the offset of a direct write must be a multiple of 4096: " +
+                                std::to_string(offset));
+  }
+  // A write only reads the memory.
+  auto* memory = static_cast<uint8_t*>(const_cast<void*>(data));
+  BlockOperation(*this, file, true, static_cast<uint64_t>(offset), memory, size).Run();
+}
+
+size_t BlockIO::Read(File& file, int64_t offset, void* data, size_t size) {
+  CheckOwner(owner_);
+  CheckRange(offset, size);
+  const std::lock_guard<std::mutex> lock(mutex_);
+  CheckUsable();
+  const auto begin = static_cast<uint64_t>(offset);
+  BlockOperation operation(*this, file, false, begin, static_cast<uint8_t*>(data), size);
+  const uint64_t end = std::min(operation.Run(), begin + size);
+  return end <= begin ? 0 : static_cast<size_t>(end - begin);
+}
+
+void BlockIO::Close() {
+  if (::getpid() != owner_) return;
+  const std::lock_guard<std::mutex> lock(mutex_);
+  queue_.reset();
+  bounces_.clear();
+}
+
+}  // namespace distckpt

@@ -1,0 +1,43 @@
+// CRC32C (Castagnoli polynomial, as in RFC 3720). All functions may be called from any thread.
+
+#ifndef DISTCKPT_CRC32C_H_
+#define DISTCKPT_CRC32C_H_
+
+#include <cstddef>
+#include <cstdint>
+
+namespace distckpt {
+
+// The checksum of data[0, size) appended to bytes whose checksum is `value`; 0 for none. The fastest kernel
+// that this processor has, chosen on first use.
+uint32_t Crc32c(uint32_t value, const void* data, size_t size);
+
+// The same by tables, on any processor.
+uint32_t Crc32cPortable(uint32_t value, const void* data, size_t size);
+
+// The kernel behind Crc32c: "sse4.2", "armv8" or "portable".
+const char* Crc32cKernelName();
+
+// The number of blocks of block_size bytes in `size` bytes; the last may be short.
+// Throws std::invalid_argument if block_size is 0.
+size_t BlockCount(size_t size, size_t block_size);
+
+// The checksum of each block into out, BlockCount(size, block_size) items of native byte order, aligned or
+// not.
+void Crc32cBlocks(const void* data, size_t size, size_t block_size, void* out, size_t threads);
+
+namespace internal {
+
+// A kernel takes and returns the raw shift register: the checksum's complement.
+using Crc32cKernel = uint32_t (*)(uint32_t state, const uint8_t* data, size_t size);
+
+uint32_t ExtendPortable(uint32_t state, const uint8_t* data, size_t size);
+
+// nullptr where the processor lacks the instructions.
+Crc32cKernel Sse42Kernel();
+Crc32cKernel Armv8Kernel();
+
+}  // namespace internal
+}  // namespace distckpt
+
+#endif  // DISTCKPT_CRC32C_H_
