@@ -43,6 +43,7 @@ from contextlib import contextmanager, suppress
 from typing_extensions import Buffer
 
 from distckpt import _C
+from distckpt.storage.names import split_name
 from distckpt.storage.port import FreeSpace
 
 WRITE_ALIGNMENT = 4096
@@ -85,7 +86,7 @@ class PosixStorage:
     def make_directory(self, directory: str) -> None:
         self._make_root()
         path = self._root
-        for segment in _segments(directory) if directory else ():
+        for segment in split_name(directory) if directory else ():
             parent, path = path, os.path.join(path, segment)
             _make_one_directory(path)
             _sync_directory(parent)
@@ -158,7 +159,7 @@ class PosixStorage:
         return FreeSpace(filesystem_id, status.f_bavail * status.f_frsize)
 
     def _path(self, name: str) -> str:
-        return os.path.join(self._root, *_segments(name))
+        return os.path.join(self._root, *split_name(name))
 
     def _directory_path(self, directory: str) -> str:
         return self._path(directory) if directory else self._root
@@ -287,13 +288,6 @@ class _BlockIOPool:
         yield block_io
         # Not after an error: a BlockIO that failed half-way is not used again.
         idle.append(block_io)
-
-
-def _segments(name: str) -> list[str]:
-    segments = name.split("/")
-    if "\0" in name or any(segment in ("", ".", "..") for segment in segments):
-        raise ValueError(f"{name!r} is not a relative name without empty, '.' or '..' segments")
-    return segments
 
 
 def _make_one_directory(path: str) -> None:
