@@ -107,9 +107,10 @@ void ChecksumBlocks(const py::object& data, const py::object& block_size, const 
   const size_t size = ToCount(block_size, "block_size", 1);
   const size_t thread_count = ToCount(threads, "threads", 1);
   const size_t expected = BlockCount(buffer.size(), size);
-  if (sums.item_size() != sizeof(uint32_t) || sums.size() / sizeof(uint32_t) != expected) {
+  const size_t bytes = sizeof(uint32_t);
+  if (sums.item_size() != bytes || sums.size() % bytes != 0 || sums.size() / bytes != expected) {
     throw std::invalid_argument("out must be " + std::to_string(expected) + " items of 4 bytes, not " +
-                                std::to_string(sums.size() / sums.item_size()) + " of " +
+                                std::to_string(sums.size()) + " bytes in items of " +
                                 std::to_string(sums.item_size()));
   }
   const py::gil_scoped_release release;

@@ -8,6 +8,7 @@
 #include <exception>
 #include <limits>
 #include <stdexcept>
+#include <utility>
 
 #include "checked.h"
 
@@ -244,10 +245,6 @@ class BlockOperation {
 
 namespace {
 
-std::unique_ptr<TransferQueue> MakeQueue(const std::string& backend, size_t depth) {
-  return backend == "io_uring" ? MakeUringQueue(depth) : MakeThreadQueue(depth);
-}
-
 std::vector<std::string> FindBackends() {
   try {
     MakeUringQueue(1);
@@ -255,6 +252,30 @@ std::vector<std::string> FindBackends() {
   } catch (const std::system_error&) {
     return {"threads"};
   }
+}
+
+std::unique_ptr<TransferQueue> MakeQueue(const std::string& backend, size_t depth) {
+  if (backend == "io_uring") return MakeUringQueue(depth);
+  if (backend == "threads") return MakeThreadQueue(depth);
+  throw std::invalid_argument("unknown backend '" + backend + "': expected 'io_uring' or 'threads'");
+}
+
+// Before the lock is taken: a thread of the parent may have held it when the process forked.
+void CheckOwner(pid_t owner) {
+  if (::getpid() != owner) throw std::runtime_error("a BlockIO cannot be used in a child of its process");
+}
+
+void CheckOpen(const std::unique_ptr<TransferQueue>& queue) {
+  if (!queue) throw std::invalid_argument("the BlockIO is closed");
+}
+
+void CheckRange(int64_t offset, size_t size) {
+  if (offset < 0) throw std::invalid_argument("offset must not be negative: " + std::to_string(offset));
+  if (size > static_cast<size_t>(std::numeric_limits<int64_t>::max())) {
+    throw std::invalid_argument("the size overflows 63 bits");
+  }
+  // With room for the padding of the last block.
+  CheckedAdd(CheckedAdd(offset, static_cast<int64_t>(size)), static_cast<int64_t>(kAlignment));
 }
 
 }  // namespace
@@ -265,13 +286,28 @@ const std::vector<std::string>& BlockIO::Backends() {
 }
 
 BlockIO::BlockIO(const std::string& backend, int64_t request_size, int64_t queue_depth)
-    : backend_(backend.empty() ? Backends().front() : backend),
+    : BlockIO(backend, nullptr, request_size, queue_depth) {
+  if (!backend.empty()) {
+    queue_ = MakeQueue(backend, queue_depth_);
+    return;
+  }
+  backend_ = Backends().front();
+  try {
+    queue_ = MakeQueue(backend_, queue_depth_);
+  } catch (const std::system_error&) {
+    // A ring may be refused for its size: its memory counts as locked on older kernels.
+    backend_ = Backends().back();
+    queue_ = MakeQueue(backend_, queue_depth_);
+  }
+}
+
+BlockIO::BlockIO(const std::string& name, std::unique_ptr<TransferQueue> queue, int64_t request_size,
+                 int64_t queue_depth)
+    : backend_(name),
       request_size_(static_cast<size_t>(request_size)),
       queue_depth_(static_cast<size_t>(queue_depth)),
-      owner_(::getpid()) {
-  if (backend_ != "io_uring" && backend_ != "threads") {
-    throw std::invalid_argument("unknown backend '" + backend_ + "': expected 'io_uring' or 'threads'");
-  }
+      owner_(::getpid()),
+      queue_(std::move(queue)) {
   if (request_size < 1 || request_size > kMaxRequestSize || request_size_ % kAlignment != 0) {
     throw std::invalid_argument("request_size must be a multiple of 4096, at most 1 GiB: " +
                                 std::to_string(request_size));
@@ -280,38 +316,15 @@ BlockIO::BlockIO(const std::string& backend, int64_t request_size, int64_t queue
     throw std::invalid_argument("queue_depth must be 1 to 1024: " + std::to_string(queue_depth));
   }
   bounces_.resize(queue_depth_);
-  queue_ = MakeQueue(backend_, queue_depth_);
 }
 
 BlockIO::~BlockIO() = default;
-
-void BlockIO::CheckUsable() const {
-  if (!queue_) throw std::invalid_argument("the BlockIO is closed");
-}
-
-namespace {
-
-// Before the lock is taken: a thread of the parent may have held it when the process forked.
-void CheckOwner(pid_t owner) {
-  if (::getpid() != owner) throw std::runtime_error("a BlockIO cannot be used in a child of its process");
-}
-
-void CheckRange(int64_t offset, size_t size) {
-  if (offset < 0) throw std::invalid_argument("offset must not be negative: " + std::to_string(offset));
-  if (size > static_cast<size_t>(std::numeric_limits<int64_t>::max() - 2 * kMaxRequestSize)) {
-    throw std::invalid_argument("the size overflows 63 bits");
-  }
-  // With room for the padding of the last block.
-  CheckedAdd(CheckedAdd(offset, static_cast<int64_t>(size)), static_cast<int64_t>(kAlignment));
-}
-
-}  // namespace
 
 void BlockIO::Write(File& file, int64_t offset, const void* data, size_t size) {
   CheckOwner(owner_);
   CheckRange(offset, size);
   const std::lock_guard<std::mutex> lock(mutex_);
-  CheckUsable();
+  CheckOpen(queue_);
   if (file.direct() && offset % static_cast<int64_t>(kAlignment) != 0) {
     throw std::invalid_argument("the offset of a direct write must be a multiple of 4096: " +
                                 std::to_string(offset));
@@ -325,7 +338,7 @@ size_t BlockIO::Read(File& file, int64_t offset, void* data, size_t size) {
   CheckOwner(owner_);
   CheckRange(offset, size);
   const std::lock_guard<std::mutex> lock(mutex_);
-  CheckUsable();
+  CheckOpen(queue_);
   const auto begin = static_cast<uint64_t>(offset);
   BlockOperation operation(*this, file, false, begin, static_cast<uint8_t*>(data), size);
   const uint64_t end = std::min(operation.Run(), begin + size);

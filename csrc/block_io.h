@@ -33,6 +33,9 @@ class BlockIO {
   // An empty `backend` is the best there is. Throws std::invalid_argument for an unknown backend or a size
   // out of range, std::system_error for a backend that the system refuses.
   BlockIO(const std::string& backend, int64_t request_size, int64_t queue_depth);
+  // Over a queue of one's own, of at least queue_depth.
+  BlockIO(const std::string& name, std::unique_ptr<TransferQueue> queue, int64_t request_size,
+          int64_t queue_depth);
   ~BlockIO();
   BlockIO(const BlockIO&) = delete;
   BlockIO& operator=(const BlockIO&) = delete;
@@ -52,8 +55,6 @@ class BlockIO {
 
  private:
   friend class BlockOperation;
-
-  void CheckUsable() const;
 
   std::string backend_;
   const size_t request_size_;

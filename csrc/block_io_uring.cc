@@ -148,10 +148,10 @@ class UringQueue : public TransferQueue {
   void CheckEnter() {
     NextEntry()->opcode = IORING_OP_NOP;
     Publish(0);
-    if (Wait().result < 0) {
-      errno = EPERM;
-      ThrowErrno("io_uring_enter");
-    }
+    const int64_t result = Wait().result;
+    if (result >= 0) return;
+    errno = static_cast<int>(-result);
+    ThrowErrno("io_uring_enter");
   }
 
   // A cleared entry. There is a free one: no more are in flight than the ring has.

@@ -44,7 +44,7 @@ void TouchPages(uint8_t* data, size_t size) {
 // Returns 0 or an errno.
 int PopulateRange(uint8_t* data, size_t size) {
   while (::madvise(data, size, MADV_POPULATE_WRITE) == -1) {
-    if (errno == EINTR || errno == EAGAIN) continue;
+    if (errno == EINTR) continue;
     if (errno != EINVAL && errno != ENOSYS) return errno;
     TouchPages(data, size);
     break;

@@ -12,6 +12,8 @@
 
 namespace distckpt {
 
+constexpr size_t kMaxThreads = 256;
+
 // Calls body(0) ... body(count - 1), each once, on the calling thread and up to `threads` - 1 others, and
 // returns when all have returned. `body` must not throw. Where the system refuses a thread, fewer do the
 // work.
@@ -22,7 +24,7 @@ void ParallelFor(size_t count, size_t threads, const Body& body) {
     for (size_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) body(i);
   };
   std::vector<std::thread> others;
-  const size_t wanted = std::min(count, threads);
+  const size_t wanted = std::min({count, threads, kMaxThreads});
   others.reserve(wanted);
   try {
     while (others.size() + 1 < wanted) others.emplace_back(work);
