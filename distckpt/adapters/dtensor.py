@@ -1,0 +1,101 @@
+"""torch DTensor (FSDP2, tensor parallelism) as ShardedTensors: any mesh, uneven, strided.
+
+A DTensor's placements are applied from left to right, as torch defines them: `Shard(d)` cuts what is left of
+dimension d as torch.chunk does; `_StridedShard(d, split_factor)` first cuts it into split_factor pieces and takes
+its chunk of each. What is left of each dimension is a list of index ranges; their products are the boxes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.placement_types import Placement
+
+from distckpt.errors import InvalidShardingError
+from distckpt.geometry import index_runs_boxes
+from distckpt.sharded_tensor import ShardedTensor
+from distckpt.state_dict import Adapted
+
+Runs: TypeAlias = list[tuple[int, int]]
+
+
+def adapt_dtensor(key: str, value: object) -> Adapted | None:
+    """The boxes of a DTensor's local tensor. Raises InvalidShardingError for a Partial or unknown placement."""
+    if not isinstance(value, DTensor):
+        return None
+    local = value.to_local().detach()
+    mesh = value.device_mesh
+    coordinates = mesh.get_coordinate()
+    if coordinates is None:  # This rank is not in the mesh: it knows the tensor, but has nothing of it.
+        runs: list[Runs] = [[] for _ in value.shape]
+        if not value.shape:
+            return Adapted(skip=True)
+    else:
+        runs = [[(0, n)] for n in value.shape]
+        for dim, (placement, at) in enumerate(zip(value.placements, coordinates, strict=True)):
+            _place(key, placement, runs, at, mesh.size(dim))
+    names = mesh.mesh_dim_names or ()
+    partition = _partition(value.placements, names, len(value.shape))
+    shards = [
+        ShardedTensor(
+            key,
+            local[tuple(slice(o, e) for o, e in zip(inner.offset, inner.end, strict=True))],
+            global_shape=value.shape,
+            global_offset=box.offset,
+            partition=partition,
+        )
+        for box, inner in index_runs_boxes(runs)
+    ]
+    if not shards:
+        empty = local.new_empty((0,) * len(value.shape))
+        offset = (0,) * len(value.shape)
+        shards = [ShardedTensor(key, empty, global_shape=value.shape, global_offset=offset, partition=partition)]
+    return Adapted(shards=shards)
+
+
+def _place(key: str, placement: Placement, runs: list[Runs], at: int, parts: int) -> None:
+    """Narrow `runs` to what rank `at` of `parts` keeps under one placement."""
+    if isinstance(placement, Replicate):
+        return
+    split_factor = getattr(placement, "split_factor", 1)
+    dim = getattr(placement, "dim", None)
+    if dim is None or not (placement.is_shard() or hasattr(placement, "split_factor")):
+        raise InvalidShardingError(
+            f"{key!r}: a DTensor with placement {placement} is not a tensor yet; redistribute it to Shard or Replicate"
+        )
+    pieces = _chunk(runs[dim], split_factor)
+    runs[dim] = [run for piece in pieces for run in _chunk(piece, parts)[at]]
+
+
+def _chunk(runs: Runs, parts: int) -> list[Runs]:
+    """The concatenated ranges cut as torch.chunk cuts: all of the rounded-up size, the last ones short or empty."""
+    total = sum(stop - start for start, stop in runs)
+    size = -(-total // parts)
+    chunks: list[Runs] = [[] for _ in range(parts)]
+    position = 0
+    for start, stop in runs:
+        while start < stop:
+            number = position // size
+            end = min(stop, start + (number + 1) * size - position)
+            chunks[number].append((start, end))
+            position += end - start
+            start = end
+    return chunks
+
+
+def _partition(placements: Sequence[Placement], names: Sequence[str], ndim: int) -> tuple[str | None, ...] | None:
+    """The mesh axis that splits each dimension; None when the mesh is unnamed or two axes split one dimension."""
+    if not names:
+        return None
+    partition: list[str | None] = [None] * ndim
+    for placement, name in zip(placements, names, strict=True):
+        dim = getattr(placement, "dim", None)
+        if dim is not None and partition[dim] is not None:
+            return None
+        if dim is not None:
+            partition[dim] = name
+    return tuple(partition)
+
+

@@ -1,0 +1,187 @@
+"""Boxes: the only geometry there is. Decides what overlaps, what is covered, what a flat range is; no I/O, no tensors.
+
+A `Box` is a half-open hyper-rectangle of a global tensor, in elements. Shards, stored chunks and load targets
+are boxes; saving, loading and resharding are their intersections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Int64Array: TypeAlias = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Box:
+    """offset and shape, one integer per dimension; a 0-d box holds one element."""
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.offset) != len(self.shape):
+            raise ValueError(f"box with offset {self.offset} but shape {self.shape}: the ranks differ")
+        if any(o < 0 for o in self.offset) or any(s < 0 for s in self.shape):
+            raise ValueError(f"box with a negative offset {self.offset} or shape {self.shape}")
+
+    @classmethod
+    def whole(cls, shape: Sequence[int]) -> Box:
+        return cls((0,) * len(shape), tuple(shape))
+
+    @property
+    def end(self) -> tuple[int, ...]:
+        return tuple(o + s for o, s in zip(self.offset, self.shape, strict=True))
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    def is_inside(self, shape: Sequence[int]) -> bool:
+        """Whether the box lies in a tensor of this global shape."""
+        return len(self.shape) == len(shape) and all(e <= n for e, n in zip(self.end, shape, strict=True))
+
+    def __str__(self) -> str:
+        return "[" + ", ".join(f"{o}:{e}" for o, e in zip(self.offset, self.end, strict=True)) + "]"
+
+
+def intersect(a: Box, b: Box) -> Box | None:
+    """What a and b have in common; None when that is nothing."""
+    offset = tuple(map(max, a.offset, b.offset))
+    shape = tuple(min(x, y) - o for x, y, o in zip(a.end, b.end, offset, strict=True))
+    return Box(offset, shape) if all(s > 0 for s in shape) else None
+
+
+def flat_range_boxes(shape: Sequence[int], start: int, stop: int) -> list[Box]:
+    """Elements start..stop-1, in C order, of a tensor of `shape`, as boxes in that same order.
+
+    There are at most 2 * ndim - 1 of them, and each one's elements, in C order, are contiguous in the range.
+    """
+    total = prod(shape)
+    if not 0 <= start <= stop <= total:
+        raise ValueError(f"flat range {start}:{stop} is not inside a tensor of shape {tuple(shape)} ({total} elements)")
+    return list(_flat_range_boxes((), tuple(shape), start, stop))
+
+
+def _flat_range_boxes(at: tuple[int, ...], shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
+    """The same inside the sub-tensor `shape` whose leading indices are `at`."""
+    if start == stop:
+        return
+    if not shape:
+        yield Box(at, (1,) * len(at))
+        return
+    ones = (1,) * len(at)
+    row = prod(shape[1:])
+    first, head = divmod(start, row)
+    last, tail = divmod(stop, row)
+    if first == last:
+        yield from _flat_range_boxes((*at, first), shape[1:], head, tail)
+        return
+    if head:
+        yield from _flat_range_boxes((*at, first), shape[1:], head, row)
+        first += 1
+    if first < last:
+        yield Box((*at, first, *(0,) * (len(shape) - 1)), (*ones, last - first, *shape[1:]))
+    if tail:
+        yield from _flat_range_boxes((*at, last), shape[1:], 0, tail)
+
+
+def subtract(a: Box, b: Box) -> list[Box]:
+    """What of a is not in b, as disjoint boxes in C order of their first elements."""
+    common = intersect(a, b)
+    if common is None:
+        return [a]
+    before: list[Box] = []
+    after: list[Box] = []
+    offset, shape = list(a.offset), list(a.shape)
+    for d in range(len(shape)):
+        for pieces, begin, end in (
+            (before, a.offset[d], common.offset[d]),
+            (after, common.end[d], a.end[d]),
+        ):
+            if begin < end:
+                pieces.append(
+                    Box((*offset[:d], begin, *offset[d + 1 :]), (*shape[:d], end - begin, *shape[d + 1 :]))
+                )
+        offset[d], shape[d] = common.offset[d], common.shape[d]
+    return before + after[::-1]
+
+
+def first_hole(shape: Sequence[int], boxes: Sequence[Box]) -> Box | None:
+    """A largest-possible box of the first elements that no box covers; None when all are covered."""
+    remaining = [Box.whole(shape)] if prod(shape) else []
+    for box in boxes:
+        remaining = [piece for rest in remaining for piece in subtract(rest, box)]
+    return min(remaining, default=None)
+
+
+def find_overlap(offsets: Int64Array, shapes: Int64Array) -> tuple[int, int] | None:
+    """Two rows whose boxes share an element; None when there are none. (n, ndim) arrays of non-empty boxes."""
+    count, ndim = offsets.shape
+    if count < 2:
+        return None
+    if ndim == 0:
+        return 0, 1
+    cuts = grid_cuts(offsets, shapes)
+    if cuts is not None:  # Every box is one cell of a grid: only equal offsets can overlap.
+        _, first, counts = np.unique(offsets, axis=0, return_index=True, return_counts=True)
+        if counts.max() == 1:
+            return None
+        i = int(first[counts > 1][0])
+        j = next(j for j in range(count) if j != i and (offsets[j] == offsets[i]).all())
+        return min(i, j), max(i, j)
+    order = np.lexsort(offsets.T[::-1])
+    ends = offsets + shapes
+    active: list[int] = []
+    for i in map(int, order):
+        active = [j for j in active if ends[j, 0] > offsets[i, 0]]
+        if active:
+            others = np.array(active)
+            hit = ((offsets[others] < ends[i]) & (offsets[i] < ends[others])).all(axis=1)
+            if hit.any():
+                j = int(others[hit][0])
+                return min(i, j), max(i, j)
+        active.append(i)
+    return None
+
+
+def grid_cuts(offsets: Int64Array, shapes: Int64Array) -> list[Int64Array] | None:
+    """The start offsets per dimension when every box is one cell of the grid they span, else None.
+
+    Cells may be missing; the last cell of each dimension ends where its boxes end.
+    """
+    cuts: list[Int64Array] = []
+    for d in range(offsets.shape[1]):
+        starts, cell = np.unique(offsets[:, d], return_inverse=True)
+        end = int((offsets[:, d] + shapes[:, d]).max())
+        if not (np.append(starts[1:], end)[cell] == offsets[:, d] + shapes[:, d]).all():
+            return None
+        cuts.append(starts.astype(np.int64))
+    return cuts
+
+
+def boxes_of(offsets: Int64Array, shapes: Int64Array) -> list[Box]:
+    return [Box(tuple(o), tuple(s)) for o, s in zip(offsets.tolist(), shapes.tolist(), strict=True)]
+
+
+def index_runs_boxes(runs: Sequence[Sequence[tuple[int, int]]]) -> Iterator[tuple[Box, Box]]:
+    """(global box, local box) pairs of a local tensor whose dimension d is the concatenation of the global
+    ranges runs[d] (start, stop): the product of the runs. Empty runs give nothing."""
+    placed: list[list[tuple[int, int, int]]] = []
+    for dimension in runs:
+        position, row = 0, []
+        for start, stop in dimension:
+            if start < stop:
+                row.append((start, position, stop - start))
+                position += stop - start
+        placed.append(row)
+    for combination in product(*placed):
+        shape = tuple(n for _, _, n in combination)
+        yield Box(tuple(g for g, _, _ in combination), shape), Box(tuple(p for _, p, _ in combination), shape)

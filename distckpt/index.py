@@ -1,0 +1,223 @@
+"""The index: commit record and global metadata of one checkpoint. Decides what it says and when it is sound.
+
+A checkpoint exists if and only if a valid index does. An index is one line of JSON, which people and jq can read,
+then one line with its CRC32C. Everything read is treated as hostile: sizes, products, names and references
+are checked before they are used. No torch, no I/O.
+"""
+
+from __future__ import annotations
+
+import re
+from math import prod
+from typing import Annotated, TypeAlias
+
+import msgspec
+import numpy as np
+
+from distckpt._C import crc32c
+from distckpt.chunk_table import Chunks
+from distckpt.errors import CheckpointError, CorruptionError
+from distckpt.shard_file import DTYPES, FORMAT, FORMAT_VERSION
+
+MAX_INDEX_BYTES = 1 << 30
+MAX_ELEMENTS = 1 << 62
+
+Natural: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+UInt32: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
+SaveId: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}$")]
+MeshCoordinates: TypeAlias = dict[str, int]
+
+_FILE_NAME = re.compile(r"(shard-\d{5,}(\.\d+)?-of-\d{5,}|chunks)-[0-9a-f]{32}\.(safetensors|bin)")
+
+
+class Spec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What all shards of one key have in common.
+
+    partition: mesh axis that splits each dimension, None where none does. owner: mesh axis whose coordinate holds
+    it. blocks: number of sub-blocks of each dimension that are split one by one (fused QKV, SwiGLU).
+    container: escaped path of the container in which the ShardedTensor stood; None when the key is its own path.
+    """
+
+    dtype: str
+    global_shape: tuple[Natural, ...]
+    partition: tuple[str | None, ...] | None = None
+    owner: str | None = None
+    blocks: tuple[int, ...] | None = None
+    container: str | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        return prod(self.global_shape) * DTYPES[self.dtype].item_bytes
+
+
+class TensorEntry(Spec, frozen=True, kw_only=True, omit_defaults=True):
+    """One tensor; `record` is where its record lies in the chunk table: (start, bytes)."""
+
+    record: tuple[Natural, Natural]
+
+
+class ShardFile(msgspec.Struct, frozen=True, kw_only=True):
+    """One shard file. `header_crc` covers the first header_bytes, `table_crc` the bytes from checksum_start on.
+
+    per_rank: where the JSON of what differs by rank lies: (start, bytes).
+    """
+
+    name: str
+    size_bytes: Natural
+    header_bytes: Natural
+    header_crc: UInt32
+    checksum_start: Natural
+    table_crc: UInt32
+    per_rank: tuple[Natural, Natural]
+    rank: Natural
+    mesh: MeshCoordinates
+
+
+class ChunkTable(msgspec.Struct, frozen=True, kw_only=True):
+    """The chunk table file. `trailer_crc` covers the bytes from records_bytes on."""
+
+    name: str
+    size_bytes: Natural
+    records_bytes: Natural
+    trailer_crc: UInt32
+
+
+class PerRankEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """A value that differs by rank: the mesh axes that key it, and the file number for each of their coordinates.
+
+    axes: (name, size) in order. holders: (coordinates in that order, file number).
+    """
+
+    axes: tuple[tuple[str, Natural], ...]
+    on_change: str
+    holders: tuple[tuple[tuple[Natural, ...], Natural], ...]
+
+
+class Index(msgspec.Struct, frozen=True, kw_only=True):
+    """One committed checkpoint."""
+
+    format: str
+    version: int
+    save_id: SaveId
+    epoch: Natural
+    commit_seq: Natural
+    iteration: Natural
+    parent: SaveId | None
+    created_unix_s: float
+    world_size: Natural
+    mesh: MeshCoordinates
+    tensors: dict[str, TensorEntry]
+    values: dict[str, msgspec.Raw]
+    metadata: msgspec.Raw
+    per_rank: dict[str, PerRankEntry]
+    files: tuple[ShardFile, ...]
+    chunk_table: ChunkTable
+
+
+def encode_index(index: Index) -> bytes:
+    """Two lines: the JSON, and {"crc32c": "..."} of the first line with its line feed."""
+    body = msgspec.json.encode(index) + b"\n"
+    return body + msgspec.json.encode({"crc32c": f"{crc32c(body):08x}"}) + b"\n"
+
+
+class _Version(msgspec.Struct):
+    format: str
+    version: int
+
+
+class _Trailer(msgspec.Struct):
+    crc32c: str
+
+
+def decode_index(data: bytes, *, name: str) -> Index:
+    """Decode and validate. Raises CorruptionError for damage, CheckpointError for a version that is too new."""
+    if len(data) > MAX_INDEX_BYTES:
+        raise CorruptionError(f"{name}: {len(data)} bytes are more than an index may have ({MAX_INDEX_BYTES})")
+    body, newline, last = data[:-1].rpartition(b"\n") if data.endswith(b"\n") else (b"", b"", b"")
+    if not newline:
+        raise CorruptionError(f"{name}: the checksum line is missing; the file is cut short")
+    body += newline
+    try:
+        stated = msgspec.json.decode(last, type=_Trailer).crc32c
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise CorruptionError(f"{name}: the checksum line is damaged: {error}") from error
+    found = f"{crc32c(body):08x}"
+    if found != stated:
+        raise CorruptionError(f"{name}: crc32c is {found}, its last line says {stated}")
+    try:
+        version = msgspec.json.decode(body, type=_Version)
+        if version.format != FORMAT:
+            raise CorruptionError(f"{name}: format is {version.format!r}, expected {FORMAT!r}")
+        if version.version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{name}: format version {version.version}; this package reads version {FORMAT_VERSION}. "
+                f"Use a newer distckpt."
+            )
+        index = msgspec.json.decode(body, type=Index)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise CorruptionError(f"{name}: {error}") from error
+    why = _find_fault(index)
+    if why:
+        raise CorruptionError(f"{name}: {why}")
+    return index
+
+
+def _find_fault(index: Index) -> str | None:
+    """What is wrong with a decoded index, or None."""
+    table = index.chunk_table
+    names = [f.name for f in index.files] + [table.name]
+    for name in names:
+        if not _FILE_NAME.fullmatch(name) or index.save_id not in name:
+            return f"file name {name!r} is not one that save {index.save_id} writes"
+    if len(set(names)) != len(names):
+        return "two files of one name"
+    if table.records_bytes > table.size_bytes:
+        return f"chunk table: records of {table.records_bytes} bytes in a file of {table.size_bytes}"
+    for file in index.files:
+        start, size = file.per_rank
+        if not (8 <= file.header_bytes <= start and start + size <= file.checksum_start <= file.size_bytes):
+            return f"{file.name}: its parts do not lie in order inside {file.size_bytes} bytes"
+    for key, entry in index.tensors.items():
+        fault = _find_tensor_fault(entry, table)
+        if fault:
+            return f"tensor {key!r}: {fault}"
+    for key, per_rank in index.per_rank.items():
+        sizes = [size for _, size in per_rank.axes]
+        for coordinates, number in per_rank.holders:
+            if len(coordinates) != len(sizes) or any(c >= n for c, n in zip(coordinates, sizes, strict=True)):
+                return f"per-rank value {key!r}: coordinates {coordinates} are not inside {sizes}"
+            if number >= len(index.files):
+                return f"per-rank value {key!r} is in file {number} of {len(index.files)}"
+    return None
+
+
+def _find_tensor_fault(entry: TensorEntry, table: ChunkTable) -> str | None:
+    if entry.dtype not in DTYPES:
+        return f"unknown dtype {entry.dtype!r}"
+    if prod(n for n in entry.global_shape if n) * 16 > MAX_ELEMENTS:
+        return f"global shape {entry.global_shape} is too large"
+    start, size = entry.record
+    if start + size > table.records_bytes:
+        return f"its record {start}+{size} is outside the chunk table's {table.records_bytes} bytes"
+    for name, labels in (("partition", entry.partition), ("blocks", entry.blocks)):
+        if labels is not None and len(labels) != len(entry.global_shape):
+            return f"{name} {labels} for {len(entry.global_shape)} dimensions"
+    return None
+
+
+def check_locations(index: Index, key: str, chunks: Chunks) -> None:
+    """Raises CorruptionError unless every chunk of `key` is aligned and lies in the data part of a file there is."""
+    item_bytes = DTYPES[index.tensors[key].dtype].item_bytes
+    count = len(index.files)
+    if len(chunks) and int(chunks.files.max()) >= count:
+        raise CorruptionError(f"tensor {key!r}: a chunk is in file {int(chunks.files.max())} of {count}")
+    first = np.array([f.header_bytes for f in index.files], np.int64)[chunks.files]
+    last = np.array([f.per_rank[0] for f in index.files], np.int64)[chunks.files]
+    sizes = chunks.shapes.prod(axis=1) * item_bytes
+    bad = (chunks.starts < first) | (chunks.starts > last - sizes) | (chunks.starts % item_bytes != 0)
+    if bad.any():
+        i = int(np.flatnonzero(bad)[0])
+        raise CorruptionError(
+            f"tensor {key!r}: a chunk of {sizes[i]} bytes at {chunks.starts[i]} of "
+            f"{index.files[int(chunks.files[i])].name}, whose data lies at {first[i]}-{last[i]}"
+        )

@@ -1,0 +1,247 @@
+"""The byte layout of one shard file: an ordinary safetensors file whose last entry is a checksum per 1 MiB block.
+
+Decides where every chunk lies, what the header says, and whether the header of a file read back is sound. Holds
+the table of element types. No torch, no I/O. docs/format.md is the normative description.
+
+    8 bytes   header length, little-endian
+    header    JSON, padded with spaces so that data starts at a multiple of 4096
+    chunks    in descending item size, so that each is aligned; C order, little-endian, no holes
+    __per_rank__   U8: the JSON of what differs by rank, padded with spaces to a multiple of 4
+    __crc32c__     U32: CRC32C of each 1 MiB of the file from byte 0 up to the start of this entry
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple
+from urllib.parse import quote, unquote
+
+import msgspec
+
+from distckpt.errors import CorruptionError
+
+BLOCK_BYTES = 1 << 20
+ALIGNMENT = 4096
+MAX_HEADER_BYTES = 64 << 20
+PER_RANK_ENTRY = "__per_rank__"
+CHECKSUM_ENTRY = "__crc32c__"
+FORMAT = "distckpt"
+FORMAT_VERSION = 1
+# In the header, but only known when the chunks are laid out: as many digits as an offset can have.
+_ENTRY_OVERHEAD = len('"":{"dtype":"F8_E4M3FNUZ","shape":[],"data_offsets":[,]},') + 2 * 19
+
+
+class DType(NamedTuple):
+    """How elements are stored: safetensors' word for them, the trailing dimensions that it adds, bytes an element."""
+
+    stored: str
+    trailing: tuple[int, ...]
+    item_bytes: int
+
+
+# torch's name -> how it is stored. What safetensors has no word for lies as pairs or as bytes.
+DTYPES: Mapping[str, DType] = {
+    "complex128": DType("F64", (2,), 16),
+    "float64": DType("F64", (), 8),
+    "int64": DType("I64", (), 8),
+    "uint64": DType("U64", (), 8),
+    "complex64": DType("C64", (), 8),
+    "float32": DType("F32", (), 4),
+    "int32": DType("I32", (), 4),
+    "uint32": DType("U32", (), 4),
+    "complex32": DType("F16", (2,), 4),
+    "float16": DType("F16", (), 2),
+    "bfloat16": DType("BF16", (), 2),
+    "int16": DType("I16", (), 2),
+    "uint16": DType("U16", (), 2),
+    "int8": DType("I8", (), 1),
+    "uint8": DType("U8", (), 1),
+    "bool": DType("BOOL", (), 1),
+    "float8_e4m3fn": DType("F8_E4M3", (), 1),
+    "float8_e5m2": DType("F8_E5M2", (), 1),
+    "float8_e8m0fnu": DType("F8_E8M0", (), 1),
+    "float8_e4m3fnuz": DType("U8", (), 1),
+    "float8_e5m2fnuz": DType("U8", (), 1),
+    "float4_e2m1fn_x2": DType("U8", (), 1),
+}
+
+
+class Chunk(NamedTuple):
+    """One box of one tensor, as it goes into a file."""
+
+    key: str
+    dtype: str
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    whole: bool  # the chunk is the whole tensor
+
+    @property
+    def entry(self) -> str:
+        """Its name in the header: the escaped key, and the offset unless the chunk is the whole tensor."""
+        name = quote(self.key, safe=_SAFE)
+        if name.startswith("__"):
+            name = "%5F%5F" + name[2:]
+        return name if self.whole else f"{name}@{','.join(map(str, self.offset))}"
+
+    @property
+    def size_bytes(self) -> int:
+        return prod(self.shape) * DTYPES[self.dtype].item_bytes
+
+
+_SAFE = "".join(chr(c) for c in range(32, 127) if chr(c) not in '%@"\\')
+
+
+def key_of_entry(entry: str) -> str:
+    """The key again. The inverse of `Chunk.entry`."""
+    return unquote(entry.partition("@")[0], errors="strict")
+
+
+@dataclass(frozen=True, slots=True)
+class FileLayout:
+    """Where everything in one shard file lies; all positions are from byte 0 of the file."""
+
+    header: bytes  # with its length prefix and its padding; the chunks start where it ends
+    order: tuple[int, ...]  # which chunk (by number) lies where: those of this file, in file order
+    starts: tuple[int, ...]  # where each chunk of `order` starts
+    per_rank_start: int
+    per_rank_bytes: int
+    checksum_start: int
+
+    @property
+    def block_count(self) -> int:
+        return -(-self.checksum_start // BLOCK_BYTES)
+
+    @property
+    def size_bytes(self) -> int:
+        return self.checksum_start + 4 * self.block_count
+
+
+def split_into_files(chunks: Sequence[Chunk], *, max_header_bytes: int = MAX_HEADER_BYTES) -> list[list[int]]:
+    """Chunk numbers per file, in file order (descending item size), so that no header passes the limit."""
+    files: list[list[int]] = [[]]
+    header = 4096
+    for i in sorted(range(len(chunks)), key=lambda i: -DTYPES[chunks[i].dtype].item_bytes):
+        chunk = chunks[i]
+        entry = len(chunk.entry) + _ENTRY_OVERHEAD + 21 * len(chunk.shape)
+        if files[-1] and header + entry > max_header_bytes:
+            files.append([])
+            header = 4096
+        files[-1].append(i)
+        header += entry
+    return files
+
+
+def lay_out(
+    chunks: Sequence[Chunk], order: Sequence[int], per_rank: bytes, metadata: Mapping[str, str]
+) -> FileLayout:
+    """The layout of the file that holds chunks[i] for i in `order` (descending item size) and the per-rank JSON."""
+    entries: dict[str, object] = {"__metadata__": dict(metadata)}
+    relative: list[int] = []
+    position = 0
+    for i in order:
+        chunk = chunks[i]
+        dtype = DTYPES[chunk.dtype]
+        end = position + chunk.size_bytes
+        entries[chunk.entry] = _entry(dtype.stored, (*chunk.shape, *dtype.trailing), position, end)
+        relative.append(position)
+        position = end
+    per_rank_start = position
+    per_rank_bytes = len(per_rank) + -(position + len(per_rank)) % 4
+    position += per_rank_bytes
+    entries[PER_RANK_ENTRY] = _entry("U8", (per_rank_bytes,), per_rank_start, position)
+    # The checksum table covers the header, whose length depends on the table's: settle it by trying.
+    blocks = 0
+    while True:
+        entries[CHECKSUM_ENTRY] = _entry("U32", (blocks,), position, position + 4 * blocks)
+        header = _pad(msgspec.json.encode(entries))
+        needed = -(-(len(header) + position) // BLOCK_BYTES)
+        if needed == blocks:
+            break
+        blocks = needed
+    base = len(header)
+    return FileLayout(
+        header=header,
+        order=tuple(order),
+        starts=tuple(base + r for r in relative),
+        per_rank_start=base + per_rank_start,
+        per_rank_bytes=per_rank_bytes,
+        checksum_start=base + position,
+    )
+
+
+def _entry(dtype: str, shape: Iterable[int], start: int, end: int) -> dict[str, object]:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+
+
+def _pad(header: bytes) -> bytes:
+    header += b" " * (-(8 + len(header)) % ALIGNMENT)
+    return len(header).to_bytes(8, "little") + header
+
+
+class HeaderEntry(msgspec.Struct, frozen=True):
+    """One entry of a header: safetensors dtype and shape, and its bytes counted from the end of the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A header that was read and found sound; positions are from byte 0 of the file."""
+
+    metadata: Mapping[str, str]
+    entries: Mapping[str, HeaderEntry]
+    data_start: int
+
+    def start_of(self, entry: str) -> int:
+        return self.data_start + self.entries[entry].data_offsets[0]
+
+    def keys(self) -> Iterator[str]:
+        """Keys of the tensors that have a chunk in the file, with repeats."""
+        return (key_of_entry(e) for e in self.entries if not e.startswith("__"))
+
+
+_ITEM_BYTES = {d.stored: d.item_bytes // prod(d.trailing) for d in DTYPES.values()}
+_ENTRY_PATTERN = re.compile(r"[^@]*(@\d+(,\d+)*)?")
+
+
+def decode_header(data: bytes, *, file_name: str, file_bytes: int) -> Header:
+    """Check the header (with its length prefix) of a file of `file_bytes`.
+
+    Raises CorruptionError, naming the file and the rule, unless entries lie inside the file, without hole or
+    overlap, each as long as its shape says, and the checksum table is the last one and of the right length.
+    """
+
+    def fail(why: str) -> CorruptionError:
+        return CorruptionError(f"{file_name}: header: {why}")
+
+    if len(data) < 8 or int.from_bytes(data[:8], "little") != len(data) - 8:
+        raise fail(f"length prefix does not say {max(0, len(data) - 8)}")
+    try:
+        raw = msgspec.json.decode(data[8:], type=dict[str, msgspec.Raw])
+        metadata = msgspec.json.decode(raw.pop("__metadata__", msgspec.Raw(b"{}")), type=dict[str, str])
+        entries = {name: msgspec.json.decode(text, type=HeaderEntry) for name, text in raw.items()}
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise fail(str(error)) from error
+    position = 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
+        start, end = entry.data_offsets
+        if start != position or end < start:
+            raise fail(f"entry {name!r} is at {start}-{end}, expected to start at {position}")
+        if any(n < 0 for n in entry.shape) or prod(entry.shape) * _ITEM_BYTES.get(entry.dtype, -1) != end - start:
+            raise fail(f"entry {name!r}: {entry.dtype} {list(entry.shape)} does not take {end - start} bytes")
+        if not (name in (PER_RANK_ENTRY, CHECKSUM_ENTRY) or _ENTRY_PATTERN.fullmatch(name)):
+            raise fail(f"entry {name!r} is not the name of a chunk")
+        position = end
+    if len(data) + position != file_bytes:
+        raise fail(f"entries end at byte {len(data) + position}, the file has {file_bytes}")
+    table = entries.get(CHECKSUM_ENTRY)
+    if table is None or table.data_offsets[1] != position or table.dtype != "U32":
+        raise fail(f"the last entry is not {CHECKSUM_ENTRY}")
+    if table.shape != (-(-(len(data) + table.data_offsets[0]) // BLOCK_BYTES),):
+        raise fail(f"{CHECKSUM_ENTRY} has shape {list(table.shape)}, not one checksum per block")
+    return Header(metadata=metadata, entries=entries, data_start=len(data))

@@ -1,0 +1,209 @@
+"""ShardedTensor: a local tensor, the key of the global tensor it is a part of, and where in it the part lies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distckpt.errors import InvalidShardingError, UnsupportedTypeError
+from distckpt.geometry import Box, flat_range_boxes
+from distckpt.index import Spec
+from distckpt.shard_file import DTYPES
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One box of a global tensor and the view of the local tensor that holds it; the shapes are equal."""
+
+    box: Box
+    data: Tensor
+
+
+class ShardedTensor:
+    """A part of the global tensor `key`: any box, or a flat range of boxes.
+
+    key: name of the global tensor; what is stored under it does not depend on where in the state this stands.
+    data: the local tensor, any strides, any device; load fills it in place (a meta tensor is replaced).
+    global_shape, global_offset: of the tensor, and of data in it. global_shape may have more dimensions than data
+        (leading ones that data has one slice of).
+    replica_id: accepted for Megatron's sake. Copies are recognised by their box, and must agree.
+    partition, owner, blocks: recorded for resharding: the mesh axis that splits each dimension; the mesh axis whose
+        coordinate holds the tensor; the number of sub-blocks of each dimension that are split one by one.
+    allow_shape_mismatch: load what the stored tensor and this one have in common (a padded vocabulary).
+
+    Raises InvalidShardingError when the part does not lie inside the global tensor.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        data: Tensor,
+        *,
+        global_shape: Sequence[int],
+        global_offset: Sequence[int],
+        replica_id: int | tuple[int, ...] = 0,
+        partition: Sequence[str | None] | None = None,
+        owner: str | None = None,
+        blocks: Sequence[int] | None = None,
+        allow_shape_mismatch: bool = False,
+    ) -> None:
+        shape = tuple(int(n) for n in global_shape)
+        prepended = len(shape) - data.dim()
+        if prepended < 0 or len(global_offset) != len(shape):
+            raise InvalidShardingError(
+                f"{key!r}: data has shape {tuple(data.shape)}, global_shape is {shape}, global_offset is "
+                f"{tuple(global_offset)}; a global shape and offset need one number per dimension"
+            )
+        self._set(key, data, shape, replica_id, allow_shape_mismatch)
+        box = Box(tuple(int(n) for n in global_offset), (1,) * prepended + tuple(data.shape))
+        if not box.is_inside(shape):
+            raise InvalidShardingError(f"{key!r}: the shard {box} is not inside the global shape {shape}")
+        for name, labels in (("partition", partition), ("blocks", blocks)):
+            if labels is not None and len(labels) != len(shape):
+                raise InvalidShardingError(f"{key!r}: {name}={labels!r} needs one entry for each of {len(shape)} dimensions")
+        for d, n in enumerate(blocks or ()):
+            if n < 1 or shape[d] % n:
+                raise InvalidShardingError(f"{key!r}: {n} blocks do not divide dimension {d} of {shape}")
+        self.partition = None if partition is None else tuple(partition)
+        self.owner = owner
+        self.blocks = None if blocks is None else tuple(int(n) for n in blocks)
+        self._pieces: tuple[tuple[Box, int], ...] = ()
+        self._box: Box | None = box
+
+    def _set(
+        self, key: str, data: Tensor, shape: tuple[int, ...], replica_id: int | tuple[int, ...], mismatch: bool
+    ) -> None:
+        if not isinstance(key, str) or not key:
+            raise InvalidShardingError(f"key {key!r}: expected a non-empty string")
+        if not isinstance(data, Tensor):
+            raise UnsupportedTypeError(f"{key!r}: data is a {type(data).__name__}, expected a torch.Tensor")
+        self.key = key
+        self.data = data
+        self.global_shape = shape
+        self.replica_id = replica_id
+        self.allow_shape_mismatch = mismatch
+
+    @classmethod
+    def from_rank_offsets(
+        cls,
+        key: str,
+        data: Tensor,
+        *rank_offsets: tuple[int, int, int],
+        replica_id: int | tuple[int, ...] = 0,
+        prepend_axis_num: int = 0,
+        partition: Sequence[str | None] | None = None,
+        owner: str | None = None,
+        blocks: Sequence[int] | None = None,
+        allow_shape_mismatch: bool = False,
+    ) -> ShardedTensor:
+        """An even grid, by Megatron-core's convention: each (axis, rank_offset, fragments) says that `axis` is cut into
+        `fragments` equal parts, of which data is number rank_offset. Axes count after prepend_axis_num leading
+        ones have been added, of which data holds one slice each; other axes are not cut."""
+        shape = [1] * prepend_axis_num + list(data.shape)
+        offset = [0] * len(shape)
+        seen: set[int] = set()
+        for axis, at, fragments in rank_offsets:
+            if not 0 <= axis < len(shape) or axis in seen or not 0 <= at < fragments:
+                raise InvalidShardingError(
+                    f"{key!r}: rank offset (axis {axis}, offset {at}, fragments {fragments}) for shape {tuple(shape)}: "
+                    f"axes must exist and come once, the offset must be below the number of fragments"
+                )
+            seen.add(axis)
+            offset[axis] = at * shape[axis]
+            shape[axis] *= fragments
+        return cls(
+            key,
+            data,
+            global_shape=shape,
+            global_offset=offset,
+            replica_id=replica_id,
+            partition=partition,
+            owner=owner,
+            blocks=blocks,
+            allow_shape_mismatch=allow_shape_mismatch,
+        )
+
+    @classmethod
+    def from_flat_range(
+        cls,
+        key: str,
+        flat: Tensor,
+        *,
+        of: ShardedTensor | Sequence[ShardedTensor],
+        flat_range: slice,
+        replica_id: int | tuple[int, ...] = 0,
+    ) -> ShardedTensor:
+        """A piece of a flattened shard, as ZeRO-1, Megatron's distributed optimizer and FSDP1 keep it.
+
+        `of` describes the tensor that was flattened, as if it were this key's; several describe parts that were
+        flattened one after the other (the halves of a SwiGLU weight). flat (1-d) holds elements flat_range of
+        that. Its elements lie, in C order, in a few boxes of the global tensor.
+        """
+        parts = [of] if isinstance(of, ShardedTensor) else list(of)
+        if not parts or any(p.global_shape != parts[0].global_shape for p in parts):
+            shapes = [p.global_shape for p in parts]
+            raise InvalidShardingError(f"{key!r}: `of` needs one or more parts of one global tensor, got shapes {shapes}")
+        boxes = [box for part in parts for box in part.boxes()]
+        total = sum(box.size for box in boxes)
+        start, stop, step = flat_range.indices(total)
+        if step != 1 or flat.dim() != 1 or (flat_range.stop or 0) > total or stop - start != flat.numel():
+            raise InvalidShardingError(
+                f"{key!r}: flat_range {flat_range.start}:{flat_range.stop} of {total} elements for a buffer of shape "
+                f"{tuple(flat.shape)}; expected a 1-d buffer of exactly that many"
+            )
+        self = cls.__new__(cls)
+        self._set(key, flat, parts[0].global_shape, replica_id, any(p.allow_shape_mismatch for p in parts))
+        self.partition, self.owner, self.blocks = parts[0].partition, parts[0].owner, parts[0].blocks
+        self._pieces = tuple(_flat_pieces(boxes, start, stop))
+        self._box = None
+        return self
+
+    @property
+    def spec(self) -> Spec:
+        """What all shards of the key have in common."""
+        return Spec(
+            dtype=dtype_name(self.data.dtype, self.key),
+            global_shape=self.global_shape,
+            partition=self.partition,
+            owner=self.owner,
+            blocks=self.blocks,
+        )
+
+    def boxes(self) -> list[Box]:
+        """Where in the global tensor the elements of `data` lie, in the order of its flattened elements."""
+        return [self._box] if self._box is not None else [box for box, _ in self._pieces]
+
+    def shards(self) -> list[Shard]:
+        """The boxes of this part, each with the view of `data` that holds it."""
+        data = self.data.detach()
+        if self._box is not None:
+            return [Shard(self._box, data[(None,) * (len(self._box.shape) - data.dim())])]
+        return [Shard(box, data.narrow(0, at, box.size).view(box.shape)) for box, at in self._pieces]
+
+    def __repr__(self) -> str:
+        return f"ShardedTensor({self.key!r}, {', '.join(map(str, self.boxes()))} of {self.global_shape}, {self.data.dtype})"
+
+
+def _flat_pieces(boxes: Sequence[Box], start: int, stop: int) -> Iterator[tuple[Box, int]]:
+    """Boxes of elements start..stop-1 of the flattened and concatenated boxes, with their positions in the range."""
+    begin = 0
+    for outer in boxes:
+        first, last = max(start - begin, 0), min(stop - begin, outer.size)
+        if first < last:
+            at = begin + first - start
+            for inner in flat_range_boxes(outer.shape, first, last):
+                offset = tuple(o + i for o, i in zip(outer.offset, inner.offset, strict=True))
+                yield Box(offset, inner.shape), at
+                at += inner.size
+        begin += outer.size
+
+
+def dtype_name(dtype: torch.dtype, key: str) -> str:
+    """torch's name of an element type that can be stored. Raises UnsupportedTypeError naming the key."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise UnsupportedTypeError(f"{key!r}: tensors of dtype {dtype} cannot be stored; convert it first")
+    return name

@@ -1,0 +1,424 @@
+"""A nested state as flat leaves under keys, and back. Decides keys, which leaf is what, and how loaded values return.
+
+A leaf is a tensor (its boxes), a JSON value, or a PerRank. Keys are paths of escaped segments joined by "/"; a
+ShardedTensor has a key of its own. Never does I/O and never talks to other ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Protocol, TypeAlias, TypeGuard, runtime_checkable
+from urllib.parse import quote, unquote
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+
+from distckpt.errors import CorruptionError, InvalidShardingError, UnsupportedTypeError
+from distckpt.geometry import Box
+from distckpt.index import Spec
+from distckpt.json_value import ArrayValue, decode_value, encode_value
+from distckpt.per_rank import PerRank
+from distckpt.shard_file import DTYPES
+from distckpt.sharded_tensor import Shard, ShardedTensor, dtype_name
+
+Setter: TypeAlias = Callable[[object], None]
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """An object that keeps its own state: a module, an optimizer, a scheduler."""
+
+    def state_dict(self) -> Mapping[str, object]: ...
+
+    def load_state_dict(self, state_dict: Mapping[str, object]) -> object: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapted:
+    """What a foreign leaf means to us; exactly one of the first four is given.
+
+    shards: parts of one global tensor; stored under the leaf's path, or under their own key if `own_key`.
+    state: a nested state that stands for the leaf. value: (key, value) to store. skip: not stored.
+    on_loaded: called with the filled shards or state, or the loaded value, once all ranks have loaded.
+    """
+
+    shards: Sequence[ShardedTensor] | None = None
+    own_key: bool = False
+    state: dict[str, object] | None = None
+    value: tuple[str, object] | None = None
+    skip: bool = False
+    on_loaded: Setter | None = None
+
+
+Adapter: TypeAlias = Callable[[str, object], Adapted | None]
+
+
+@dataclass(slots=True)
+class TensorLeaf:
+    """A tensor of which this rank has some boxes. `replace(tensor)` puts another tensor in the leaf's place."""
+
+    key: str
+    spec: Spec
+    shards: list[Shard]
+    allow_shape_mismatch: bool = False
+    replace: Setter | None = None
+    loaded: Callable[[], None] | None = None
+
+
+@dataclass(slots=True)
+class ValueLeaf:
+    key: str
+    encoded: bytes
+    replace: Setter
+
+
+@dataclass(slots=True)
+class PerRankLeaf:
+    key: str
+    leaf: PerRank
+
+
+@dataclass(slots=True)
+class ObjectLeaf:
+    """An object with load_state_dict(): it gets everything stored below its path."""
+
+    path: str
+    owner: Stateful
+    state: dict[object, object]
+    replace: Setter
+
+
+@dataclass(slots=True)
+class FlatState:
+    """The leaves of one state. `containers` are the paths of its dicts and lists, the root ("") left out.
+
+    `lists` holds the length marker of each list that has tensors in it, by key. `finish` runs, in order,
+    once everything is loaded: it rebuilds tuples and merges. Inner ones come before outer ones.
+    """
+
+    tensors: list[TensorLeaf] = field(default_factory=list)
+    values: list[ValueLeaf] = field(default_factory=list)
+    per_rank: list[PerRankLeaf] = field(default_factory=list)
+    objects: list[ObjectLeaf] = field(default_factory=list)
+    containers: set[str] = field(default_factory=set)
+    lists: dict[str, bytes] = field(default_factory=dict)
+    empty: list[str] = field(default_factory=list)
+    finish: list[Callable[[], None]] = field(default_factory=list)
+
+
+EMPTY_DICT = b"{}"
+LIST_MARKER, TUPLE_MARKER = b'{"%list":', b'{"%tuple_of":'
+
+
+def segment(key: object, where: str) -> str:
+    """One dict key as a path segment. Different keys give different segments; strings are kept readable."""
+    if isinstance(key, str) and type(key) is str:
+        return key.replace("%", "%25").replace("/", "%2F") or "%e"
+    return "%k" + quote(encode_value(key, f"{where} (a key)"), safe="")
+
+
+def _key_of_segment(text: str) -> object:
+    if text == "%e":
+        return ""
+    if text.startswith("%k"):
+        return decode_value(unquote(text[2:]).encode(), f"path segment {text!r}")
+    return unquote(text)
+
+
+def flatten(state: Mapping[str, object], adapters: Sequence[Adapter]) -> FlatState:
+    """The leaves of a nested state.
+
+    Raises UnsupportedTypeError for a leaf that cannot be stored exactly, InvalidShardingError for shards that
+    cannot be; both name the key.
+    """
+    if not isinstance(state, dict):
+        raise UnsupportedTypeError(f"the state is a {type(state).__name__}; expected a dict")
+    flat = FlatState()
+    flattener = _Flattener(flat, adapters)
+    flattener.dictionary(state, "")
+    seen: set[str] = set()
+    for leaf in (*flat.values, *flat.per_rank):
+        if leaf.key in seen:
+            raise InvalidShardingError(f"{leaf.key!r}: two leaves of the state have this key")
+        seen.add(leaf.key)
+    return flat
+
+
+class _Flattener:
+    def __init__(self, flat: FlatState, adapters: Sequence[Adapter]) -> None:
+        self._flat = flat
+        self._adapters = adapters
+        self._open: set[int] = set()
+
+    def dictionary(self, state: dict[object, object], path: str) -> None:
+        """`state` is changed by the setters of its leaves, never here."""
+        self._enter(state, path)
+        for key, value in state.items():
+            text = segment(key, path)
+            self.leaf(value, f"{path}/{text}" if path else text, _item_setter(state, key))
+        self._open.discard(id(state))
+
+    def _enter(self, container: object, path: str) -> None:
+        if id(container) in self._open:
+            raise UnsupportedTypeError(f"{path!r}: a container that contains itself")
+        self._open.add(id(container))
+        if path:
+            self._flat.containers.add(path)
+
+    def leaf(self, value: object, path: str, replace: Setter) -> None:
+        for adapter in self._adapters:
+            adapted = adapter(path, value)
+            if adapted is not None:
+                self._adapted(adapted, path, replace)
+                return
+        if isinstance(value, ShardedTensor):
+            self._sharded([value], path.rpartition("/")[0], None)
+        elif isinstance(value, PerRank):
+            self._flat.per_rank.append(PerRankLeaf(path, value))
+        elif isinstance(value, Tensor):
+            self._tensor(value, path, replace)
+        elif isinstance(value, np.ndarray):
+            self._array(value, path, replace)
+        elif isinstance(value, dict):
+            self.dictionary(value, path)
+            if not value:
+                self._flat.empty.append(path)
+        elif type(value) in (list, tuple) and not is_plain_value(value):
+            self._sequence(value, path, replace)  # type: ignore[arg-type]
+        elif _is_stateful(value):
+            self._object(value, path, replace)
+        else:
+            self._flat.values.append(ValueLeaf(path, encode_value(value, path), replace))
+
+    def _adapted(self, adapted: Adapted, path: str, replace: Setter) -> None:
+        shards, state, on_loaded = adapted.shards, adapted.state, adapted.on_loaded
+        if shards is not None:
+            self._sharded(shards, path.rpartition("/")[0] if adapted.own_key else None, path)
+            if on_loaded is not None:
+                self._flat.finish.append(lambda: on_loaded(shards))
+        elif state is not None:
+            self.dictionary(state, path)  # type: ignore[arg-type]
+            if on_loaded is not None:
+                self._flat.finish.append(lambda: on_loaded(state))
+        elif adapted.value is not None:
+            key, value = adapted.value
+            self._flat.values.append(ValueLeaf(key, encode_leaf(value, key), adapted.on_loaded or replace))
+
+    def _sharded(self, parts: Sequence[ShardedTensor], container: str | None, path: str | None) -> None:
+        """Parts of one tensor under their own key, standing in `container`; or under `path` if that is None."""
+        for part in parts:
+            key = part.key if container is not None else path or part.key
+            check_storable(part.data, key)
+            spec = msgspec.structs.replace(part.spec, container=container)
+            shards = part.shards()
+            self._flat.tensors.append(
+                TensorLeaf(key, spec, shards, part.allow_shape_mismatch, replace=_data_setter(part))
+            )
+
+    def _tensor(self, tensor: Tensor, path: str, replace: Setter) -> None:
+        if type(tensor) not in _PLAIN_TENSOR_TYPES:
+            self._subclass(tensor, path)
+            return
+        check_storable(tensor, path)
+        spec = Spec(dtype=dtype_name(tensor.dtype, path), global_shape=tuple(tensor.shape))
+        shard = Shard(Box.whole(tensor.shape), tensor.detach())
+        self._flat.tensors.append(TensorLeaf(path, spec, [shard], replace=replace))
+
+    def _subclass(self, tensor: Tensor, path: str) -> None:
+        """A wrapper is its inner tensors, which load fills in place."""
+        names = getattr(tensor, "__tensor_flatten__", None)
+        if names is None:
+            raise UnsupportedTypeError(
+                f"{path!r}: a {type(tensor).__qualname__} has no __tensor_flatten__ and cannot be stored as it is; "
+                f"store the plain tensors it is made of"
+            )
+        inner: dict[object, object] = {name: getattr(tensor, name) for name in names()[0]}
+        self.dictionary(inner, path)
+
+    def _array(self, array: np.ndarray[tuple[int, ...], np.dtype[np.generic]], path: str, replace: Setter) -> None:
+        if type(array) is not np.ndarray:
+            raise UnsupportedTypeError(f"{path!r}: a {type(array).__qualname__} cannot be stored; pass a plain array")
+        native = np.require(array.astype(array.dtype.newbyteorder("="), copy=False), requirements=["C"])
+        if not native.flags.writeable:
+            native = native.copy()
+        try:
+            tensor = torch.from_numpy(native)
+        except TypeError as error:
+            raise UnsupportedTypeError(f"{path!r}: arrays of dtype {array.dtype} cannot be stored") from error
+        spec = Spec(dtype=dtype_name(tensor.dtype, path), global_shape=tuple(array.shape))
+
+        def loaded() -> None:
+            if native is array:
+                return
+            if array.flags.writeable:
+                array[...] = native
+            else:
+                replace(native)
+
+        self._flat.tensors.append(TensorLeaf(path, spec, [Shard(Box.whole(array.shape), tensor)], loaded=loaded))
+
+    def _sequence(self, value: list[object] | tuple[object, ...], path: str, replace: Setter) -> None:
+        self._enter(value, path)
+        items = value if isinstance(value, list) else list(value)
+        before = len(self._flat.tensors)
+        for i, item in enumerate(items):
+            self.leaf(item, f"{path}/%l{i}", _item_setter(items, i))
+        marker = LIST_MARKER if isinstance(value, list) else TUPLE_MARKER
+        own_keyed = all(t.spec.container is not None for t in self._flat.tensors[before:])
+        if not (own_keyed and len(self._flat.tensors) > before):
+            # Stages may have lists of different lengths if all in them have keys of their own.
+            self._flat.lists[path] = marker + b"%d}" % len(items)
+        if isinstance(value, tuple):
+            self._flat.finish.append(lambda: replace(tuple(items)))
+        self._open.discard(id(value))
+
+    def _object(self, value: Stateful, path: str, replace: Setter) -> None:
+        state = dict(value.state_dict())
+        self.dictionary(state, path)  # type: ignore[arg-type]
+        self._flat.objects.append(ObjectLeaf(path, value, state, replace))  # type: ignore[arg-type]
+
+
+_PLAIN_TENSOR_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+
+def _item_setter(container: dict[object, object] | list[object], key: object) -> Setter:
+    return lambda value: container.__setitem__(key, value)  # type: ignore[index]
+
+
+def _data_setter(part: ShardedTensor) -> Setter:
+    return lambda value: setattr(part, "data", value)
+
+
+def check_storable(tensor: Tensor, key: str) -> None:
+    """Raises UnsupportedTypeError for a tensor that is not a dense block of elements."""
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
+        kind = "quantized" if tensor.is_quantized else "nested" if tensor.is_nested else str(tensor.layout)
+        raise UnsupportedTypeError(f"{key!r}: a {kind} tensor cannot be stored; store the dense tensors it is made of")
+    if isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin):
+        raise UnsupportedTypeError(f"{key!r}: the parameter is not initialised; run one forward pass first")
+
+
+def is_plain_value(value: object) -> bool:
+    """Whether a list, tuple or dict holds nothing but what JSON values are made of."""
+    if type(value) in (list, tuple):
+        return all(is_plain_value(v) for v in value)  # type: ignore[attr-defined]
+    if isinstance(value, dict):
+        return all(is_plain_value(v) for v in value.values())
+    return value is None or isinstance(value, (bool, int, float, complex, str, bytes, bytearray, np.generic))
+
+
+def _is_stateful(value: object) -> TypeGuard[Stateful]:
+    return isinstance(value, Stateful) and not isinstance(value, type)
+
+
+def encode_leaf(value: object, key: str) -> bytes:
+    """The JSON of a value: plain, or of a PerRank with its tensors, arrays and objects' states."""
+    return encode_value(_to_value(value, key), key)
+
+
+def decode_leaf(encoded: bytes, key: str) -> object:
+    """The value again. Raises CorruptionError for anything `encode_leaf` does not write."""
+    return _from_value(decode_value(encoded, key), key)
+
+
+def _to_value(value: object, key: str) -> object:
+    if isinstance(value, Tensor):
+        if type(value) not in _PLAIN_TENSOR_TYPES:
+            raise UnsupportedTypeError(f"{key!r}: a PerRank may not hold a {type(value).__qualname__}")
+        check_storable(value, key)
+        data = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        raw = data.reshape(-1).view(torch.uint8).numpy().tobytes() if data.numel() else b""
+        return ArrayValue(dtype_name(value.dtype, key), tuple(value.shape), raw)
+    if isinstance(value, np.ndarray):
+        native = value.astype(value.dtype.newbyteorder("="), order="C")
+        if native.dtype.name not in DTYPES:
+            raise UnsupportedTypeError(f"{key!r}: arrays of dtype {value.dtype} cannot be stored")
+        return ArrayValue(_NUMPY + native.dtype.name, value.shape, native.tobytes())
+    if isinstance(value, dict):
+        return {k: _to_value(v, key) for k, v in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_to_value(v, key) for v in value)  # type: ignore[call-arg,attr-defined]
+    if isinstance(value, (ShardedTensor, PerRank)):
+        raise UnsupportedTypeError(f"{key!r}: a PerRank may not hold a {type(value).__name__}")
+    if _is_stateful(value):
+        return _to_value(dict(value.state_dict()), key)
+    return value
+
+
+_NUMPY = "numpy."
+
+
+def set_per_rank(leaf: PerRankLeaf, encoded: bytes) -> None:
+    """Give a PerRank its stored value; raises CorruptionError if it cannot be decoded."""
+    stored = decode_leaf(encoded, leaf.key)
+    value = leaf.leaf.value
+    leaf.leaf.seed = None
+    if _is_stateful(value):
+        value.load_state_dict(stored)  # type: ignore[arg-type]
+    else:
+        leaf.leaf.value = stored
+
+
+def _from_value(value: object, key: str) -> object:
+    if isinstance(value, ArrayValue):
+        name = value.dtype.removeprefix(_NUMPY)
+        if name not in DTYPES or prod(value.shape) * DTYPES[name].item_bytes != len(value.data):
+            raise CorruptionError(f"{key!r}: {value.dtype} {value.shape} in {len(value.data)} bytes")
+        if name != value.dtype:
+            return np.frombuffer(value.data, np.dtype(name)).reshape(value.shape).copy()
+        tensor = torch.empty(value.shape, dtype=getattr(torch, name))
+        if tensor.numel():
+            tensor.reshape(-1).view(torch.uint8).copy_(torch.frombuffer(bytearray(value.data), dtype=torch.uint8))
+        return tensor
+    if isinstance(value, dict):
+        return {k: _from_value(v, key) for k, v in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_from_value(v, key) for v in value)  # type: ignore[call-arg,attr-defined]
+    return value
+
+
+def unflatten(
+    leaves: Mapping[str, object], containers: Mapping[str, str | None], markers: Mapping[str, bytes], below: str = ""
+) -> dict[object, object]:
+    """The nested state of stored leaves, or the part of it below the path `below`.
+
+    containers: for a key that is not its own path, where it stood. markers: key -> encoded length of a list that
+    has tensors in it, or b"{}" for an empty dict.
+    """
+    tree: dict[str, object] = {}
+    for key in markers:
+        _descend(tree, key.split("/"))
+    for key, value in leaves.items():
+        home = containers.get(key)
+        if home is None:
+            *parents, last = key.split("/")
+        else:
+            parents, last = home.split("/") if home else [], segment(key, key)
+        _descend(tree, parents)[last] = _Leaf(value)
+    return _nest(_descend(tree, below.split("/") if below else []), below, markers)  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, slots=True)
+class _Leaf:
+    value: object
+
+
+def _descend(tree: dict[str, object], path: Sequence[str]) -> dict[str, object]:
+    for text in path:
+        tree = tree.setdefault(text, {})  # type: ignore[assignment]
+    return tree
+
+
+def _nest(node: object, path: str, markers: Mapping[str, bytes]) -> object:
+    if isinstance(node, _Leaf):
+        return node.value
+    assert isinstance(node, dict)
+    children = {text: _nest(child, f"{path}/{text}" if path else text, markers) for text, child in node.items()}
+    if not children or not all(text.startswith("%l") for text in children):
+        return {_key_of_segment(text): child for text, child in children.items()}
+    items = [children[text] for text in sorted(children, key=lambda text: int(text[2:]))]
+    return tuple(items) if markers.get(path, b"").startswith(TUPLE_MARKER) else items

@@ -1,0 +1,40 @@
+"""Transport: bytes between tensors, wherever they live, and host memory. The one place that knows about devices.
+
+Elements are moved as integers of their size, so that element types which have no arithmetic are copied too.
+Copies to and from an accelerator go through torch and are complete on return.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distckpt._C import crc32c
+
+_CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+_SAMPLES = 64
+
+
+def carrier(tensor: Tensor) -> Tensor:
+    """A view of the same elements as integers of their size (complex128 as it is); lazy conjugation resolved."""
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    return plain.view(_CARRIERS[plain.element_size()])
+
+
+def copy_to_host(source: Tensor, target: Tensor) -> None:
+    """Write the elements of `source`, any strides and device, in C order into `target`, 1-d uint8 on the host."""
+    elements = carrier(source)
+    target.view(elements.dtype).view(elements.shape).copy_(elements)
+
+
+def sample_checksum(tensor: Tensor) -> int:
+    """CRC32C of up to 64 elements spread over the tensor, the first and the last among them.
+
+    Equal tensors have equal samples, whatever their strides and devices.
+    """
+    elements = carrier(tensor)
+    count = elements.numel()
+    if count > _SAMPLES:
+        flat = torch.linspace(0, count - 1, _SAMPLES, dtype=torch.float64, device=elements.device).long()
+        elements = elements[torch.unravel_index(flat, elements.shape)]
+    return crc32c(elements.cpu().contiguous().reshape(-1).numpy()) if count else 0
