@@ -1,0 +1,149 @@
+"""Train a small GPT on any tp * pp * dp layout, saving as it goes and resuming from whatever is newest.
+
+    torchrun --nproc-per-node 4 examples/gpt/train.py --tp 2 --pp 2 --checkpoint-dir DIR --log-file LOG
+
+Killed and started again, on the same or another number of ranks, it continues at the newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from checkpoint import Job, build_state, resume
+from data import TextLoader
+from model import Config, Stage
+from optimizer import ShardedAdamW, WarmupCosine
+from parallel import Parallel, derive_seed
+from pipeline import forward_backward
+
+from distckpt import Checkpointer, PendingSave
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train a small GPT; resumes from the newest checkpoint.")
+    for axis in ("tp", "pp", "dp"):
+        parser.add_argument(f"--{axis}", type=int, default=1)
+    for size in fields(Config):
+        parser.add_argument(f"--{size.name}", type=type(size.default), default=size.default)
+    parser.add_argument("--iterations", type=int, default=60)
+    parser.add_argument("--global-batch", type=int, default=8, help="samples per iteration")
+    parser.add_argument("--micro-batch", type=int, default=2, help="samples per step of the pipeline")
+    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--warmup", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=1234)
+    parser.add_argument("--save-interval", type=int, default=10)
+    parser.add_argument("--keep-last", type=int, default=3)
+    parser.add_argument("--checkpoint-dir", type=Path, required=True)
+    parser.add_argument("--log-file", type=Path, required=True, help="JSON lines, appended")
+    return parser.parse_args()
+
+
+def start_job(args: argparse.Namespace) -> Job:
+    parallel = Parallel.start(tp=args.tp, pp=args.pp, dp=args.dp)
+    pp, dp, tp = parallel.pp.rank, parallel.dp.rank, parallel.tp.rank
+    parallel.seed_replicated(derive_seed(args.seed, "replicated", pp, dp))
+    parallel.seed_split(derive_seed(args.seed, "split", pp, dp, tp))
+    stage = Stage(Config(**{size.name: getattr(args, size.name) for size in fields(Config)}), parallel)
+    stage.initialise(args.seed)
+    return Job(
+        parallel=parallel,
+        stage=stage,
+        optimizer=ShardedAdamW(stage, parallel),
+        schedule=WarmupCosine(peak=args.lr, warmup=args.warmup, total=args.iterations),
+        data=TextLoader(
+            sequence=args.sequence, global_batch=args.global_batch, seed=args.seed, dp=parallel.dp
+        ),
+    )
+
+
+def train_step(job: Job, *, micro_batch: int) -> dict[str, float | str]:
+    """One iteration on all ranks; returns what the log says about it."""
+    job.iteration += 1
+    micro_batches = job.data.global_batch // micro_batch
+    losses = forward_backward(
+        job.stage, job.data.next_batch(), micro_batch=micro_batch, scale=1 / micro_batches
+    )
+    lr = job.schedule.at(job.iteration)
+    grad_norm = job.optimizer.step(lr)
+    loss = global_mean(losses, job.parallel)
+    return {"loss": loss, "loss_hex": loss.hex(), "lr": lr, "grad_norm": grad_norm}
+
+
+def global_mean(losses: torch.Tensor, parallel: Parallel) -> float:
+    """Mean of all micro-batch losses, added in the order of the batch, which no layout changes.
+
+    losses: (micro_batches / dp,), those of the last pipeline stage count.
+    """
+    slots = torch.zeros(parallel.dp.size, len(losses), dtype=torch.float64)
+    if parallel.pp.is_last and parallel.tp.is_first:
+        slots[parallel.dp.rank] = losses.double()
+    dist.all_reduce(slots)  # exact: each slot has one addend that is not zero
+    return sum(slots.flatten().tolist()) / slots.numel()
+
+
+class Log:
+    """Appends JSON lines on rank 0, does nothing elsewhere."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", buffering=1) if dist.get_rank() == 0 else None
+
+    def write(self, **record: object) -> None:
+        if self._file:
+            self._file.write(json.dumps(record) + "\n")
+
+
+@dataclass(frozen=True, slots=True)
+class Save:
+    """A save in the background, and when it was asked for."""
+
+    iteration: int
+    pending: PendingSave
+    start: float
+
+    def record(self) -> dict[str, object]:
+        """Wait for the end. The phases follow each other: seconds since the epoch, [start, end]."""
+        report = self.pending.wait()
+        stall_ms = report.stall_s * 1e3
+        phases, end = {}, self.start
+        for name in ("plan", "stage", "write", "commit"):
+            begin, end = end, end + getattr(report, f"{name}_s")
+            phases[name] = [begin, end]
+        return {"save": self.iteration, "bytes": report.bytes, "stall_ms": stall_ms, "phases": phases}
+
+
+def main() -> None:
+    args = parse_arguments()
+    job = start_job(args)
+    log = Log(args.log_file)
+    with Checkpointer(args.checkpoint_dir, mesh=job.parallel.mesh, keep_last=args.keep_last) as ckpt:
+        loaded = resume(ckpt, job)
+        log.write(start=time.time(), mesh=job.parallel.mesh, resumed_from=loaded and loaded.iteration)
+        save = None
+        while job.iteration < args.iterations:
+            start = time.time()
+            record = train_step(job, micro_batch=args.micro_batch)
+            record["compute_s"] = time.time() - start
+            if save and save.pending.done():
+                log.write(**save.record())
+                save = None
+            if job.iteration % args.save_interval == 0:
+                if save:
+                    log.write(**save.record())
+                asked = time.time()
+                save = Save(job.iteration, ckpt.async_save(build_state(job), iteration=job.iteration), asked)
+                record["stall_ms"] = (time.time() - asked) * 1e3
+            log.write(iteration=job.iteration, **record, start=start, step_s=time.time() - start)
+        if save:
+            log.write(**save.record())
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.use_deterministic_algorithms(True)
+    main()
