@@ -1,0 +1,197 @@
+"""Imports only go down: the table below is section 3 of docs/design.md, and the code is held to it."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "distckpt"
+
+VALUES = {"errors", "geometry", "json_value"}
+FORMAT = {"chunk_table", "shard_file", "index"}
+PORTS = {"storage", "coordinator"}
+TENSORS = {"per_rank", "sharded_tensor", "state_dict"}
+MOVEMENT = {"transport", "staging", "reader", "commit", "retention"}
+
+# What each module may import of this package. A row for a package stands for all modules in it, which may
+# import each other. "__init__" are the public names, for those who sit outside.
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "geometry": {"errors"},
+    "json_value": {"errors"},
+    "chunk_table": VALUES | {"_C"},
+    "shard_file": VALUES | {"_C"},
+    "index": VALUES | {"_C", "chunk_table", "shard_file"},
+    "planner": VALUES | FORMAT,
+    "storage": {"_C", "errors"},
+    "coordinator": {"errors"},
+    "per_rank": VALUES,
+    "sharded_tensor": VALUES | FORMAT,
+    "state_dict": VALUES | FORMAT | {"per_rank", "sharded_tensor"},
+    "transport": {"_C", "errors"},
+    "staging": VALUES | FORMAT | PORTS | {"_C", "planner", "transport"},
+    "reader": VALUES | FORMAT | PORTS | {"_C", "planner", "transport"},
+    "commit": VALUES | FORMAT | PORTS,
+    "retention": VALUES | FORMAT | PORTS | {"commit"},
+    "reshard": VALUES | FORMAT | PORTS | MOVEMENT | {"_C", "planner"},
+    "adapters": {"errors", "geometry", "sharded_tensor", "state_dict", "__init__"},
+    "checkpointer": VALUES | FORMAT | PORTS | TENSORS | MOVEMENT | {"_C", "planner", "adapters"},
+    "__init__": VALUES | PORTS | TENSORS | {"checkpointer"},
+    "cli": VALUES | FORMAT | PORTS | {"commit", "retention", "reader", "reshard", "__init__"},
+    "testing": VALUES | PORTS | {"transport", "__init__"},
+}
+# Rows that were agreed before their module was written. Take yours out when you add it.
+PLANNED = {"reshard", "checkpointer", "__init__", "cli"}
+
+# Only these touch tensors. The others stay usable where torch is not installed or takes too long to load.
+MAY_IMPORT_TORCH = TENSORS | {
+    "transport",
+    "staging",
+    "reader",
+    "reshard",
+    "checkpointer",
+    "adapters",
+    "testing",
+}
+# Extras: imported in the function that needs them.
+NEVER_AT_MODULE_LEVEL = {"mpi4py", "zarr", "obstore", "megatron", "deepspeed", "safetensors", "matplotlib"}
+# Test tools are for the contracts that backends subclass.
+MAY_IMPORT_PYTEST = {"testing", "storage.contract", "coordinator.contract"}
+
+
+def module_name(path: Path) -> str:
+    """distckpt/storage/posix.py -> "storage.posix"; a package is named without its __init__."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
+
+
+SOURCES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def row_of(module: str) -> str | None:
+    """The row of the table for a module: its own, or that of its package."""
+    names = [module.rsplit(".", count)[0] for count in range(module.count(".") + 1)]
+    return next((name for name in names if name in ALLOWED), None)
+
+
+def imported_modules(nodes: Iterator[ast.AST], module: str) -> Iterator[str]:
+    """Absolute names of what the import statements among `nodes` import."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}, line {node.lineno}: relative import; write it in full"
+            if node.module == "distckpt":
+                yield from (f"distckpt.{alias.name}" for alias in node.names)
+            else:
+                yield node.module or ""
+
+
+def at_import_time(node: ast.AST) -> Iterator[ast.AST]:
+    """What runs when the module is imported: not the bodies of functions, not `if TYPE_CHECKING:`."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(child, ast.If) and ast.unparse(child.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            continue
+        yield child
+        yield from at_import_time(child)
+
+
+def forbidden_imports(module: str, source: str) -> list[str]:
+    """What this source, as this module, must not import."""
+    row = row_of(module)
+    assert row is not None, (
+        f"distckpt.{module} is in no row of the table. Say in docs/design.md, section 3, which layer it "
+        f"belongs to, then give it a row in {Path(__file__).name} with the layers below it."
+    )
+    tree = ast.parse(source)
+    forbidden = []
+    for name in imported_modules(ast.walk(tree), module):
+        if name.split(".")[0] != "distckpt":
+            continue
+        inner = name.partition(".")[2]
+        # A name that is no module is one of the public names.
+        target = "_C" if inner == "_C" or inner.startswith("_C.") else row_of(inner) or "__init__"
+        if target != row and target not in ALLOWED[row]:
+            forbidden.append(name)
+    for name in imported_modules(at_import_time(tree), module):
+        library = name.split(".")[0]
+        if (
+            (library == "torch" and row not in MAY_IMPORT_TORCH)
+            or library in NEVER_AT_MODULE_LEVEL
+            or (library in ("pytest", "hypothesis") and module not in MAY_IMPORT_PYTEST)
+        ):
+            forbidden.append(name)
+    return forbidden
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_module_imports_only_what_lies_below_it(module: str) -> None:
+    forbidden = forbidden_imports(module, SOURCES[module].read_text(encoding="utf-8"))
+    assert not forbidden, f"distckpt.{module} must not import {forbidden} (docs/design.md, section 3)"
+
+
+def test_every_row_has_its_module() -> None:
+    built = {row_of(module) for module in SOURCES}
+    assert ALLOWED.keys() - built <= PLANNED, "take the row out of the table together with its module"
+
+
+def test_table_has_no_cycles() -> None:
+    below: set[str] = {"_C"}
+    rows = dict(ALLOWED)
+    # "__init__" only re-exports; whoever sits outside may use it.
+    while lowest := [row for row, allowed in rows.items() if allowed - {"__init__"} <= below]:
+        below.update(lowest)
+        for row in lowest:
+            del rows[row]
+    assert not rows
+
+
+def test_modules_without_tensors_load_without_torch() -> None:
+    modules = [
+        f"distckpt.{module}"
+        for module in SOURCES
+        if row_of(module) not in MAY_IMPORT_TORCH and module not in ("__init__", *MAY_IMPORT_PYTEST)
+    ]
+    assert {"distckpt.index", "distckpt.shard_file", "distckpt.planner", "distckpt.storage"} <= set(modules)
+    assert {"distckpt.commit", "distckpt.retention", "distckpt.coordinator"} <= set(modules)
+    script = f"import sys, {', '.join(modules)}; sys.exit('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=PACKAGE.parent, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"something among {modules} imports torch\n{done.stderr}"
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "forbidden"),
+    [
+        ("planner", "import torch", ["torch"]),
+        ("planner", "from torch.distributed import x", ["torch.distributed"]),
+        ("planner", "class A:\n    import torch", ["torch"]),
+        ("planner", "def f():\n    import torch", []),
+        ("planner", "if TYPE_CHECKING:\n    import torch", []),
+        ("planner", "from distckpt.storage import Storage", ["distckpt.storage"]),
+        ("planner", "def f():\n    import distckpt.storage.posix", ["distckpt.storage.posix"]),
+        ("planner", "if TYPE_CHECKING:\n    from distckpt import storage", ["distckpt.storage"]),
+        ("planner", "from distckpt import Checkpointer", ["distckpt.Checkpointer"]),
+        ("planner", "from distckpt.index import Index", []),
+        ("storage.posix", "from distckpt import _C\nfrom distckpt.storage.port import FreeSpace", []),
+        ("storage.posix", "from distckpt.coordinator import agree", ["distckpt.coordinator"]),
+        ("storage.posix", "import pytest", ["pytest"]),
+        ("coordinator.mpi", "import mpi4py.MPI", ["mpi4py.MPI"]),
+        ("adapters.dtensor", "from distckpt import ShardedTensor\nimport torch", []),
+    ],
+)
+def test_layering_test_finds(module: str, source: str, forbidden: list[str]) -> None:
+    assert forbidden_imports(module, source) == forbidden
+
+
+def test_module_without_a_row_is_refused_with_advice() -> None:
+    with pytest.raises(AssertionError, match="give it a row"):
+        forbidden_imports("brand_new", "")
