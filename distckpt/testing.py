@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from distckpt.coordinator.contract import CoordinatorContract
+from distckpt.coordinator.threads import ThreadCoordinator, run_ranks
 from distckpt.storage.contract import StorageContract
 from distckpt.storage.faults import Crash, CrashingStorage
 from distckpt.storage.memory import MemoryStorage
 
-__all__ = ["Crash", "CrashingStorage", "MemoryStorage", "StorageContract"]
+__all__ = [
+    "CoordinatorContract",
+    "Crash",
+    "CrashingStorage",
+    "MemoryStorage",
+    "StorageContract",
+    "ThreadCoordinator",
+    "run_ranks",
+]
