@@ -1,0 +1,140 @@
+"""CRC32C: the vectors of RFC 3720, both kernels against each other, checksums of blocks."""
+
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+import pytest
+
+from distckpt import _C
+
+PATTERN = np.random.default_rng(7).integers(0, 256, 1 << 17, dtype=np.uint8)
+
+# The SCSI read command of RFC 3720 B.4.
+SCSI_READ_10 = bytes.fromhex(
+    "01c00000 00000000 00000000 00000000 14000000 00000400"
+    "00000014 00000018 28000000 00000000 02000000 00000000"
+)
+
+
+@pytest.mark.parametrize("kernel", [_C.crc32c, _C.crc32c_portable])
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (bytes(32), 0x8A9136AA),
+        (b"\xff" * 32, 0x62A8AB43),
+        (bytes(range(32)), 0x46DD794E),
+        (bytes(reversed(range(32))), 0x113FDB5C),
+        (SCSI_READ_10, 0xD9963A56),
+        (b"123456789", 0xE3069283),
+        (b"", 0),
+    ],
+    ids=["zeros", "ones", "rising", "falling", "scsi", "check", "empty"],
+)
+def test_known_vectors(kernel, data: bytes, expected: int) -> None:
+    assert kernel(data) == expected
+
+
+def test_kernel_is_one_of_the_three() -> None:
+    assert _C.crc32c_kernel() in ("sse4.2", "armv8", "portable")
+
+
+def test_kernels_agree_at_every_short_length_and_alignment() -> None:
+    for offset in range(16):
+        for length in range(301):
+            data = PATTERN[offset : offset + length]
+            assert _C.crc32c(data) == _C.crc32c_portable(data), (offset, length)
+
+
+@pytest.mark.parametrize("edge", [3 * 256, 3 * 8192, 6 * 8192, 1 << 16])
+def test_kernels_agree_around_the_stride_of_the_streams(edge: int) -> None:
+    for length in range(edge - 17, edge + 18):
+        data = PATTERN[3 : 3 + length]
+        assert _C.crc32c(data) == _C.crc32c_portable(data), length
+
+
+@pytest.mark.parametrize("kernel", [_C.crc32c, _C.crc32c_portable])
+@pytest.mark.parametrize("cut", [0, 1, 7, 8, 300, 24576, 100_000])
+def test_continuing_from_a_value_equals_one_pass(kernel, cut: int) -> None:
+    whole = kernel(PATTERN)
+    assert kernel(PATTERN[cut:], kernel(PATTERN[:cut])) == whole
+    assert kernel(PATTERN[cut:], value=kernel(PATTERN[:cut])) == whole
+
+
+def test_one_flipped_bit_changes_the_checksum() -> None:
+    data = PATTERN[:4096].copy()
+    before = _C.crc32c(data)
+    for bit in range(0, 4096 * 8, 911):
+        data[bit // 8] ^= 1 << (bit % 8)
+        assert _C.crc32c(data) != before
+        data[bit // 8] ^= 1 << (bit % 8)
+
+
+@pytest.mark.parametrize(
+    "data", [np.arange(6.0), np.float32(3), memoryview(b"abcd").cast("I"), np.zeros((0, 3))]
+)
+def test_any_contiguous_buffer_is_summed_as_bytes(data) -> None:
+    assert _C.crc32c(data) == _C.crc32c(bytes(data))
+
+
+@pytest.mark.parametrize("data", [PATTERN[::2], np.zeros((4, 4)).T[1:], memoryview(b"abcd")[::2]])
+def test_buffer_that_is_not_contiguous_is_refused(data) -> None:
+    with pytest.raises(ValueError, match="contiguous"):
+        _C.crc32c(data)
+
+
+def test_what_is_no_buffer_is_refused() -> None:
+    with pytest.raises(TypeError):
+        _C.crc32c("text")
+
+
+@pytest.mark.parametrize("value", [-1, 1 << 32])
+def test_value_that_is_no_checksum_is_refused(value: int) -> None:
+    with pytest.raises(TypeError):
+        _C.crc32c(b"", value)
+
+
+@pytest.mark.parametrize("size", [0, 1, 4095, 4096, 4097, 10_000, 65_536])
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_blocks_are_summed_one_by_one(size: int, threads: int) -> None:
+    data = PATTERN[5 : 5 + size]
+    out = np.full(-(-size // 4096), 0xDEADBEEF, dtype=np.uint32)
+    _C.crc32c_blocks(data, 4096, out, threads=threads)
+    assert out.tolist() == [_C.crc32c(data[i : i + 4096]) for i in range(0, size, 4096)]
+
+
+def test_blocks_may_be_larger_than_the_data() -> None:
+    out = np.zeros(1, dtype=np.uint32)
+    _C.crc32c_blocks(PATTERN, (1 << 63) - 1, out)
+    assert out[0] == _C.crc32c(PATTERN)
+
+
+def test_block_checksums_go_to_memory_of_any_alignment() -> None:
+    raw = bytearray(9)
+    _C.crc32c_blocks(b"12345678", 4, memoryview(np.frombuffer(raw, "u4", 2, 1)))
+    assert raw == b"\0" + struct.pack("<2I", _C.crc32c(b"1234"), _C.crc32c(b"5678"))
+
+
+@pytest.mark.parametrize(
+    "out",
+    [
+        np.zeros(2, np.uint32),
+        np.zeros(4, np.uint32),
+        np.zeros(3, np.uint64),
+        np.zeros(3, np.uint8),
+        np.zeros(3, "V0"),
+        np.zeros(6, np.uint32)[::2],
+        bytes(12),
+    ],
+    ids=["short", "long", "wide", "narrow", "empty items", "strided", "read-only"],
+)
+def test_blocks_into_anything_but_one_item_per_block_are_refused(out) -> None:
+    with pytest.raises(ValueError, match=r"out must be|writable|contiguous"):
+        _C.crc32c_blocks(PATTERN[:10_000], 4096, out)
+
+
+@pytest.mark.parametrize(("block_size", "threads"), [(0, 1), (-1, 1), (1 << 63, 1), (4096, 0), (4096, -1)])
+def test_blocks_of_no_size_or_on_no_thread_are_refused(block_size: int, threads: int) -> None:
+    with pytest.raises(ValueError, match=r"block_size|threads|overflows"):
+        _C.crc32c_blocks(PATTERN[:4096], block_size, np.zeros(1, np.uint32), threads=threads)
