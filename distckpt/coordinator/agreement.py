@@ -91,48 +91,54 @@ def agree(
     `committed` of these errors is "no" until `decide` has begun, then `committed_if_lost`. In a group of one
     rank errors are raised as themselves.
     """
-    attempt = partial(_run_local, local, message)
-    settle = partial(_run_decide, decide, message)
+    matter = _Matter(local, decide, message, decision, timeout_s)
     if coordinator.world_size == 1:
-        return _decode(settle([attempt()])[0], decision)
-
-    body = _Exchange(coordinator, phase, timeout_s, "no", committed_if_lost).run(attempt, settle)
-    confirmation = _Confirmation(body, decision, timeout_s, time.monotonic())
-    taken = _Exchange(coordinator, f"{phase}/taken", timeout_s, committed_if_lost, committed_if_lost)
-    taken.run(confirmation.take, confirmation.settle)
-    return confirmation.decision
-
-
-def _run_local(local: Callable[[], M], message: type[M]) -> msgspec.Raw:
-    body = _encode_raw(local())
-    _decode(body, message)  # here, and not only on rank 0: a wrong type is an error of this rank
-    return body
+        return _decode(matter.settle([matter.report()])[0], decision)
+    first = _Exchange(coordinator, phase, timeout_s, "no", committed_if_lost)
+    body = first.run(matter.report, matter.settle)
+    second = _Exchange(coordinator, f"{phase}/taken", timeout_s, committed_if_lost, committed_if_lost)
+    second.run(partial(matter.take, body), matter.confirm)
+    return matter.taken
 
 
-def _run_decide(
-    decide: Callable[[Sequence[M]], Sequence[D]], message: type[M], bodies: Sequence[msgspec.Raw]
-) -> list[msgspec.Raw]:
-    decisions = decide([_decode(body, message) for body in bodies])
-    if len(decisions) != len(bodies):
-        raise ValueError(f"decide made {len(decisions)} decisions for {len(bodies)} ranks")
-    return _once_each(_encode_raw, decisions)
+class _Matter(Generic[M, D]):
+    """What is agreed: the two parts of every rank, and the two of rank 0."""
 
+    taken: D
 
-class _Confirmation(Generic[D]):
-    """The second exchange: each rank decodes its decision, rank 0 looks at the clock."""
+    def __init__(
+        self,
+        local: Callable[[], M],
+        decide: Callable[[Sequence[M]], Sequence[D]],
+        message: type[M],
+        decision: type[D],
+        timeout_s: float,
+    ) -> None:
+        self._local, self._decide = local, decide
+        self._message, self._decision = message, decision
+        self._timeout_s = timeout_s
+        self._decided_at = 0.0
 
-    decision: D
-
-    def __init__(self, body: msgspec.Raw, kind: type[D], timeout_s: float, started: float) -> None:
-        self._body, self._kind, self._timeout_s, self._started = body, kind, timeout_s, started
-
-    def take(self) -> msgspec.Raw:
-        self.decision = _decode(self._body, self._kind)
-        return _NOTHING
+    def report(self) -> msgspec.Raw:
+        body = _encode_raw(self._local())
+        _decode(body, self._message)  # here, and not only on rank 0: a wrong type is an error of this rank
+        return body
 
     def settle(self, bodies: Sequence[msgspec.Raw]) -> list[msgspec.Raw]:
+        decisions = self._decide([_decode(body, self._message) for body in bodies])
+        if len(decisions) != len(bodies):
+            raise ValueError(f"decide made {len(decisions)} decisions for {len(bodies)} ranks")
+        answers = _once_each(_encode_raw, decisions)
+        self._decided_at = time.monotonic()
+        return answers
+
+    def take(self, body: msgspec.Raw) -> msgspec.Raw:
+        self.taken = _decode(body, self._decision)
+        return _NOTHING
+
+    def confirm(self, bodies: Sequence[msgspec.Raw]) -> list[msgspec.Raw]:
         # The others wait twice timeout_s for this answer: a rank 0 that was stopped meanwhile has lost them.
-        held_up_s = time.monotonic() - self._started
+        held_up_s = time.monotonic() - self._decided_at
         if held_up_s > 1.5 * self._timeout_s:
             raise TimeoutError(f"was held up for {held_up_s:.1f} s; the other ranks do not wait that long")
         return [_NOTHING] * len(bodies)
