@@ -31,7 +31,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 demo: install
-	$(BIN)/python -m examples.gpt.demo --out out/demo
+	$(BIN)/python examples/gpt/demo.py --out out/demo
 
 test: install
 	$(BIN)/python -m pytest
