@@ -1,7 +1,7 @@
 """The C++ core. All buffers are anything with the buffer protocol, C-contiguous; offsets and sizes are bytes.
 
 Failures of the operating system raise OSError with errno and file name. Every call that reads, writes,
-copies or checksums releases the GIL.
+copies or checksums releases the GIL. Using a closed File or BlockIO is a ValueError.
 """
 
 from typing_extensions import Buffer
@@ -26,7 +26,8 @@ def crc32c_blocks(data: Buffer, block_size: int, out: Buffer, *, threads: int = 
 class Memory:
     """Anonymous memory, 2 MiB aligned, on huge pages where the kernel gives them, not inherited by forks.
 
-    Supports the (writable) buffer protocol; freed when the last buffer over it is gone.
+    Supports the (writable) buffer protocol; freed when the last buffer over it is gone. Touching it in a child
+    process that was forked is a segmentation fault.
     """
 
     def __init__(self, size: int) -> None: ...
@@ -68,7 +69,8 @@ class BlockIO:
     A file opened with O_DIRECT is read and written directly where offset, size and memory are aligned to 4096
     bytes; unaligned edges go through an aligned bounce buffer. An unaligned tail that is written directly is
     padded with zeros to the next 4096 bytes: the caller truncates when the file is complete. EINVAL on a direct
-    transfer turns O_DIRECT off for that file and goes on buffered.
+    transfer turns O_DIRECT off for that file and goes on buffered. When a call raises, nothing is in flight any
+    more. In a child process that inherited it by fork, every call but close() is a RuntimeError.
     """
 
     def __init__(self, backend: str = "", *, request_size: int = 4194304, queue_depth: int = 8) -> None:

@@ -17,6 +17,7 @@
 
 struct Faults {
   bool short_transfers = false;  // Claim fewer bytes than were transferred.
+  int64_t missing_bytes = 0;     // Of every transfer of more than 8 KiB.
   bool interrupted = false;      // Now and then EINTR or EAGAIN.
   bool refuse_direct = false;    // EINVAL for whatever is submitted with O_DIRECT on.
   int fail_after = -1;           // From this completion on, `error`.
@@ -49,6 +50,8 @@ class FaultyQueue : public distckpt::TransferQueue {
       result = random_() % 2 == 0 ? -EINTR : -EAGAIN;
     } else if (faults_.no_progress) {
       result = std::min<int64_t>(result, 0);
+    } else if (faults_.missing_bytes > 0 && result > 8192) {
+      result -= faults_.missing_bytes;
     } else if (faults_.short_transfers && result > 1 && random_() % 4 != 0) {
       result = 1 + static_cast<int64_t>(random_() % static_cast<uint64_t>(result));
     }

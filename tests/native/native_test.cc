@@ -277,6 +277,20 @@ void TestShortInterruptedAndRefusedTransfersAreRepeated() {
   }
 }
 
+void TestShortDirectTransferGoesOnFromItsLastWholeBlock() {
+  std::atomic<int> in_flight{0};
+  Faults faults;
+  faults.missing_bytes = 1000;
+  const auto io = FaultyIO(faults, &in_flight);
+  const auto file = File::Create(FreshPath("short"), true, 0644);
+  const bool direct = file->direct();
+  const Bytes data = Random(1 << 20, 2);
+  io->Write(*file, 0, data.data(), data.size());
+  Bytes read(data.size());
+  CHECK(io->Read(*file, 0, read.data(), read.size()) == data.size());
+  CHECK(read == data && file->direct() == direct);
+}
+
 void TestRefusedDirectTransferTurnsDirectOff() {
   std::atomic<int> in_flight{0};
   Faults faults;
@@ -369,6 +383,7 @@ int main(int argc, char** argv) {
   TestFileIsUsedAndClosedConcurrently();
   TestBackendsFromSeveralThreads();
   TestShortInterruptedAndRefusedTransfersAreRepeated();
+  TestShortDirectTransferGoesOnFromItsLastWholeBlock();
   TestRefusedDirectTransferTurnsDirectOff();
   TestErrorIsToldOnceNothingIsInFlight();
   TestWriteWithoutProgressFails();

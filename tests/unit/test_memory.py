@@ -90,7 +90,7 @@ def test_whether_huge_pages_were_accepted_is_told() -> None:
 
 
 def test_memory_lives_as_long_as_its_last_buffer() -> None:
-    size = 8 << 30  # Never touched, and far more than anything else that may come and go meanwhile.
+    size = 1 << 30  # Never touched, and far more than anything else that may come and go meanwhile.
     before = virtual_bytes()
     memory = _C.Memory(size)
     view = memoryview(memory)[HUGE_PAGE:]
