@@ -107,9 +107,7 @@ def subtract(a: Box, b: Box) -> list[Box]:
             (after, common.end[d], a.end[d]),
         ):
             if begin < end:
-                pieces.append(
-                    Box((*offset[:d], begin, *offset[d + 1 :]), (*shape[:d], end - begin, *shape[d + 1 :]))
-                )
+                pieces.append(Box((*offset[:d], begin, *offset[d + 1 :]), (*shape[:d], end - begin, *shape[d + 1 :])))
         offset[d], shape[d] = common.offset[d], common.shape[d]
     return before + after[::-1]
 

@@ -1,13 +1,14 @@
 """Python values as JSON and back, type for type. Decides how tuples, bytes, NaN and the like are written.
 
 Plain JSON values are themselves. Whatever JSON has no word for is an object with one key that starts with "%":
-tuple, dict with other than string keys, bytes, large integer, NaN or infinity, complex, NumPy scalar, array.
+tuple, dict with other than string keys, Counter, bytes, large integer, NaN or infinity, complex, NumPy scalar, array.
 """
 
 from __future__ import annotations
 
 import base64
 import math
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from math import prod
 from typing import TypeAlias
@@ -57,8 +58,10 @@ def _to_json(value: object, where: str, depth: int) -> Json:
         return value if math.isfinite(value) else {"%float": str(value)}
     if isinstance(value, list) and kind is list:
         return [_to_json(v, f"{where}[{i}]", depth + 1) for i, v in enumerate(value)]
-    if isinstance(value, dict):
-        return _dict_to_json(value, where, depth)
+    if kind is dict or kind is OrderedDict:
+        return _dict_to_json(value, where, depth)  # type: ignore[arg-type]
+    if isinstance(value, Counter):
+        return {"%counter": _dict_to_json(dict(value), where, depth)}
     if isinstance(value, tuple) and kind is tuple:
         return {"%tuple": [_to_json(v, f"{where}[{i}]", depth + 1) for i, v in enumerate(value)]}
     if isinstance(value, (bytes, bytearray)):
@@ -122,6 +125,8 @@ def _from_tag(tag: str, body: object, depth: int) -> object:
             return {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}[body]
         data = base64.b64decode(body, validate=True)
         return bytearray(data) if tag == "%bytearray" else data
+    if tag == "%counter":
+        return Counter(_from_json(body, depth + 1))
     if not isinstance(body, list):
         raise ValueError(f"{tag} of a {type(body).__name__}")
     if tag == "%tuple":

@@ -25,9 +25,7 @@ class PerRank:
 
     __slots__ = ("axes", "on_change", "seed", "value")
 
-    def __init__(
-        self, value: object, axes: tuple[str, ...] | None = None, on_change: OnChange = "exact"
-    ) -> None:
+    def __init__(self, value: object, axes: tuple[str, ...] | None = None, on_change: OnChange = "exact") -> None:
         if on_change not in ("exact", "reseed", "skip"):
             raise InvalidShardingError(f"PerRank on_change={on_change!r}: expected 'exact', 'reseed' or 'skip'")
         self.value = value

@@ -42,7 +42,7 @@ class RankShards(msgspec.Struct, frozen=True, kw_only=True):
     tensor: bytes
     boxes: bytes
     samples: bytes
-    values: dict[str, msgspec.Raw]
+    values: dict[str, bytes]
     per_rank: dict[str, PerRankItem]
     mesh: dict[str, tuple[int, int]]
 
@@ -75,7 +75,7 @@ class SavePlan:
 
     specs: dict[str, Spec]  # sorted by key; ChunkColumns.tensor counts in it
     columns: tuple[ChunkColumns, ...]
-    values: dict[str, msgspec.Raw]
+    values: dict[str, bytes]
     per_rank: dict[str, PerRankPlan]
     mesh: MeshCoordinates
     bytes_by_rank: Int64Array
@@ -111,7 +111,9 @@ def _join_mesh(ranks: Sequence[RankShards]) -> MeshCoordinates:
     for rank, message in enumerate(ranks):
         found = {axis: size for axis, (_, size) in message.mesh.items()}
         if found != sizes:
-            raise InvalidShardingError(f"mesh is {sizes} on rank 0 but {found} on rank {rank}; pass one mesh everywhere")
+            raise InvalidShardingError(
+                f"mesh is {sizes} on rank 0 but {found} on rank {rank}; pass one mesh everywhere"
+            )
         outside = {a: c for a, (c, n) in message.mesh.items() if not 0 <= c < n}
         if outside:
             raise InvalidShardingError(f"rank {rank}: mesh coordinates {outside} are outside the sizes {sizes}")
@@ -153,18 +155,20 @@ def _common_container(a: str | None, b: str | None) -> str | None:
     return "/".join(segment for segment, _ in common)
 
 
-def _join_values(ranks: Sequence[RankShards], specs: Mapping[str, Spec]) -> dict[str, msgspec.Raw]:
-    first: dict[str, tuple[msgspec.Raw, int]] = {}
+def _join_values(ranks: Sequence[RankShards], specs: Mapping[str, Spec]) -> dict[str, bytes]:
+    first: dict[str, tuple[bytes, int]] = {}
     for rank, message in enumerate(ranks):
         for key, value in message.values.items():
             known, by = first.setdefault(key, (value, rank))
-            if bytes(known) != bytes(value):
+            if known != value:
                 raise InvalidShardingError(
                     f"value {key!r} is {_shorten(known)} on rank {by} but {_shorten(value)} on rank {rank}. "
                     f"Values are shared by all ranks; wrap what differs by rank in PerRank."
                 )
             if key in specs:
-                raise InvalidShardingError(f"{key!r} is a tensor on one rank and the value {_shorten(value)} on rank {rank}")
+                raise InvalidShardingError(
+                    f"{key!r} is a tensor on one rank and the value {_shorten(value)} on rank {rank}"
+                )
     paths = [key for key, spec in specs.items() if spec.container is None] + list(first)
     leaves = {key for key in paths if key not in first or not is_container(first[key][0])}
     for key in paths:
@@ -182,13 +186,13 @@ def _ancestors(key: str) -> Iterator[str]:
         yield key
 
 
-def is_container(value: msgspec.Raw) -> bool:
+def is_container(value: bytes) -> bool:
     """Whether an encoded value only marks an empty dict, or a list that has tensors in it."""
-    return bytes(value).startswith((b"{}", b'{"%list":', b'{"%tuple_of":'))
+    return value.startswith((b"{}", b'{"%list":', b'{"%tuple_of":'))
 
 
-def _shorten(value: msgspec.Raw) -> str:
-    text = bytes(value).decode()
+def _shorten(value: bytes) -> str:
+    text = value.decode()
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -343,7 +347,7 @@ def _box(row: Int64Array) -> Box:
 
 
 def _region(spec: Spec, box: Box) -> str:
-    """"rows 4096-6143" where whole rows are meant, "elements [0:4, 2:3]" otherwise."""
+    """ "rows 4096-6143" where whole rows are meant, "elements [0:4, 2:3]" otherwise."""
     if box.shape[1:] == spec.global_shape[1:] and box.shape:
         return f"rows {box.offset[0]}-{box.end[0] - 1}"
     return f"elements {box}"

@@ -13,7 +13,6 @@ from math import prod
 
 import msgspec
 import numpy as np
-import torch
 from torch import Tensor
 
 from distckpt._C import Memory, copy_chunk, crc32c, crc32c_blocks
@@ -132,7 +131,12 @@ class _Region:
 
 
 def fill_targets(
-    storage: Storage, directory: str, index: Index, copies: Sequence[Copy], targets: Sequence[Tensor], entries: Sequence[str]
+    storage: Storage,
+    directory: str,
+    index: Index,
+    copies: Sequence[Copy],
+    targets: Sequence[Tensor],
+    entries: Sequence[str],
 ) -> int:
     """Do the copies (in order of file and position) into the targets, tensors on the host; returns the bytes read.
 
@@ -220,7 +224,9 @@ class ChunkTableReader:
         self._file = storage.open(f"{directory}/{table.name}")
         try:
             if self._file.size_bytes != table.size_bytes:
-                raise CorruptionError(f"{self._file.name}: {self._file.size_bytes} bytes, the index says {table.size_bytes}")
+                raise CorruptionError(
+                    f"{self._file.name}: {self._file.size_bytes} bytes, the index says {table.size_bytes}"
+                )
             trailer = bytearray(table.size_bytes - table.records_bytes)
             self._file.read_into(table.records_bytes, trailer)
             if crc32c(trailer) != table.trailer_crc or len(trailer) != 4 * -(-table.records_bytes // PAGE_BYTES):
@@ -243,7 +249,9 @@ class ChunkTableReader:
         start, size = entry.record
         first = start // PAGE_BYTES
         stop = -(-(start + size) // PAGE_BYTES)
-        held = len(self._pages) // PAGE_BYTES if len(self._pages) % PAGE_BYTES == 0 else len(self._pages) // PAGE_BYTES + 1
+        held = (
+            len(self._pages) // PAGE_BYTES if len(self._pages) % PAGE_BYTES == 0 else len(self._pages) // PAGE_BYTES + 1
+        )
         if not (self._first <= first and stop <= self._first + held):
             end = min(stop * PAGE_BYTES, self._index.chunk_table.records_bytes)
             pages = bytearray(end - first * PAGE_BYTES)
@@ -265,8 +273,3 @@ def read_per_rank(storage: Storage, directory: str, index: Index, number: int) -
         return msgspec.json.decode(text, type=dict[str, msgspec.Raw])
     except (msgspec.DecodeError, RecursionError) as error:
         raise CorruptionError(f"{index.files[number].name}: per-rank values: {error}") from error
-
-
-def host_buffer_for(tensor: Tensor) -> Tensor:
-    """Where to read a target's bytes: the tensor itself if it is on the host, else a buffer of its shape there."""
-    return tensor if tensor.device.type == "cpu" else torch.empty(tensor.shape, dtype=tensor.dtype)

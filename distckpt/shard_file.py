@@ -134,9 +134,7 @@ def split_into_files(chunks: Sequence[Chunk], *, max_header_bytes: int = MAX_HEA
     return files
 
 
-def lay_out(
-    chunks: Sequence[Chunk], order: Sequence[int], per_rank: bytes, metadata: Mapping[str, str]
-) -> FileLayout:
+def lay_out(chunks: Sequence[Chunk], order: Sequence[int], per_rank: bytes, metadata: Mapping[str, str]) -> FileLayout:
     """The layout of the file that holds chunks[i] for i in `order` (descending item size) and the per-rank JSON."""
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
     relative: list[int] = []

@@ -63,7 +63,9 @@ class ShardedTensor:
             raise InvalidShardingError(f"{key!r}: the shard {box} is not inside the global shape {shape}")
         for name, labels in (("partition", partition), ("blocks", blocks)):
             if labels is not None and len(labels) != len(shape):
-                raise InvalidShardingError(f"{key!r}: {name}={labels!r} needs one entry for each of {len(shape)} dimensions")
+                raise InvalidShardingError(
+                    f"{key!r}: {name}={labels!r} needs one entry for each of {len(shape)} dimensions"
+                )
         for d, n in enumerate(blocks or ()):
             if n < 1 or shape[d] % n:
                 raise InvalidShardingError(f"{key!r}: {n} blocks do not divide dimension {d} of {shape}")
@@ -74,7 +76,12 @@ class ShardedTensor:
         self._box: Box | None = box
 
     def _set(
-        self, key: str, data: Tensor, shape: tuple[int, ...], replica_id: int | tuple[int, ...], mismatch: bool
+        self,
+        key: str,
+        data: Tensor,
+        shape: tuple[int, ...],
+        replica_id: int | tuple[int, ...],
+        mismatch: bool,
     ) -> None:
         if not isinstance(key, str) or not key:
             raise InvalidShardingError(f"key {key!r}: expected a non-empty string")
@@ -145,7 +152,9 @@ class ShardedTensor:
         parts = [of] if isinstance(of, ShardedTensor) else list(of)
         if not parts or any(p.global_shape != parts[0].global_shape for p in parts):
             shapes = [p.global_shape for p in parts]
-            raise InvalidShardingError(f"{key!r}: `of` needs one or more parts of one global tensor, got shapes {shapes}")
+            raise InvalidShardingError(
+                f"{key!r}: `of` needs one or more parts of one global tensor, got shapes {shapes}"
+            )
         boxes = [box for part in parts for box in part.boxes()]
         total = sum(box.size for box in boxes)
         start, stop, step = flat_range.indices(total)

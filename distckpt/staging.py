@@ -76,9 +76,7 @@ def stage(
 
     On return the tensors may change. The per-rank JSON goes into the first file.
     """
-    layouts = [
-        lay_out(chunks, numbers, per_rank if i == 0 else b"{}", metadata[i]) for i, numbers in enumerate(order)
-    ]
+    layouts = [lay_out(chunks, numbers, per_rank if i == 0 else b"{}", metadata[i]) for i, numbers in enumerate(order)]
     starts = np.cumsum([0] + [-(-layout.size_bytes // ALIGNMENT) * ALIGNMENT for layout in layouts]).tolist()
     memory = memoryview(arena.reserve(max(starts[-1], 1)))
     files = []

@@ -6,6 +6,7 @@ ShardedTensor has a key of its own. Never does I/O and never talks to other rank
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -59,13 +60,17 @@ Adapter: TypeAlias = Callable[[str, object], Adapted | None]
 
 @dataclass(slots=True)
 class TensorLeaf:
-    """A tensor of which this rank has some boxes. `replace(tensor)` puts another tensor in the leaf's place."""
+    """A tensor of which this rank has some boxes.
+
+    materialize: for a tensor on the meta device, puts an empty one on a real device in its place and returns the
+    shards of that. loaded: called once the shards are filled.
+    """
 
     key: str
     spec: Spec
     shards: list[Shard]
     allow_shape_mismatch: bool = False
-    replace: Setter | None = None
+    materialize: Callable[[torch.device], list[Shard]] | None = None
     loaded: Callable[[], None] | None = None
 
 
@@ -89,7 +94,8 @@ class ObjectLeaf:
     path: str
     owner: Stateful
     state: dict[object, object]
-    replace: Setter
+    tensors: list[TensorLeaf]
+    values: list[ValueLeaf]
 
 
 @dataclass(slots=True)
@@ -135,7 +141,7 @@ def flatten(state: Mapping[str, object], adapters: Sequence[Adapter]) -> FlatSta
     Raises UnsupportedTypeError for a leaf that cannot be stored exactly, InvalidShardingError for shards that
     cannot be; both name the key.
     """
-    if not isinstance(state, dict):
+    if type(state) not in (dict, OrderedDict):
         raise UnsupportedTypeError(f"the state is a {type(state).__name__}; expected a dict")
     flat = FlatState()
     flattener = _Flattener(flat, adapters)
@@ -183,14 +189,14 @@ class _Flattener:
             self._tensor(value, path, replace)
         elif isinstance(value, np.ndarray):
             self._array(value, path, replace)
-        elif isinstance(value, dict):
+        elif type(value) in (dict, OrderedDict):
             self.dictionary(value, path)
             if not value:
                 self._flat.empty.append(path)
         elif type(value) in (list, tuple) and not is_plain_value(value):
             self._sequence(value, path, replace)  # type: ignore[arg-type]
         elif _is_stateful(value):
-            self._object(value, path, replace)
+            self._object(value, path)
         else:
             self._flat.values.append(ValueLeaf(path, encode_value(value, path), replace))
 
@@ -214,10 +220,8 @@ class _Flattener:
             key = part.key if container is not None else path or part.key
             check_storable(part.data, key)
             spec = msgspec.structs.replace(part.spec, container=container)
-            shards = part.shards()
-            self._flat.tensors.append(
-                TensorLeaf(key, spec, shards, part.allow_shape_mismatch, replace=_data_setter(part))
-            )
+            materialize = _materialize_part(part) if part.data.is_meta else None
+            self._flat.tensors.append(TensorLeaf(key, spec, part.shards(), part.allow_shape_mismatch, materialize))
 
     def _tensor(self, tensor: Tensor, path: str, replace: Setter) -> None:
         if type(tensor) not in _PLAIN_TENSOR_TYPES:
@@ -226,7 +230,8 @@ class _Flattener:
         check_storable(tensor, path)
         spec = Spec(dtype=dtype_name(tensor.dtype, path), global_shape=tuple(tensor.shape))
         shard = Shard(Box.whole(tensor.shape), tensor.detach())
-        self._flat.tensors.append(TensorLeaf(path, spec, [shard], replace=replace))
+        materialize = _materialize_tensor(tensor, replace) if tensor.is_meta else None
+        self._flat.tensors.append(TensorLeaf(path, spec, [shard], materialize=materialize))
 
     def _subclass(self, tensor: Tensor, path: str) -> None:
         """A wrapper is its inner tensors, which load fills in place."""
@@ -276,10 +281,12 @@ class _Flattener:
             self._flat.finish.append(lambda: replace(tuple(items)))
         self._open.discard(id(value))
 
-    def _object(self, value: Stateful, path: str, replace: Setter) -> None:
-        state = dict(value.state_dict())
-        self.dictionary(state, path)  # type: ignore[arg-type]
-        self._flat.objects.append(ObjectLeaf(path, value, state, replace))  # type: ignore[arg-type]
+    def _object(self, value: Stateful, path: str) -> None:
+        state: dict[object, object] = dict(value.state_dict())
+        flat = self._flat
+        tensors, values = len(flat.tensors), len(flat.values)
+        self.dictionary(state, path)
+        flat.objects.append(ObjectLeaf(path, value, state, flat.tensors[tensors:], flat.values[values:]))
 
 
 _PLAIN_TENSOR_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
@@ -289,8 +296,22 @@ def _item_setter(container: dict[object, object] | list[object], key: object) ->
     return lambda value: container.__setitem__(key, value)  # type: ignore[index]
 
 
-def _data_setter(part: ShardedTensor) -> Setter:
-    return lambda value: setattr(part, "data", value)
+def _materialize_part(part: ShardedTensor) -> Callable[[torch.device], list[Shard]]:
+    def materialize(device: torch.device) -> list[Shard]:
+        part.data = torch.empty_like(part.data, device=device)
+        return part.shards()
+
+    return materialize
+
+
+def _materialize_tensor(tensor: Tensor, replace: Setter) -> Callable[[torch.device], list[Shard]]:
+    def materialize(device: torch.device) -> list[Shard]:
+        data = torch.empty_like(tensor, device=device, requires_grad=False)
+        is_parameter = isinstance(tensor, torch.nn.Parameter)
+        replace(torch.nn.Parameter(data, tensor.requires_grad) if is_parameter else data)
+        return [Shard(Box.whole(data.shape), data)]
+
+    return materialize
 
 
 def check_storable(tensor: Tensor, key: str) -> None:
@@ -382,7 +403,10 @@ def _from_value(value: object, key: str) -> object:
 
 
 def unflatten(
-    leaves: Mapping[str, object], containers: Mapping[str, str | None], markers: Mapping[str, bytes], below: str = ""
+    leaves: Mapping[str, object],
+    containers: Mapping[str, str | None],
+    markers: Mapping[str, bytes],
+    below: str = "",
 ) -> dict[object, object]:
     """The nested state of stored leaves, or the part of it below the path `below`.
 

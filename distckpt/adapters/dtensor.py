@@ -97,5 +97,3 @@ def _partition(placements: Sequence[Placement], names: Sequence[str], ndim: int)
         if dim is not None:
             partition[dim] = name
     return tuple(partition)
-
-

@@ -45,7 +45,11 @@ def _tensor(value: _MegatronTensor) -> Adapted:
     flat = getattr(value, "flattened_range", None)
     if flat is None:
         part = ShardedTensor(
-            value.key, value.data, global_shape=value.global_shape, global_offset=value.global_offset, **common
+            value.key,
+            value.data,
+            global_shape=value.global_shape,
+            global_offset=value.global_offset,
+            **common,
         )
     else:
         whole = ShardedTensor(

@@ -1,0 +1,58 @@
+"""Sharded checkpoints for model-parallel training: safe, checked, loadable on any layout.
+
+The public names; they are imported on first use, so that `import distckpt.index` and the like need no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from distckpt.checkpointer import Checkpointer as Checkpointer
+    from distckpt.checkpointer import PendingSave as PendingSave
+    from distckpt.errors import CheckpointError as CheckpointError
+    from distckpt.errors import CheckpointNotFoundError as CheckpointNotFoundError
+    from distckpt.errors import CorruptionError as CorruptionError
+    from distckpt.errors import DistributedError as DistributedError
+    from distckpt.errors import FencedError as FencedError
+    from distckpt.errors import InvalidShardingError as InvalidShardingError
+    from distckpt.errors import MismatchError as MismatchError
+    from distckpt.errors import UnsupportedTypeError as UnsupportedTypeError
+    from distckpt.one_directory import async_save as async_save
+    from distckpt.one_directory import load as load
+    from distckpt.one_directory import read as read
+    from distckpt.one_directory import save as save
+    from distckpt.per_rank import PerRank as PerRank
+    from distckpt.report import LoadReport as LoadReport
+    from distckpt.report import SaveReport as SaveReport
+    from distckpt.sharded_tensor import ShardedTensor as ShardedTensor
+
+_HOMES = {
+    "Checkpointer": "checkpointer",
+    "PendingSave": "checkpointer",
+    "CheckpointError": "errors",
+    "CheckpointNotFoundError": "errors",
+    "CorruptionError": "errors",
+    "DistributedError": "errors",
+    "FencedError": "errors",
+    "InvalidShardingError": "errors",
+    "MismatchError": "errors",
+    "UnsupportedTypeError": "errors",
+    "async_save": "one_directory",
+    "load": "one_directory",
+    "read": "one_directory",
+    "save": "one_directory",
+    "PerRank": "per_rank",
+    "LoadReport": "report",
+    "SaveReport": "report",
+    "ShardedTensor": "sharded_tensor",
+}
+__all__ = list(_HOMES)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'distckpt' has no attribute {name!r}")
+    return getattr(import_module(f"distckpt.{_HOMES[name]}"), name)

@@ -1,0 +1,297 @@
+"""Checkpointer: a root directory of iterations, saved and loaded by all ranks of a job. Sees every layer."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from os import PathLike, fspath
+from typing import Literal, TypeVar
+
+import torch
+
+from distckpt.adapters import ADAPTERS
+from distckpt.commit import list_commits, newest_iteration, read_tracker, retire, sweep
+from distckpt.coordinator import Coordinator, agree, default_coordinator
+from distckpt.errors import CheckpointError, InvalidShardingError
+from distckpt.loading import Load, LoadContext, read_all
+from distckpt.report import LoadReport, SaveReport
+from distckpt.retention import superfluous
+from distckpt.saving import Mesh, Save, SaveContext
+from distckpt.staging import Arena
+from distckpt.state_dict import flatten
+from distckpt.storage import PosixStorage, Storage
+
+logger = logging.getLogger("distckpt")
+State = dict[str, object]
+T = TypeVar("T")
+PREPARE_SLACK_BYTES = 16 << 20  # headers, checksum table, PerRank values
+
+
+class PendingSave:
+    """An async save. Its failure is raised by wait(), or else by the next call on the Checkpointer, once."""
+
+    def __init__(self, work: Callable[[], SaveReport]) -> None:
+        self._report: SaveReport | None = None
+        self._error: BaseException | None = None
+        self._is_known = False
+        self._work = work
+        self._thread = threading.Thread(target=self._run, name="distckpt-save")
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._report = self._work()
+        except BaseException as error:
+            self._error = error
+
+    def wait_staged(self) -> None:
+        """Return when the caller may change the tensors; an eager save has returned so."""
+
+    def done(self) -> bool:
+        """Whether the save has ended, well or not."""
+        return not self._thread.is_alive()
+
+    def wait(self, timeout_s: float | None = None) -> SaveReport:
+        """Wait for the end of the save. Raises its error, or TimeoutError while it goes on."""
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            raise TimeoutError(f"the save is still under way after {timeout_s} s")
+        if self._error is not None:
+            self._is_known = True
+            raise self._error
+        assert self._report is not None
+        return self._report
+
+    def raise_once(self) -> None:
+        """Wait, and raise the save's error unless somebody has seen it."""
+        self._thread.join()
+        if self._error is not None and not self._is_known:
+            self._is_known = True
+            raise self._error
+
+
+class Checkpointer:
+    """Saves and loads the iterations under one root directory.
+
+    Collective: all ranks make it, and call save, async_save, load, read and close in the same order.
+
+    root: directory, or a Storage. mesh: axis -> (this rank's coordinate, size); names are the caller's; without
+    it the mesh is {"rank": (rank, world size)}. coordinator: default_coordinator() if None; closed by the caller.
+    keep_last: number of newest iterations to keep, all if None. timeout_s: how long a rank may be silent, in one
+    phase of a save or load, before the others give up on it. removal_grace_s: how long the files of a removed
+    checkpoint stay for readers that have it open.
+    """
+
+    def __init__(
+        self,
+        root: str | PathLike[str] | Storage,
+        *,
+        mesh: Mapping[str, tuple[int, int]] | None = None,
+        coordinator: Coordinator | None = None,
+        keep_last: int | None = None,
+        timeout_s: float = 1800.0,
+        removal_grace_s: float = 60.0,
+        io_backend: str = "",
+    ) -> None:
+        if keep_last is not None and keep_last < 1:
+            raise ValueError(f"keep_last={keep_last}: at least the newest checkpoint is kept; None keeps all")
+        self._owns_coordinator = coordinator is None
+        self._coordinator = default_coordinator() if coordinator is None else coordinator
+        if isinstance(root, (str, PathLike)):
+            storage: Storage = PosixStorage(fspath(root), io_backend=io_backend)
+        else:
+            storage = root
+        rank, world_size = self._coordinator.rank, self._coordinator.world_size
+        self._mesh: Mesh = {"rank": (rank, world_size)} if mesh is None else dict(mesh)
+        self._check_mesh()
+        self._storage = storage
+        self._keep_last = keep_last
+        self._grace_s = removal_grace_s
+        self._save_context = SaveContext(
+            storage=storage,
+            coordinator=self._coordinator,
+            mesh=self._mesh,
+            arena=Arena(),
+            timeout_s=timeout_s,
+            io_backend=getattr(storage, "io_backend", type(storage).__name__),
+        )
+        self._load_context = LoadContext(storage, self._coordinator, self._mesh, timeout_s)
+        self._pending: PendingSave | None = None
+        self._calls = 0
+        self._closed = False
+        self._guards: list[torch.utils.hooks.RemovableHandle] = []
+
+    def _check_mesh(self) -> None:
+        for axis, (at, size) in self._mesh.items():
+            if not 0 <= at < size:
+                raise InvalidShardingError(f"mesh axis {axis!r}: coordinate {at} is outside its size {size}")
+
+    def save(self, state: State, *, iteration: int, metadata: object = None) -> SaveReport:
+        """Save; durable, and a checkpoint, on return. metadata: JSON values kept in the index.
+
+        Raises, the same on every rank: InvalidShardingError, DistributedError, FencedError, CheckpointError.
+        """
+        save = self._begin(state, iteration, metadata)
+        return self._finish(save, is_async=False)
+
+    def async_save(
+        self,
+        state: State,
+        *,
+        iteration: int,
+        metadata: object = None,
+        snapshot: Literal["eager", "lazy"] = "eager",
+    ) -> PendingSave:
+        """Copy the state and save the copy in the background. On return the caller may change the tensors.
+
+        An earlier save is waited for first, and its failure raised. "lazy" copies as "eager" does for now.
+        """
+        if snapshot not in ("eager", "lazy"):
+            raise ValueError(f"snapshot={snapshot!r}: expected 'eager' or 'lazy'")
+        save = self._begin(state, iteration, metadata)
+        self._pending = PendingSave(lambda: self._finish(save, is_async=True))
+        self._pending.start()
+        return self._pending
+
+    def _begin(self, state: State, iteration: int, metadata: object) -> Save:
+        self._settle()
+        save = Save(self._save_context, state, iteration, metadata, self._label("save"))
+        save.plan()
+        save.stage()
+        return save
+
+    def _finish(self, save: Save, *, is_async: bool) -> SaveReport:
+        report = save.finish(is_async=is_async)
+        self._save_context.parent = report.save_id
+        if self._coordinator.rank == 0:
+            self._clean_up()
+            logger.info(
+                "saved iteration %d: %.1f MB in %.2f s, training stood still for %.3f s",
+                report.iteration,
+                report.size_bytes / 1e6,
+                report.total_s,
+                report.stall_s,
+            )
+        return report
+
+    def _clean_up(self) -> None:
+        """Retention and sweep, after a commit. What fails is tried again after the next one."""
+        try:
+            commits = list_commits(self._storage)
+            retire(
+                self._storage,
+                superfluous(commits, keep_last=self._keep_last, tracked=read_tracker(self._storage)),
+            )
+            sweep(self._storage, grace_s=self._grace_s)
+        except OSError as error:
+            logger.warning("removing old checkpoints failed, the new one is safe: %s", error)
+
+    def load(
+        self,
+        state: State,
+        iteration: int | None = None,
+        *,
+        strict: bool = True,
+        device: torch.device | str = "cpu",
+    ) -> LoadReport:
+        """Fill the state in place: tensors, values in their containers, PerRank values, objects.
+
+        iteration: None is the newest good one; damaged ones are passed over, by all ranks, and reported. strict:
+        whether a key that is missing, or stored below a container of the state but not in it, is an error.
+        device: where a tensor on the meta device is made; it replaces the meta tensor in the state.
+
+        Raises, the same on every rank: CheckpointNotFoundError, MismatchError (nothing was changed), CorruptionError
+        (nothing good is left to fall back to; the state is undefined), DistributedError.
+        """
+        self._settle()
+        load = Load(self._load_context, state, iteration, strict, torch.device(device), self._label("load"))
+        report, index = load.run()
+        self._save_context.parent = index.save_id
+        if self._coordinator.rank == 0:
+            logger.info(
+                "loaded iteration %d: %.1f MB in %.2f s",
+                report.iteration,
+                report.size_bytes / 1e6,
+                report.total_s,
+            )
+        return report
+
+    def read(self, iteration: int | None = None, keys: Iterable[str] | None = None) -> State:
+        """The stored state without a template: full tensors on the CPU, values; PerRank values are left out.
+
+        keys: keys, or paths of containers, to read; all if None. A ShardedTensor stands under its key in the
+        container in which it was saved. Raises what load raises; MismatchError for keys that are not there.
+        """
+        self._settle()
+        wanted = None if keys is None else list(keys)
+        return read_all(self._load_context, iteration, wanted, self._label("read"))
+
+    def latest_iteration(self) -> int | None:
+        """The iteration that load() would take first; None if there is no committed one. Collective."""
+        found = self._ask_leader("latest", lambda: [newest_iteration(self._storage)])
+        return found[0]
+
+    def iterations(self) -> list[int]:
+        """Committed iterations, ascending. Collective."""
+        return self._ask_leader("iterations", lambda: sorted({c.iteration for c in list_commits(self._storage)}))
+
+    def _ask_leader(self, phase: str, question: Callable[[], list[T]]) -> list[T]:
+        """Every rank gets rank 0's answer."""
+        self._settle()
+        return agree(
+            self._coordinator,
+            f"{self._label('ask')}: {phase}",
+            lambda: None,
+            lambda ranks: [question()] * len(ranks),
+            message=type(None),
+            decision=list,
+            timeout_s=self._load_context.timeout_s,
+        )
+
+    def prepare(self, state: State) -> None:
+        """Populate staging memory for a state like this now, so that the first save stalls no longer than the next."""
+        flat = flatten(state, ADAPTERS)
+        size = sum(shard.data.nbytes for leaf in flat.tensors for shard in leaf.shards)
+        self._save_context.arena.reserve(size + PREPARE_SLACK_BYTES)
+
+    def guard(self, optimizer: torch.optim.Optimizer) -> None:
+        """Call before_mutation() ahead of every step of this optimizer."""
+        self._guards.append(optimizer.register_step_pre_hook(lambda *_: self.before_mutation()))
+
+    def before_mutation(self) -> None:
+        """Return when the tensors of a save under way may change. Custom loops call it before they change them."""
+        if self._pending is not None:
+            self._pending.wait_staged()
+
+    def _label(self, verb: str) -> str:
+        if self._closed:
+            raise CheckpointError(f"{verb}: this Checkpointer is closed")
+        self._calls += 1
+        return f"{verb} {self._calls}"
+
+    def _settle(self) -> None:
+        """Wait for the save under way and raise its failure if nobody has seen it."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.raise_once()
+
+    def close(self) -> None:
+        """Wait for the save under way, raise its failure if nobody has seen it, free memory and connections."""
+        try:
+            self._settle()
+        finally:
+            self._closed = True
+            for handle in self._guards:
+                handle.remove()
+            self._save_context.arena.release()
+            if self._owns_coordinator:
+                self._coordinator.close()
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

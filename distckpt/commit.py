@@ -1,0 +1,351 @@
+"""The commit protocol: how files become a checkpoint, which one is newest, and how one is removed. Rank 0 runs it.
+
+A save of iteration I by the job that holds epoch E:
+
+ 1. Claim. Before its first save the job creates writer-E, E one more than any there is, with put_if_absent.
+    Why: of two jobs on one root, exactly one holds the highest epoch, and everybody can see which.
+ 2. Announce. Make iter_I and put pending-<save_id> in it; touch it while the save goes on.
+    Why: a sweep spares the files of a save that is under way, and tells one that died by the marker's age.
+ 3. Write. Every rank writes files whose names carry save_id, makes their content durable, and checks that
+    the name still leads to the open file; all ranks report before anything else happens (agree).
+    Why: no file of an older save is touched, so that until step 6 the old checkpoint is whole.
+ 4. Write the chunk table, then sync the directory.
+    Why: the index must not name a file that a crash can lose.
+ 5. Fence. If a writer with a higher epoch is there, stop: FencedError.
+    Why: a job that was given up (hung, partitioned) and wakes must not overrule its successor.
+ 6. Commit. put_if_absent(index-<epoch>-<commit_seq>.json), durable on return. The checkpoint now exists.
+    If the name is taken by our own save_id, an earlier attempt succeeded and its reply was lost.
+    Why the name: (epoch, commit_seq) orders all commits of a root without opening a file, also those of
+    one iteration that was saved again and those of a job that passed step 5 just before it was fenced.
+ 7. Tracker. Replace latest_checkpointed_iteration.txt. It is a convenience: "newest" is decided by 6.
+ 8. Remove the marker, retire what retention gives up, sweep.
+
+Removing a checkpoint: a retired-<save_id> marker, then the index, sync the directory, and after a grace period the
+files. Why: without its index it is no checkpoint, so a crash in between leaves garbage and never a half; readers
+that have opened it get the grace period to finish.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from distckpt.errors import CheckpointError, CheckpointNotFoundError, Committed, CorruptionError, FencedError
+from distckpt.index import MAX_INDEX_BYTES, Index, decode_index, encode_index
+from distckpt.storage import Storage
+
+TRACKER = "latest_checkpointed_iteration.txt"
+STALE_AFTER_S = 600.0  # a pending marker that was not touched for so long belongs to a save that died
+HEARTBEAT_S = 20.0
+_ITERATION = re.compile(r"iter_(\d{7,})")
+_INDEX = re.compile(r"index-(\d{6,})-(\d{6,})\.json")
+_WRITER = re.compile(r"writer-(\d{6,})")
+_SAVE_ID = re.compile(r"(?:^pending-|^retired-|-)([0-9a-f]{32})(?:\.|$)")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Commit:
+    """One committed index, by name only; ordered from oldest to newest."""
+
+    epoch: int
+    commit_seq: int
+    iteration: int
+
+    @property
+    def directory(self) -> str:
+        return iteration_directory(self.iteration)
+
+    @property
+    def name(self) -> str:
+        return f"{self.directory}/index-{self.epoch:06d}-{self.commit_seq:06d}.json"
+
+
+class CommitFailed(CheckpointError):
+    """Publishing failed; `committed` says whether the checkpoint exists all the same."""
+
+    def __init__(self, message: str, committed: Committed) -> None:
+        super().__init__(message)
+        self.committed: Committed = committed
+
+
+def new_save_id() -> str:
+    return os.urandom(16).hex()
+
+
+def iteration_directory(iteration: int) -> str:
+    return f"iter_{iteration:07d}"
+
+
+def iteration_directories(storage: Storage) -> list[tuple[int, str]]:
+    """(iteration, directory name) of all iteration directories, committed or not, ascending."""
+    found = ((_ITERATION.fullmatch(name), name) for name in storage.list(""))
+    return sorted((int(m[1]), name) for m, name in found if m and name == iteration_directory(int(m[1])))
+
+
+def list_commits(storage: Storage) -> list[Commit]:
+    """Every commit under the root, newest first. Nothing is opened: an index may still turn out to be damaged."""
+    commits = [
+        Commit(int(m[1]), int(m[2]), iteration)
+        for iteration, directory in iteration_directories(storage)
+        for m in map(_INDEX.fullmatch, storage.list(directory))
+        if m
+    ]
+    return sorted(commits, reverse=True)
+
+
+def read_file(storage: Storage, name: str, max_bytes: int) -> bytes:
+    """A small file, whole. Raises CorruptionError if it is larger than max_bytes."""
+    file = storage.open(name)
+    try:
+        if file.size_bytes > max_bytes:
+            raise CorruptionError(f"{name}: {file.size_bytes} bytes, at most {max_bytes} expected")
+        data = bytearray(file.size_bytes)
+        file.read_into(0, data)
+        return bytes(data)
+    except EOFError as error:
+        raise CorruptionError(f"{name}: {error}") from error
+    finally:
+        file.close()
+
+
+def read_index(storage: Storage, commit: Commit) -> tuple[Index, bytes]:
+    """The validated index of a commit, and its bytes. Raises CorruptionError, or OSError if it is gone."""
+    data = read_file(storage, commit.name, MAX_INDEX_BYTES)
+    return decode_index_of(commit, data), data
+
+
+def decode_index_of(commit: Commit, data: bytes) -> Index:
+    """Decode an index and check that it is the one that its name says."""
+    index = decode_index(data, name=commit.name)
+    found = Commit(index.epoch, index.commit_seq, index.iteration)
+    if found != commit:
+        raise CorruptionError(f"{commit.name}: it is the index of {found.name}")
+    return index
+
+
+def newest_iteration(storage: Storage) -> int | None:
+    """The iteration of the newest commit whose index is sound; None if there is none."""
+    for commit in list_commits(storage):
+        try:
+            return read_index(storage, commit)[0].iteration
+        except (OSError, CorruptionError):
+            continue
+    return None
+
+
+def find_commits(storage: Storage, iteration: int | None) -> list[Commit]:
+    """Commits that a load may use, best first: all, or those of one iteration. Raises CheckpointNotFoundError."""
+    commits = list_commits(storage)
+    wanted = [c for c in commits if iteration is None or c.iteration == iteration]
+    if not wanted:
+        known = sorted({c.iteration for c in commits})
+        has = f"it has iterations {known[-10:]}" if known else "it has no committed checkpoint"
+        which = "" if iteration is None else f" of iteration {iteration}"
+        raise CheckpointNotFoundError(f"no checkpoint{which} under {storage.location}: {has}")
+    return wanted
+
+
+def read_tracker(storage: Storage) -> int | None:
+    """The iteration that the tracker names; None when it is missing or is not a number."""
+    try:
+        text = read_file(storage, TRACKER, 64)
+    except (FileNotFoundError, CorruptionError):
+        return None
+    return int(text) if re.fullmatch(rb"\d{1,18}\s*", text) else None
+
+
+def tracker_warning(storage: Storage, newest: Commit) -> str | None:
+    """What is wrong with the tracker, given the newest commit; None when it names that."""
+    try:
+        named = read_tracker(storage)
+    except OSError as error:
+        return f"{TRACKER} cannot be read ({error}); the newest committed checkpoint is {newest.iteration}"
+    if named == newest.iteration:
+        return None
+    says = "is missing or damaged" if named is None else f"says {named}"
+    return f"{TRACKER} {says}; the newest committed checkpoint is {newest.iteration}"
+
+
+@dataclass(slots=True)
+class Writer:
+    """A job's right to write under a root: its epoch, and the number that its next commit gets."""
+
+    storage: Storage
+    epoch: int
+    commit_seq: int
+
+    @classmethod
+    def claim(cls, storage: Storage) -> Writer:
+        """Step 1. Raises OSError."""
+        storage.make_directory("")
+        owner = json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode()
+        while True:
+            claimed = _writers(storage)
+            epoch = max(claimed, default=0) + 1
+            if storage.put_if_absent(f"writer-{epoch:06d}", owner):
+                break
+        for old in claimed:
+            storage.remove(f"writer-{old:06d}")
+        commits = list_commits(storage)
+        return cls(storage, epoch, max((c.commit_seq for c in commits), default=0) + 1)
+
+    def check_fence(self) -> None:
+        """Step 5. Raises FencedError."""
+        newest = max(_writers(self.storage), default=self.epoch)
+        if newest > self.epoch:
+            raise FencedError(
+                f"{self.storage.location}: this job writes with epoch {self.epoch}, but a newer job has claimed epoch "
+                f"{newest}. Nothing of this save was committed. Stop this job, or give it a root of its own."
+            )
+
+    def announce(self, iteration: int, save_id: str) -> None:
+        """Step 2. Raises FencedError or OSError."""
+        self.check_fence()
+        directory = iteration_directory(iteration)
+        self.storage.make_directory(directory)
+        self.storage.put_if_absent(pending_marker(iteration, save_id), b"")
+
+    def publish(self, index: Index) -> None:
+        """Steps 4 (its sync) to 7. Raises FencedError, or CommitFailed saying whether the checkpoint exists."""
+        commit = Commit(self.epoch, self.commit_seq, index.iteration)
+        try:
+            # Directory first: the index must not name a file that a crash can lose.
+            self.storage.sync_directory(commit.directory)
+            self.check_fence()
+        except OSError as error:
+            raise CommitFailed(str(error), "no") from error
+        try:
+            self._put_index(commit, index)
+        except OSError as error:
+            raise CommitFailed(str(error), self._is_committed(commit, index.save_id)) from error
+        self.commit_seq += 1
+        try:
+            self.storage.replace(TRACKER, str(index.iteration).encode())
+        except OSError as error:
+            raise CommitFailed(
+                f"the checkpoint is committed, but the tracker is not updated: {error}", "yes"
+            ) from error
+
+    def _put_index(self, commit: Commit, index: Index) -> None:
+        if not self.storage.put_if_absent(commit.name, encode_index(index)):
+            if self._is_committed(commit, index.save_id) != "yes":
+                raise FencedError(f"{commit.name} is there already, of another save: another job writes to this root")
+            self.storage.sync_directory(commit.directory)
+
+    def _is_committed(self, commit: Commit, save_id: str) -> Committed:
+        try:
+            return "yes" if read_index(self.storage, commit)[0].save_id == save_id else "no"
+        except FileNotFoundError:
+            return "no"
+        except (OSError, CheckpointError):
+            return "unknown"
+
+
+def _writers(storage: Storage) -> list[int]:
+    return [int(m[1]) for m in map(_WRITER.fullmatch, storage.list("")) if m]
+
+
+def pending_marker(iteration: int, save_id: str) -> str:
+    return f"{iteration_directory(iteration)}/pending-{save_id}"
+
+
+def discard(storage: Storage, iteration: int, save_id: str) -> None:
+    """Remove the files of a save that was not committed; its marker goes last. Raises OSError."""
+    directory = iteration_directory(iteration)
+    names = [name for name in storage.list(directory) if save_id in name and not name.startswith("index-")]
+    for name in sorted(names, key=lambda name: name.startswith("pending-")):
+        storage.remove(f"{directory}/{name}")
+    storage.remove_directory(directory)
+
+
+def retire(storage: Storage, commits: Iterable[Commit]) -> None:
+    """Make checkpoints none: their indexes go; their files follow at a sweep after the grace period."""
+    for commit in commits:
+        try:
+            save_id = read_index(storage, commit)[0].save_id
+        except (OSError, CheckpointError):
+            continue  # Damaged: nothing says which files are its own, and `repair` may want them.
+        storage.put_if_absent(f"{commit.directory}/retired-{save_id}", b"")
+        storage.remove(commit.name)
+        storage.sync_directory(commit.directory)
+
+
+@dataclass(slots=True)
+class _Sweep:
+    """What one iteration directory holds, by save_id."""
+
+    files: dict[str, list[str]] = field(default_factory=dict)
+    pending: set[str] = field(default_factory=set)
+    retired: set[str] = field(default_factory=set)
+
+
+def sweep(storage: Storage, *, grace_s: float) -> list[str]:
+    """Remove what belongs to no checkpoint: files of dead saves, retired ones past `grace_s`, left temporaries.
+
+    Spares saves with a live marker, and every directory whose index cannot be read. Returns the names removed.
+    """
+    removed: list[str] = []
+    for iteration, directory in iteration_directories(storage):
+        names = storage.list(directory)
+        live = _live_save_ids(storage, iteration, names)
+        if live is None:
+            continue
+        garbage = _garbage(storage, directory, names, live, grace_s)
+        for name in garbage:
+            storage.remove(f"{directory}/{name}")
+        if garbage:
+            storage.sync_directory(directory)
+            storage.remove_directory(directory)
+        removed += [f"{directory}/{name}" for name in garbage]
+    return removed
+
+
+def _live_save_ids(storage: Storage, iteration: int, names: Sequence[str]) -> set[str] | None:
+    """Save ids of the committed checkpoints in a directory; None when one cannot be told, or need not be."""
+    commits = [Commit(int(m[1]), int(m[2]), iteration) for m in map(_INDEX.fullmatch, names) if m]
+    has_leftovers = any(name.startswith(("pending-", "retired-", ".tmp-")) for name in names)
+    if not has_leftovers and len(commits) == 1 and len({m[1] for m in map(_SAVE_ID.search, names) if m}) == 1:
+        return None
+    try:
+        return {read_index(storage, commit)[0].save_id for commit in commits}
+    except (OSError, CheckpointError):
+        return None
+
+
+def _garbage(storage: Storage, directory: str, names: Sequence[str], live: set[str], grace_s: float) -> list[str]:
+    """Names to remove, files before the markers that explain them."""
+    groups = _Sweep()
+    garbage: list[str] = []
+    for name in names:
+        match = _SAVE_ID.search(name)
+        if name.startswith(".tmp-") and _is_older(storage, f"{directory}/{name}", STALE_AFTER_S):
+            garbage.append(name)
+        elif match:
+            save_id = match[1]
+            groups.files.setdefault(save_id, []).append(name)
+            if name.startswith("pending-"):
+                groups.pending.add(save_id)
+            elif name.startswith("retired-"):
+                groups.retired.add(save_id)
+    for save_id, files in groups.files.items():
+        markers = [f for f in files if f.startswith(("pending-", "retired-"))]
+        if save_id in live:
+            garbage += markers  # A crash came between the commit, or the retirement, and the end of it.
+            continue
+        young = (
+            save_id in groups.pending and not _is_older(storage, f"{directory}/pending-{save_id}", STALE_AFTER_S)
+        ) or (save_id in groups.retired and not _is_older(storage, f"{directory}/retired-{save_id}", grace_s))
+        if not young:
+            garbage += [f for f in files if f not in markers] + markers
+    return garbage
+
+
+def _is_older(storage: Storage, name: str, age_s: float) -> bool:
+    try:
+        return storage.age_s(name) >= age_s
+    except FileNotFoundError:
+        return True

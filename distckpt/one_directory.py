@@ -1,0 +1,54 @@
+"""save, async_save, load and read for one checkpoint directory that is no series of iterations.
+
+The directory is a root with the one iteration 0; saving again replaces it, and readers never see a mixture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from os import PathLike
+
+import torch
+
+from distckpt.checkpointer import Checkpointer, PendingSave, State
+from distckpt.coordinator import Coordinator
+from distckpt.report import LoadReport, SaveReport
+
+Path = str | PathLike[str]
+Mesh = Mapping[str, tuple[int, int]]
+
+
+def save(
+    state: State, directory: Path, *, mesh: Mesh | None = None, coordinator: Coordinator | None = None
+) -> SaveReport:
+    """Checkpointer.save into a directory of its own. Collective."""
+    with Checkpointer(directory, mesh=mesh, coordinator=coordinator) as checkpointer:
+        return checkpointer.save(state, iteration=0)
+
+
+def async_save(
+    state: State, directory: Path, *, mesh: Mesh | None = None, coordinator: Coordinator | None = None
+) -> PendingSave:
+    """Checkpointer.async_save into a directory of its own. Collective; wait() for it before the process ends."""
+    checkpointer = Checkpointer(directory, mesh=mesh, coordinator=coordinator)
+    return checkpointer.async_save(state, iteration=0)
+
+
+def load(
+    state: State,
+    directory: Path,
+    *,
+    strict: bool = True,
+    device: torch.device | str = "cpu",
+    mesh: Mesh | None = None,
+    coordinator: Coordinator | None = None,
+) -> LoadReport:
+    """Checkpointer.load from a directory that save wrote. Collective."""
+    with Checkpointer(directory, mesh=mesh, coordinator=coordinator) as checkpointer:
+        return checkpointer.load(state, strict=strict, device=device)
+
+
+def read(directory: Path, *, keys: Iterable[str] | None = None, coordinator: Coordinator | None = None) -> State:
+    """Checkpointer.read from a directory that save wrote. Collective."""
+    with Checkpointer(directory, coordinator=coordinator) as checkpointer:
+        return checkpointer.read(keys=keys)

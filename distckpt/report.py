@@ -1,0 +1,51 @@
+"""What a save or a load did, in numbers. Plain records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveReport:
+    """One committed save. Seconds are this rank's own; size_bytes is of all ranks' files.
+
+    plan_s: agreeing on who writes what. stage_s: copying the state. stall_s: the time that training stood still,
+    the call itself. write_s: checksums, writing, fsync. commit_s: waiting for all ranks and making the checkpoint
+    exist. slowest: phase -> (rank, seconds).
+    """
+
+    iteration: int
+    save_id: str
+    size_bytes: int
+    plan_s: float
+    stage_s: float
+    stall_s: float
+    write_s: float
+    commit_s: float
+    total_s: float
+    slowest: Mapping[str, tuple[int, float]]
+    io_backend: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadReport:
+    """One load. size_bytes is what this rank's state took in, bytes_read what it read from storage for it.
+
+    missing: keys the state has and the checkpoint has not; unexpected: stored keys below a container of the state
+    that nobody asked for (both empty unless strict=False). fell_back_from: iteration -> why it was passed over.
+    reseeded, skipped: PerRank keys left alone because the layout changed. warnings: whatever else was odd.
+    """
+
+    iteration: int
+    save_id: str
+    size_bytes: int
+    bytes_read: int
+    read_s: float
+    total_s: float
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    fell_back_from: Mapping[int, str] = field(default_factory=dict)
+    reseeded: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()

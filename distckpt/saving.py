@@ -1,0 +1,490 @@
+"""One save, from the flat state to the commit: plan -> stage -> write -> commit. Holds the order of things.
+
+Planning and staging run in the caller's thread; writing and committing may run in another. Nothing here is kept
+between saves.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+import numpy as np
+
+from distckpt._C import crc32c
+from distckpt.adapters import ADAPTERS
+from distckpt.chunk_table import Chunks, encode_record, page_checksums
+from distckpt.commit import (
+    HEARTBEAT_S,
+    CommitFailed,
+    Writer,
+    discard,
+    iteration_directory,
+    new_save_id,
+    pending_marker,
+)
+from distckpt.coordinator import Coordinator, agree
+from distckpt.errors import CheckpointError, DistributedError, InvalidShardingError, UnsupportedTypeError
+from distckpt.geometry import Box
+from distckpt.index import ChunkTable, Index, PerRankEntry, ShardFile, Spec, TensorEntry
+from distckpt.json_value import encode_value
+from distckpt.planner import ChunkColumns, PerRankItem, RankShards, SavePlan, plan_save
+from distckpt.report import SaveReport
+from distckpt.shard_file import FORMAT, FORMAT_VERSION, Chunk, split_into_files
+from distckpt.sharded_tensor import Shard
+from distckpt.staging import Arena, StagedFile, stage
+from distckpt.state_dict import EMPTY_DICT, FlatState, PerRankLeaf, encode_leaf, flatten
+from distckpt.storage import FreeSpace, Storage, WriteFile
+from distckpt.transport import sample_checksum
+
+Mesh = Mapping[str, tuple[int, int]]
+
+
+class _Offer(msgspec.Struct, frozen=True):
+    """A rank's message to the plan: what it has, and the room on the file system that it writes to."""
+
+    iteration: int
+    metadata: bytes
+    shards: RankShards
+    filesystem_id: str
+    free_bytes: int
+
+
+class _Order(msgspec.Struct, frozen=True):
+    """What a rank is to write: numbers of its shards (int32), keys of its PerRank values."""
+
+    save_id: str
+    epoch: int
+    shards: bytes
+    per_rank: list[str]
+
+
+class _Written(msgspec.Struct, frozen=True):
+    """A rank's message to the commit: its files, and where the shards of its order lie (file int32, start int64)."""
+
+    files: list[ShardFile]
+    file_of: bytes
+    start_of: bytes
+    seconds: dict[str, float]
+
+
+class _Outcome(msgspec.Struct, frozen=True):
+    size_bytes: int
+    slowest: dict[str, tuple[int, float]]
+
+
+@dataclass(slots=True)
+class SaveContext:
+    """What a save works with. `writer` is rank 0's, from the first save on."""
+
+    storage: Storage
+    coordinator: Coordinator
+    mesh: Mesh
+    arena: Arena
+    timeout_s: float
+    io_backend: str
+    writer: Writer | None = None
+    parent: str | None = None
+
+
+@dataclass(slots=True)
+class Save:
+    """One save under way. plan(), stage(), then finish() once, in this order, on every rank."""
+
+    context: SaveContext
+    state: dict[str, object]
+    iteration: int
+    metadata: object
+    label: str
+    _metadata: bytes = b"null"
+    _shards: list[tuple[str, Spec, Shard]] = field(default_factory=list)
+    _encoded: dict[str, bytes] = field(default_factory=dict)
+    _plan: SavePlan | None = None
+    _order: _Order | None = None
+    _files: list[StagedFile] = field(default_factory=list)
+    _stage_error: BaseException | None = None
+    _seconds: dict[str, float] = field(default_factory=dict)
+
+    def plan(self) -> None:
+        """Agree on who writes what. Collective. Raises what all ranks raise; then nothing has been written."""
+        started = time.perf_counter()
+        try:
+            self._order = agree(
+                self.context.coordinator,
+                f"{self.label}: plan",
+                self._offer,
+                self._decide_plan,
+                message=_Offer,
+                decision=_Order,
+                timeout_s=self.context.timeout_s,
+            )
+        except BaseException:
+            self._discard()
+            raise
+        self._seconds["plan"] = time.perf_counter() - started
+
+    def _offer(self) -> _Offer:
+        if self.iteration < 0:
+            raise ValueError(f"iteration {self.iteration} is negative")
+        shards = self._describe_shards(flatten(self.state, ADAPTERS))
+        self.state = {}
+        self._metadata = encode_value(self.metadata, "metadata")
+        free = self.context.storage.free_space() or FreeSpace("", 2**62)
+        return _Offer(self.iteration, self._metadata, shards, free.filesystem_id, free.size_bytes)
+
+    def _describe_shards(self, flat: FlatState) -> RankShards:
+        specs: dict[str, Spec] = {}
+        for leaf in flat.tensors:
+            if leaf.materialize is not None:
+                raise UnsupportedTypeError(f"{leaf.key!r}: a tensor on the meta device has no values to save")
+            specs.setdefault(leaf.key, leaf.spec)
+            self._shards += [(leaf.key, leaf.spec, shard) for shard in leaf.shards]
+        number = {key: i for i, key in enumerate(specs)}
+        boxes = [n for _, _, shard in self._shards for n in (*shard.box.offset, *shard.box.shape)]
+        self._encoded = {leaf.key: encode_leaf(leaf.leaf.value, leaf.key) for leaf in flat.per_rank}
+        values = {leaf.key: leaf.encoded for leaf in flat.values}
+        values |= flat.lists | dict.fromkeys(flat.empty, EMPTY_DICT)
+        return RankShards(
+            specs=list(specs.items()),
+            tensor=np.array([number[key] for key, _, _ in self._shards], np.int32).tobytes(),
+            boxes=np.array(boxes, np.int64).tobytes(),
+            samples=np.array([sample_checksum(s.data) for _, _, s in self._shards], np.uint32).tobytes(),
+            values=values,
+            per_rank={leaf.key: self._describe_per_rank(leaf) for leaf in flat.per_rank},
+            mesh=dict(self.context.mesh),
+        )
+
+    def _describe_per_rank(self, leaf: PerRankLeaf) -> PerRankItem:
+        axes = tuple(self.context.mesh) if leaf.leaf.axes is None else leaf.leaf.axes
+        unknown = [axis for axis in axes if axis not in self.context.mesh]
+        if unknown:
+            raise CheckpointError(f"PerRank {leaf.key!r}: axes {unknown} are not in the mesh {list(self.context.mesh)}")
+        return PerRankItem(axes, leaf.leaf.on_change, crc32c(self._encoded[leaf.key]))
+
+    def _decide_plan(self, offers: Sequence[_Offer]) -> list[_Order]:
+        """Rank 0."""
+        for rank, offer in enumerate(offers):
+            if (offer.iteration, offer.metadata) != (self.iteration, self._metadata):
+                raise InvalidShardingError(
+                    f"rank 0 saves iteration {self.iteration} with metadata {self._metadata!r}, rank {rank} "
+                    f"iteration {offer.iteration} with {offer.metadata!r}"
+                )
+        plan = plan_save([offer.shards for offer in offers])
+        _check_free_space(offers, plan)
+        context = self.context
+        if context.writer is None:
+            context.writer = Writer.claim(context.storage)
+        save_id = new_save_id()
+        self._plan = plan
+        self._order = _Order(save_id, context.writer.epoch, b"", [])
+        context.writer.announce(self.iteration, save_id)
+        return [
+            _Order(save_id, context.writer.epoch, plan.shards_of(rank).tobytes(), plan.per_rank_keys_of(rank))
+            for rank in range(len(offers))
+        ]
+
+    @property
+    def save_id(self) -> str:
+        assert self._order is not None
+        return self._order.save_id
+
+    def stage(self) -> None:
+        """Copy what this rank writes; on return the state may change. A failure is raised by finish(), everywhere."""
+        started = time.perf_counter()
+        try:
+            self._files = self._stage()
+        except Exception as error:
+            self._stage_error = error
+        self._seconds["stage"] = time.perf_counter() - started
+
+    def _stage(self) -> list[StagedFile]:
+        order, coordinator = self._order, self.context.coordinator
+        assert order is not None
+        mine = [self._shards[i] for i in np.frombuffer(order.shards, np.int32)]
+        self._shards = []
+        chunks = [
+            Chunk(key, spec.dtype, shard.box.offset, shard.box.shape, shard.box == Box.whole(spec.global_shape))
+            for key, spec, shard in mine
+        ]
+        per_rank = msgspec.json.encode(_raw({key: self._encoded[key] for key in order.per_rank}))
+        if not chunks and not order.per_rank and coordinator.rank != 0:
+            return []
+        files = split_into_files(chunks)
+        return stage(
+            self.context.arena,
+            chunks,
+            [shard.data for _, _, shard in mine],
+            per_rank,
+            names=[_file_name(coordinator, order.save_id, part) for part in range(len(files))],
+            metadata=[self._header_metadata({mine[i][0]: mine[i][1] for i in f}, n == 0) for n, f in enumerate(files)],
+            order=files,
+        )
+
+    def _header_metadata(self, specs: Mapping[str, Spec], is_first: bool) -> dict[str, str]:
+        """What rebuilding an index from the files alone needs."""
+        metadata = {
+            "format": FORMAT,
+            "version": str(FORMAT_VERSION),
+            "save_id": self.save_id,
+            "iteration": str(self.iteration),
+            "rank": str(self.context.coordinator.rank),
+            "mesh": msgspec.json.encode(self.context.mesh).decode(),
+            "tensors": msgspec.json.encode(specs).decode(),
+        }
+        if is_first and self._plan is not None:
+            metadata["values"] = msgspec.json.encode(_raw(self._plan.values)).decode()
+            metadata["metadata"] = self._metadata.decode()
+        return metadata
+
+    def finish(self, *, is_async: bool) -> SaveReport:
+        """Write, and make the checkpoint exist. Collective; any thread.
+
+        Raises DistributedError, FencedError or CheckpointError, the same on all ranks, when it does not, or may not.
+        """
+        started = time.perf_counter()
+        context = self.context
+        is_leader = context.coordinator.rank == 0
+        try:
+            with _Heartbeat(context.storage, pending_marker(self.iteration, self.save_id), active=is_leader):
+                outcome = agree(
+                    context.coordinator,
+                    f"{self.label}: commit {self.save_id}",
+                    self._write,
+                    self._decide_commit,
+                    message=_Written,
+                    decision=_Outcome,
+                    timeout_s=context.timeout_s,
+                    committed_if_lost="unknown",
+                )
+        except BaseException as error:
+            if getattr(error, "committed", "no") == "no":
+                self._discard()
+            raise
+        self._seconds["commit"] = time.perf_counter() - started - self._seconds["write"]
+        return self._report(outcome, is_async)
+
+    def _write(self) -> _Written:
+        started = time.perf_counter()
+        if self._stage_error is not None:
+            raise self._stage_error
+        context, order = self.context, self._order
+        assert order is not None
+        directory = iteration_directory(self.iteration)
+        mesh = {axis: at for axis, (at, _) in context.mesh.items()}
+        files: list[ShardFile] = []
+        count = len(order.shards) // 4
+        file_of, start_of = np.zeros(count, np.int32), np.zeros(count, np.int64)
+        for number, staged in enumerate(self._files):
+            files.append(staged.seal(rank=context.coordinator.rank, mesh=mesh))
+            name = f"{directory}/{staged.name}"
+            write_file(context.storage, name, staged.image)
+            at = list(staged.layout.order)
+            file_of[at], start_of[at] = number, staged.layout.starts
+        self._files = []
+        self._seconds["write"] = time.perf_counter() - started
+        return _Written(files, file_of.tobytes(), start_of.tobytes(), self._seconds)
+
+    def _decide_commit(self, ranks: Sequence[_Written]) -> list[_Outcome]:
+        """Rank 0."""
+        plan, writer = self._plan, self.context.writer
+        assert plan is not None and writer is not None
+        files, records = _join_files(plan, ranks)
+        try:
+            table = self._write_chunk_table(records)
+            index = self._index(plan, writer, files, records, table)
+            writer.publish(index)
+        except CommitFailed as error:
+            raise DistributedError(
+                f"saving iteration {self.iteration}: {error}",
+                failures={0: str(error)},
+                committed=error.committed,
+            ) from error
+        except OSError as error:  # The chunk table: nothing was published yet.
+            raise DistributedError(
+                f"saving iteration {self.iteration}: {error}", failures={0: str(error)}, committed="no"
+            ) from error
+        slowest = {
+            phase: max(((rank, w.seconds.get(phase, 0.0)) for rank, w in enumerate(ranks)), key=lambda item: item[1])
+            for phase in ("plan", "stage", "write")
+        }
+        total = sum(f.size_bytes for f in files) + table.size_bytes
+        return [_Outcome(total, slowest)] * len(ranks)
+
+    def _write_chunk_table(self, records: Mapping[str, bytes]) -> ChunkTable:
+        body = b"".join(records.values())
+        trailer = page_checksums(body)
+        name = f"chunks-{self.save_id}.bin"
+        write_file(self.context.storage, f"{iteration_directory(self.iteration)}/{name}", body + trailer)
+        return ChunkTable(
+            name=name,
+            size_bytes=len(body) + len(trailer),
+            records_bytes=len(body),
+            trailer_crc=crc32c(trailer),
+        )
+
+    def _index(
+        self,
+        plan: SavePlan,
+        writer: Writer,
+        files: Sequence[ShardFile],
+        records: Mapping[str, bytes],
+        table: ChunkTable,
+    ) -> Index:
+        positions = np.cumsum([0] + [len(r) for r in records.values()]).tolist()
+        tensors = {
+            key: TensorEntry(**msgspec.structs.asdict(spec), record=(start, len(records[key])))
+            for (key, spec), start in zip(plan.specs.items(), positions, strict=False)
+        }
+        first_file = {f.rank: i for i, f in reversed(list(enumerate(files)))}
+        per_rank = {
+            key: PerRankEntry(
+                axes=entry.axes,
+                on_change=entry.on_change,
+                holders=tuple((at, first_file[rank]) for at, rank in entry.holders),
+            )
+            for key, entry in plan.per_rank.items()
+        }
+        return Index(
+            format=FORMAT,
+            version=FORMAT_VERSION,
+            save_id=self.save_id,
+            epoch=writer.epoch,
+            commit_seq=writer.commit_seq,
+            iteration=self.iteration,
+            parent=self.context.parent,
+            created_unix_s=time.time(),
+            world_size=self.context.coordinator.world_size,
+            mesh=plan.mesh,
+            tensors=tensors,
+            values=_raw(plan.values),
+            metadata=msgspec.Raw(self._metadata),
+            per_rank=per_rank,
+            files=tuple(files),
+            chunk_table=table,
+        )
+
+    def _discard(self) -> None:
+        """After a failure: rank 0 removes what was written, as far as it can; the next sweep takes the rest."""
+        if self.context.coordinator.rank == 0 and self._order is not None:
+            try:
+                discard(self.context.storage, self.iteration, self.save_id)
+            except OSError:
+                return
+
+    def _report(self, outcome: _Outcome, is_async: bool) -> SaveReport:
+        s = self._seconds
+        return SaveReport(
+            iteration=self.iteration,
+            save_id=self.save_id,
+            size_bytes=outcome.size_bytes,
+            plan_s=s["plan"],
+            stage_s=s["stage"],
+            stall_s=s["plan"] + s["stage"] if is_async else sum(s.values()),
+            write_s=s["write"],
+            commit_s=s["commit"],
+            total_s=sum(s.values()),
+            slowest=outcome.slowest,
+            io_backend=self.context.io_backend,
+        )
+
+
+def _raw(encoded: Mapping[str, bytes]) -> dict[str, msgspec.Raw]:
+    """Values that are JSON already, to be put into a larger JSON as they are."""
+    return {key: msgspec.Raw(text) for key, text in encoded.items()}
+
+
+def write_file(storage: Storage, name: str, data: bytes | memoryview) -> None:
+    """A whole new file, its content durable. On failure it is abandoned and the error raised."""
+    file: WriteFile = storage.create(name, size_hint=len(data))
+    try:
+        file.write(0, data)
+        file.finish(len(data))
+    except BaseException:
+        file.abandon()
+        raise
+
+
+def _file_name(coordinator: Coordinator, save_id: str, part: int) -> str:
+    number = f"{coordinator.rank:05d}" + (f".{part}" if part else "")
+    return f"shard-{number}-of-{coordinator.world_size:05d}-{save_id}.safetensors"
+
+
+def _check_free_space(offers: Sequence[_Offer], plan: SavePlan) -> None:
+    """Raises CheckpointError when the ranks of one file system are about to write more than it has room for."""
+    free: dict[str, int] = {}
+    needed: dict[str, int] = {}
+    for offer, size in zip(offers, plan.bytes_by_rank.tolist(), strict=True):
+        free[offer.filesystem_id] = min(offer.free_bytes, free.get(offer.filesystem_id, offer.free_bytes))
+        needed[offer.filesystem_id] = needed.get(offer.filesystem_id, 0) + size
+    for filesystem_id, size in needed.items():
+        if size > free[filesystem_id]:
+            raise CheckpointError(
+                f"not enough space: the checkpoint takes {size} bytes on file system {filesystem_id}, which has "
+                f"{free[filesystem_id]} bytes free. Nothing was written; free space or lower keep_last."
+            )
+
+
+def _join_files(plan: SavePlan, ranks: Sequence[_Written]) -> tuple[list[ShardFile], dict[str, bytes]]:
+    """All files, and each tensor's chunk table record."""
+    files = [file for written in ranks for file in written.files]
+    first = np.cumsum([0] + [len(written.files) for written in ranks])
+    file_of = [np.frombuffer(w.file_of, np.int32) + base for w, base in zip(ranks, first[:-1], strict=True)]
+    start_of = [np.frombuffer(w.start_of, np.int64) for w in ranks]
+    records: dict[int, bytes] = {}
+    keys = list(plan.specs)
+    for columns in plan.columns:
+        place = _places(columns, plan, len(ranks))
+        file = np.array([file_of[r][i] for r, i in zip(columns.writer, place, strict=True)], np.int64)
+        start = np.array([start_of[r][i] for r, i in zip(columns.writer, place, strict=True)], np.int64)
+        ndim = columns.boxes.shape[1] // 2
+        tensors, at = np.unique(columns.tensor, return_index=True)
+        for t, low, high in zip(tensors.tolist(), at, [*at[1:], len(columns.tensor)], strict=True):
+            boxes = columns.boxes[low:high]
+            chunks = Chunks(boxes[:, :ndim], boxes[:, ndim:], file[low:high], start[low:high])
+            records[t] = encode_record(chunks, plan.specs[keys[t]].global_shape)
+    for t, spec in enumerate(plan.specs.values()):
+        if t not in records:
+            records[t] = encode_record(_no_chunks(len(spec.global_shape)), spec.global_shape)
+    return files, {key: records[t] for t, key in enumerate(keys)}
+
+
+def _places(columns: ChunkColumns, plan: SavePlan, world_size: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Where in its writer's order each chunk stands."""
+    place = np.zeros(len(columns.writer), np.int64)
+    for rank in range(world_size):
+        mine = columns.writer == rank
+        place[mine] = np.searchsorted(plan.shards_of(rank), columns.shard[mine])
+    return place
+
+
+def _no_chunks(ndim: int) -> Chunks:
+    empty = np.zeros((0, ndim), np.int64)
+    return Chunks(empty, empty, np.zeros(0, np.int64), np.zeros(0, np.int64))
+
+
+class _Heartbeat:
+    """Touches the pending marker while the body runs, so that no sweep takes the save for dead."""
+
+    def __init__(self, storage: Storage, marker: str, *, active: bool) -> None:
+        self._stop = threading.Event()
+        self._beat: Callable[[], None] = lambda: storage.touch(marker)
+        self._thread = threading.Thread(target=self._run, name="distckpt-heartbeat", daemon=True) if active else None
+
+    def __enter__(self) -> None:
+        if self._thread is not None:
+            self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.wait(HEARTBEAT_S):
+            try:
+                self._beat()
+            except OSError:
+                return  # The save itself finds out what is wrong with the storage.
