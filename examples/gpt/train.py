@@ -56,9 +56,7 @@ def start_job(args: argparse.Namespace) -> Job:
         stage=stage,
         optimizer=ShardedAdamW(stage, parallel),
         schedule=WarmupCosine(peak=args.lr, warmup=args.warmup, total=args.iterations),
-        data=TextLoader(
-            sequence=args.sequence, global_batch=args.global_batch, seed=args.seed, dp=parallel.dp
-        ),
+        data=TextLoader(sequence=args.sequence, global_batch=args.global_batch, seed=args.seed, dp=parallel.dp),
     )
 
 
@@ -66,9 +64,7 @@ def train_step(job: Job, *, micro_batch: int) -> dict[str, float | str]:
     """One iteration on all ranks; returns what the log says about it."""
     job.iteration += 1
     micro_batches = job.data.global_batch // micro_batch
-    losses = forward_backward(
-        job.stage, job.data.next_batch(), micro_batch=micro_batch, scale=1 / micro_batches
-    )
+    losses = forward_backward(job.stage, job.data.next_batch(), micro_batch=micro_batch, scale=1 / micro_batches)
     lr = job.schedule.at(job.iteration)
     grad_norm = job.optimizer.step(lr)
     loss = global_mean(losses, job.parallel)
@@ -114,7 +110,7 @@ class Save:
         for name in ("plan", "stage", "write", "commit"):
             begin, end = end, end + getattr(report, f"{name}_s")
             phases[name] = [begin, end]
-        return {"save": self.iteration, "bytes": report.bytes, "stall_ms": stall_ms, "phases": phases}
+        return {"save": self.iteration, "bytes": report.size_bytes, "stall_ms": stall_ms, "phases": phases}
 
 
 def main() -> None:
@@ -129,9 +125,6 @@ def main() -> None:
             start = time.time()
             record = train_step(job, micro_batch=args.micro_batch)
             record["compute_s"] = time.time() - start
-            if save and save.pending.done():
-                log.write(**save.record())
-                save = None
             if job.iteration % args.save_interval == 0:
                 if save:
                     log.write(**save.record())
