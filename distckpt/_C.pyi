@@ -4,7 +4,12 @@ Failures of the operating system raise OSError with errno and file name. Every c
 copies or checksums releases the GIL. Using a closed File or BlockIO is a ValueError.
 """
 
-from typing_extensions import Buffer
+from typing import Any, TypeAlias
+
+import numpy.typing as npt
+from typing_extensions import Buffer as _Buffer
+
+Buffer: TypeAlias = _Buffer | npt.NDArray[Any]  # NumPy declares its arrays as buffers from Python 3.12 on
 
 BLOCK_IO_BACKENDS: tuple[str, ...]  # what this machine can do, best first: ("io_uring", "threads") or ("threads",)
 
@@ -104,5 +109,6 @@ def copy_chunk(
     which must grow in C order (as it does for a box inside a C-ordered chunk; the innermost source stride is
     item_size), and goes to target_start + sum(i * target_strides) of `target`, whose strides may be any,
     negative ones included. Items that lie partly or wholly outside the window are left alone.
-    ValueError when any item would fall outside `target` or an argument overflows 63 bits.
+    The two memories must not overlap. ValueError, before anything is copied, when any item would fall outside
+    `target`, the source strides do not grow or an argument overflows 63 bits.
     """

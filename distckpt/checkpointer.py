@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from os import PathLike, fspath
-from typing import Literal, TypeVar
+from typing import Literal, TypeAlias, TypeVar
 
 import torch
 
@@ -23,7 +23,7 @@ from distckpt.state_dict import flatten
 from distckpt.storage import PosixStorage, Storage
 
 logger = logging.getLogger("distckpt")
-State = dict[str, object]
+State: TypeAlias = dict[str, object]
 T = TypeVar("T")
 PREPARE_SLACK_BYTES = 16 << 20  # headers, checksum table, PerRank values
 

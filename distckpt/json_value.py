@@ -18,7 +18,7 @@ import numpy as np
 
 from distckpt.errors import CorruptionError, UnsupportedTypeError
 
-Json: TypeAlias = "None | bool | int | float | str | list[Json] | dict[str, Json]"
+Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
 _MAX_DEPTH = 200
 _MAX_DIGITS = 4000
@@ -126,7 +126,10 @@ def _from_tag(tag: str, body: object, depth: int) -> object:
         data = base64.b64decode(body, validate=True)
         return bytearray(data) if tag == "%bytearray" else data
     if tag == "%counter":
-        return Counter(_from_json(body, depth + 1))
+        counts = _from_json(body, depth + 1)
+        if not isinstance(counts, dict):
+            raise ValueError("%counter of something else than a dict")
+        return Counter(counts)
     if not isinstance(body, list):
         raise ValueError(f"{tag} of a {type(body).__name__}")
     if tag == "%tuple":
@@ -135,7 +138,9 @@ def _from_tag(tag: str, body: object, depth: int) -> object:
         return {_from_json(k, depth + 1): _from_json(v, depth + 1) for k, v in body}
     if tag == "%complex":
         real, imag = (_from_json(v, depth + 1) for v in body)
-        return complex(real, imag)  # type: ignore[arg-type]
+        if not isinstance(real, float) or not isinstance(imag, float):
+            raise ValueError("%complex of something else than two numbers")
+        return complex(real, imag)
     if tag == "%numpy":
         name, text = body
         dtype = np.dtype(name)

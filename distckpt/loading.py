@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import msgspec
 import numpy as np
@@ -19,10 +20,20 @@ from distckpt._C import crc32c
 from distckpt.adapters import ADAPTERS
 from distckpt.commit import Commit, decode_index_of, find_commits, read_index, tracker_warning
 from distckpt.coordinator import Coordinator, agree
-from distckpt.errors import CheckpointError, CorruptionError, MismatchError
+from distckpt.errors import CheckpointError, CorruptionError
 from distckpt.geometry import Box, intersect
 from distckpt.index import Index, TensorEntry
-from distckpt.planner import is_container, plan_load
+from distckpt.matching import (
+    Request,
+    empty_tensors,
+    match_state,
+    mismatch_error,
+    named_keys,
+    select_keys,
+    stored_keys,
+    subtree,
+)
+from distckpt.planner import plan_load
 from distckpt.reader import ChunkTableReader, fill_targets, read_per_rank
 from distckpt.report import LoadReport
 from distckpt.saving import Mesh
@@ -31,16 +42,25 @@ from distckpt.state_dict import (
     FlatState,
     ObjectLeaf,
     PerRankLeaf,
-    TensorLeaf,
     decode_leaf,
     flatten,
     set_per_rank,
-    unflatten,
 )
 from distckpt.storage import Storage
 
 logger = logging.getLogger("distckpt")
-_SHOWN = 20
+M = TypeVar("M")
+D = TypeVar("D")
+
+
+class _Wanted(msgspec.Struct, frozen=True):
+    iteration: int | None
+
+
+class _ReadOutcome(msgspec.Struct, frozen=True):
+    """Why a checkpoint could not be read, or None."""
+
+    why: str | None
 
 
 class _Resolved(msgspec.Struct, frozen=True):
@@ -91,23 +111,6 @@ class _Target:
 
 
 @dataclass(slots=True)
-class Request:
-    """What one rank wants of one particular checkpoint."""
-
-    tensors: list[tuple[TensorLeaf, TensorEntry]] = field(default_factory=list)
-    whole: dict[str, Tensor] = field(default_factory=dict)  # read in full: no target of the state's own
-    values: list[tuple[str, Callable[[object], None]]] = field(default_factory=list)
-    per_rank: list[tuple[PerRankLeaf, int]] = field(default_factory=list)  # with the number of its file
-    reseed: list[PerRankLeaf] = field(default_factory=list)
-    skip: list[PerRankLeaf] = field(default_factory=list)
-    fresh: list[ObjectLeaf] = field(default_factory=list)  # objects that get the whole stored subtree
-    missing: set[str] = field(default_factory=set)
-    mismatched: dict[str, str] = field(default_factory=dict)
-    asked: set[str] = field(default_factory=set)
-    per_rank_values: dict[str, bytes] = field(default_factory=dict)  # encoded, by key, once read
-
-
-@dataclass(slots=True)
 class Load:
     """One load under way. run() once, on every rank."""
 
@@ -128,15 +131,16 @@ class Load:
         started = time.perf_counter()
         while True:
             resolved, index = self._resolve()
-            request = _match(self._flat, index, self.context.mesh)
-            differences = self._compare(request, index)
+            request, differences = self._compare(index)
             read_started = time.perf_counter()
             why = self._read(resolved, index, request)
             if why is None:
                 break
             self._failed[Commit(resolved.epoch, resolved.commit_seq, resolved.iteration)] = why
         read_s = time.perf_counter() - read_started
-        self._agree("apply", lambda: self._apply(index, request), lambda done: [None] * len(done), None, None)
+        self._agree(
+            "apply", lambda: self._apply(index, request), lambda done: [None] * len(done), type(None), type(None)
+        )
         if self.context.coordinator.rank == 0:
             for iteration, reason in resolved.fell_back_from.items():
                 logger.warning("iteration %d is damaged and was passed over: %s", iteration, reason)
@@ -158,7 +162,14 @@ class Load:
         )
         return report, index
 
-    def _agree(self, phase, local, decide, message, decision):  # type: ignore[no-untyped-def]
+    def _agree(
+        self,
+        phase: str,
+        local: Callable[[], M],
+        decide: Callable[[Sequence[M]], Sequence[D]],
+        message: type[M],
+        decision: type[D],
+    ) -> D:
         return agree(
             self.context.coordinator,
             f"{self.label}: {phase}",
@@ -170,18 +181,19 @@ class Load:
         )
 
     def _resolve(self) -> tuple[_Resolved, Index]:
-        def local() -> int | None:
+        def local() -> _Wanted:
             self._flat = flatten(self.state, ADAPTERS)
-            return self.iteration
+            return _Wanted(self.iteration)
 
-        resolved = self._agree("resolve", local, self._decide_commit, int | None, _Resolved)
+        resolved = self._agree("resolve", local, self._decide_commit, _Wanted, _Resolved)
         commit = Commit(resolved.epoch, resolved.commit_seq, resolved.iteration)
         return resolved, decode_index_of(commit, resolved.index)
 
-    def _decide_commit(self, wanted: Sequence[int | None]) -> list[_Resolved]:
+    def _decide_commit(self, wanted: Sequence[_Wanted]) -> list[_Resolved]:
         """Rank 0: the best commit that has not failed, whose index is sound."""
         if any(w != wanted[0] for w in wanted):
-            raise CheckpointError(f"the ranks ask for different iterations: {sorted(set(map(str, wanted)))}")
+            asked = sorted({str(w.iteration) for w in wanted})
+            raise CheckpointError(f"the ranks ask for different iterations: {', '.join(asked)}")
         storage = self.context.storage
         commits = find_commits(storage, self.iteration)
         for commit in commits:
@@ -203,12 +215,15 @@ class Load:
             + f"; if tensors had been read, their values are now undefined. Tried:{reasons}"
         )
 
-    def _compare(self, request: Request, index: Index) -> _Differences:
-        """Agree on what is missing or in excess, over all ranks."""
-        stored = _stored_keys(index)
-        named = _named_keys(self._flat, index, stored)
+    def _compare(self, index: Index) -> tuple[Request, _Differences]:
+        """Match this rank's state, and agree on what is missing or in excess over all ranks."""
+        stored = stored_keys(index)
+        request = Request()
 
         def local() -> _Match:
+            nonlocal request
+            request = match_state(self._flat, index, self.context.mesh)
+            named = named_keys(self._flat, index, stored)
             return _Match(
                 missing=sorted(request.missing),
                 mismatched=request.mismatched,
@@ -224,30 +239,29 @@ class Load:
             missing = sorted({key for r in ranks for key in r.missing})
             mismatched = {key: why for r in reversed(ranks) for key, why in r.mismatched.items()}
             if mismatched or (self.strict and (missing or unexpected)):
-                raise _mismatch_error(index, missing, unexpected, mismatched, self.strict)
+                raise mismatch_error(index, missing, unexpected, mismatched, self.strict)
             return [_Differences(missing, unexpected)] * len(ranks)
 
-        differences: _Differences = self._agree("match", local, decide, _Match, _Differences)
-        return differences
+        differences = self._agree("match", local, decide, _Match, _Differences)
+        return request, differences
 
     def _read(self, resolved: _Resolved, index: Index, request: Request) -> str | None:
         """Fill all targets on all ranks; None, or why this checkpoint must be passed over (agreed)."""
         directory = Commit(resolved.epoch, resolved.commit_seq, resolved.iteration).directory
 
-        def local() -> str | None:
+        def local() -> _ReadOutcome:
             try:
                 self._read_own(directory, index, request)
             except (CorruptionError, OSError) as error:
-                return f"{type(error).__name__}: {error}"
-            return None
+                return _ReadOutcome(f"{type(error).__name__}: {error}")
+            return _ReadOutcome(None)
 
-        def decide(ranks: Sequence[str | None]) -> list[str | None]:
-            bad = [f"rank {rank}: {why}" for rank, why in enumerate(ranks) if why is not None]
+        def decide(ranks: Sequence[_ReadOutcome]) -> list[_ReadOutcome]:
+            bad = [f"rank {rank}: {r.why}" for rank, r in enumerate(ranks) if r.why is not None]
             why = None if not bad else bad[0] + (f" (and {len(bad) - 1} more ranks)" if len(bad) > 1 else "")
-            return [why] * len(ranks)
+            return [_ReadOutcome(why)] * len(ranks)
 
-        why: str | None = self._agree("read", local, decide, str | None, str | None)
-        return why
+        return self._agree("read", local, decide, _ReadOutcome, _ReadOutcome).why
 
     def _read_own(self, directory: str, index: Index, request: Request) -> None:
         storage = self.context.storage
@@ -296,12 +310,12 @@ class Load:
             per_rank.leaf.seed = self._seed(index, per_rank)
         for finish in self._flat.finish:
             finish()
-        fresh = {leaf.path for leaf in request.fresh}
-        for leaf in self._flat.objects:
-            if leaf.path in fresh:
-                _load_object(leaf, subtree(index, request.whole, leaf.path))
-            elif not any(leaf.path.startswith(f"{path}/") for path in fresh):
-                _load_object(leaf, leaf.state)
+        fresh = {item.path for item in request.fresh}
+        for item in self._flat.objects:
+            if item.path in fresh:
+                _load_object(item, subtree(index, request.whole, item.path))
+            elif not any(item.path.startswith(f"{path}/") for path in fresh):
+                _load_object(item, item.state)
 
     def _seed(self, index: Index, per_rank: PerRankLeaf) -> int:
         axes = self.context.mesh if per_rank.leaf.axes is None else per_rank.leaf.axes
@@ -309,226 +323,18 @@ class Load:
         return crc32c(text) | crc32c(text, 0x5EED) << 32
 
 
-def read_all(
-    context: LoadContext, iteration: int | None, keys: Iterable[str] | None, label: str
-) -> dict[object, object]:
+def read_all(context: LoadContext, iteration: int | None, keys: Iterable[str] | None, label: str) -> dict[str, object]:
     """Full tensors and values of a checkpoint as a nested state on the CPU; see Checkpointer.read."""
     load = Load(context, {}, iteration, True, torch.device("cpu"), label)
     while True:
         resolved, index = load._resolve()
-        wanted = _select(index, keys)
-        request = Request(whole=_empty_tensors(index, wanted))
+        wanted = select_keys(index, keys)
+        request = Request(whole=empty_tensors(index, wanted))
         why = load._read(resolved, index, request)
         if why is None:
             break
         load._failed[Commit(resolved.epoch, resolved.commit_seq, resolved.iteration)] = why
     return subtree(index, request.whole, "", wanted)
-
-
-def _select(index: Index, keys: Iterable[str] | None) -> set[str]:
-    stored = set(index.tensors) | set(index.values)
-    if keys is None:
-        return stored
-    wanted: set[str] = set()
-    missing: list[str] = []
-    for key in keys:
-        below = {k for k in stored if k == key or _home_path(index, k).startswith(f"{key}/")}
-        wanted |= below
-        missing += [] if below else [key]
-    if missing:
-        raise MismatchError(f"iteration {index.iteration} has no {missing}", missing=tuple(missing))
-    return wanted
-
-
-def _home_path(index: Index, key: str) -> str:
-    """The path of a stored key: the key itself, or, if it has a container, the key in that."""
-    home = index.tensors[key].container if key in index.tensors else None
-    return key if home is None else f"{home}/{key}"
-
-
-def subtree(
-    index: Index, tensors: Mapping[str, Tensor], path: str, wanted: set[str] | None = None
-) -> dict[object, object]:
-    """The nested state below `path`, from tensors that were read and the index's values."""
-    below = {k for k in (*index.tensors, *index.values) if not path or _home_path(index, k).startswith(f"{path}/")}
-    below = below if wanted is None else below & wanted
-    values = {k: v for k, v in index.values.items() if k in below or k == path}
-    markers = {k: bytes(v) for k, v in values.items() if is_container(bytes(v))}
-    leaves: dict[str, object] = {k: tensors[k] for k in index.tensors if k in below}
-    leaves |= {k: decode_leaf(bytes(v), k) for k, v in values.items() if k not in markers}
-    return unflatten(leaves, {k: index.tensors[k].container for k in leaves if k in index.tensors}, markers, path)
-
-
-def _empty_tensors(index: Index, keys: Iterable[str]) -> dict[str, Tensor]:
-    return {
-        key: torch.empty(index.tensors[key].global_shape, dtype=getattr(torch, index.tensors[key].dtype))
-        for key in sorted(keys)
-        if key in index.tensors
-    }
-
-
-def _match(flat: FlatState, index: Index, mesh: Mesh) -> Request:
-    """What of the state this checkpoint can fill, and what it cannot."""
-    request = Request()
-    left_out: set[int] = set()
-    for leaf in flat.objects:
-        _match_object(leaf, index, request, left_out)
-    for tensor in flat.tensors:
-        if id(tensor) not in left_out:
-            _match_tensor(tensor, index, request)
-    for value in flat.values:
-        if id(value) in left_out:
-            continue
-        request.asked.add(value.key)
-        if value.key in index.values:
-            request.values.append((value.key, value.replace))
-        elif value.key in index.tensors:
-            request.mismatched[value.key] = "the state has a value, stored is a tensor"
-        else:
-            request.missing.add(value.key)
-    for key, marker in flat.lists.items():
-        request.asked.add(key)
-        stored = index.values.get(key)
-        if (
-            stored is not None
-            and bytes(stored) != marker
-            and not any(_is_below(key, leaf.path) for leaf in request.fresh)
-        ):
-            request.mismatched[key] = f"the state has {marker.decode()}, stored is {bytes(stored).decode()}"
-    for per_rank in flat.per_rank:
-        _match_per_rank(per_rank, index, mesh, request)
-    return request
-
-
-def _is_below(key: str, path: str) -> bool:
-    return key == path or key.startswith(f"{path}/")
-
-
-def _match_object(leaf: ObjectLeaf, index: Index, request: Request, left_out: set[int]) -> None:
-    """An object whose state lacks stored keys (a new optimizer) is given the whole stored subtree instead."""
-    stored = {k for k in (*index.tensors, *index.values) if _home_path(index, k).startswith(f"{leaf.path}/")}
-    leaves = {k for k in stored if k in index.tensors or not is_container(bytes(index.values[k]))}
-    own = {t.key for t in leaf.tensors} | {v.key for v in leaf.values}
-    request.asked |= stored
-    if leaves <= own:
-        return
-    if _holds_sharded_parameters(leaf.owner):
-        request.mismatched[leaf.path] = (
-            f"the optimizer has sharded parameters but no state for {sorted(leaves - own)[:3]}...; "
-            f"initialise its state first (torch.distributed.checkpoint.state_dict.get_optimizer_state_dict does)"
-        )
-        return
-    request.fresh.append(leaf)
-    request.missing |= own - leaves
-    left_out |= {id(t) for t in leaf.tensors} | {id(v) for v in leaf.values}
-    request.whole |= _empty_tensors(index, leaves)
-
-
-def _holds_sharded_parameters(owner: object) -> bool:
-    return isinstance(owner, torch.optim.Optimizer) and any(
-        type(p) not in (Tensor, torch.nn.Parameter) for group in owner.param_groups for p in group["params"]
-    )
-
-
-def _match_tensor(leaf: TensorLeaf, index: Index, request: Request) -> None:
-    request.asked.add(leaf.key)
-    entry = index.tensors.get(leaf.key)
-    if entry is None:
-        if leaf.key in index.values:
-            request.mismatched[leaf.key] = "the state has a tensor, stored is a value"
-        else:
-            request.missing.add(leaf.key)
-    elif entry.dtype != leaf.spec.dtype:
-        request.mismatched[leaf.key] = f"the state has {leaf.spec.dtype}, stored is {entry.dtype}"
-    elif entry.global_shape != leaf.spec.global_shape and not (
-        leaf.allow_shape_mismatch and len(entry.global_shape) == len(leaf.spec.global_shape)
-    ):
-        request.mismatched[leaf.key] = f"the state has {leaf.spec.global_shape}, stored is {entry.global_shape}"
-    elif any(
-        n > 1 and s == 0 for shard in leaf.shards for n, s in zip(shard.data.shape, shard.data.stride(), strict=True)
-    ):
-        request.mismatched[leaf.key] = "the target is an expanded tensor, whose elements share memory; pass a real one"
-    else:
-        request.tensors.append((leaf, entry))
-
-
-def _match_per_rank(per_rank: PerRankLeaf, index: Index, mesh: Mesh, request: Request) -> None:
-    entry = index.per_rank.get(per_rank.key)
-    request.asked.add(per_rank.key)
-    if entry is None:
-        request.missing.add(per_rank.key)
-        return
-    now = {axis: mesh[axis][1] for axis, _ in entry.axes if axis in mesh}
-    if now == dict(entry.axes):
-        at = tuple(mesh[axis][0] for axis, _ in entry.axes)
-        number = dict(entry.holders).get(at)
-        if number is None:
-            request.missing.add(per_rank.key)
-        else:
-            request.per_rank.append((per_rank, number))
-    elif per_rank.leaf.on_change == "exact":
-        request.mismatched[per_rank.key] = (
-            f"it was saved for mesh axes {dict(entry.axes)}, now they are {now}; "
-            f"PerRank(..., on_change='reseed' or 'skip') allows the change"
-        )
-    elif per_rank.leaf.on_change == "reseed":
-        request.reseed.append(per_rank)
-    else:
-        request.skip.append(per_rank)
-
-
-def _stored_keys(index: Index) -> list[str]:
-    """All stored keys in one order that every rank has."""
-    return sorted({*index.tensors, *index.values, *index.per_rank})
-
-
-def _named_keys(flat: FlatState, index: Index, stored: Sequence[str]) -> set[str]:
-    """Stored leaves below a container of the state; of the root only if a leaf of the state stands right in it."""
-    leaves = (
-        *((t.key, t.spec.container) for t in flat.tensors),
-        *((v.key, None) for v in (*flat.values, *flat.per_rank)),
-    )
-    root = any((_parent(key) if home is None else home) == "" for key, home in leaves)
-    named: set[str] = set()
-    known: dict[str, bool] = {"": root}
-
-    def is_named(path: str) -> bool:
-        if path not in known:
-            known[path] = path in flat.containers or (_parent(path) != "" and is_named(_parent(path)))
-        return known[path]
-
-    for key in stored:
-        entry = index.tensors.get(key)
-        home = _parent(key) if entry is None or entry.container is None else entry.container
-        if is_named(home) and not (key in index.values and is_container(bytes(index.values[key]))):
-            named.add(key)
-    return named
-
-
-def _parent(path: str) -> str:
-    return path.rpartition("/")[0]
-
-
-def _mismatch_error(
-    index: Index, missing: list[str], unexpected: list[str], mismatched: Mapping[str, str], strict: bool
-) -> MismatchError:
-    lines = [f"iteration {index.iteration} is not what the state asks for. Nothing was changed."]
-    for title, keys in (
-        ("differ", [f"{key}: {why}" for key, why in sorted(mismatched.items())]),
-        ("in the state, but not stored", missing if strict else []),
-        ("stored below a container of the state, but not in it", unexpected if strict else []),
-    ):
-        if keys:
-            shown = keys[:_SHOWN] + ([f"... and {len(keys) - _SHOWN} more"] if len(keys) > _SHOWN else [])
-            lines += [f"  {len(keys)} {title}:", *(f"    {key}" for key in shown)]
-    if strict and not mismatched:
-        lines.append("  strict=False loads the rest and reports both lists.")
-    return MismatchError(
-        "\n".join(lines),
-        missing=tuple(missing),
-        unexpected=tuple(unexpected),
-        mismatched=tuple(sorted(mismatched)),
-    )
 
 
 def _clip(shard: Shard, entry: TensorEntry) -> tuple[Box, Tensor] | None:
@@ -547,7 +353,7 @@ def _host_buffer(target: Tensor) -> Tensor:
     return torch.empty(target.shape, dtype=target.dtype)
 
 
-def _load_object(leaf: ObjectLeaf, state: dict[object, object]) -> None:
+def _load_object(leaf: ObjectLeaf, state: dict[str, object]) -> None:
     if isinstance(leaf.owner, torch.nn.Module) and any(p.is_meta for p in leaf.owner.parameters()):
         leaf.owner.load_state_dict(state, assign=True)  # type: ignore[arg-type]
     else:

@@ -134,7 +134,7 @@ def _join_specs(ranks: Sequence[RankShards]) -> dict[str, Spec]:
             if differing:
                 raise InvalidShardingError(
                     f"{key!r} is {_describe(known, differing)} on rank {by} but {_describe(spec, differing)} on rank "
-                    f"{rank}. One key must be one tensor: give shards their global shape, different tensors different keys."
+                    f"{rank}. One key is one tensor: give shards their global shape, different tensors different keys."
                 )
     return {key: msgspec.structs.replace(first[key][0], container=containers[key]) for key in sorted(first)}
 
@@ -212,7 +212,7 @@ def _join_per_rank(ranks: Sequence[RankShards]) -> dict[str, PerRankPlan]:
             if digest != item.digest:
                 raise InvalidShardingError(
                     f"PerRank {key!r} differs between ranks {by} and {rank}, which share the coordinates "
-                    f"{dict(zip(item.axes, coordinates, strict=True))}; add the mesh axis that tells them apart to its axes"
+                    f"{dict(zip(item.axes, coordinates, strict=True))}; add the axis that tells them apart to its axes"
                 )
     return {
         key: PerRankPlan(
@@ -273,7 +273,7 @@ def _assign(rows: _Rows, specs: Mapping[str, Spec], bytes_by_rank: Int64Array) -
         raise InvalidShardingError(
             f"{key!r} {specs[key].global_shape}: {_region(specs[key], _box(boxes[i]))} differ between rank "
             f"{rank[first[group[i]]]} and rank {rank[i]}. A plain tensor, or one box given by several ranks, must hold "
-            f"the same values on all of them; is it a shard that lacks its ShardedTensor, or a name that two stages share?"
+            f"the same values on all of them; is it a shard without its ShardedTensor, or a name that two stages share?"
         )
     ndim = boxes.shape[1] // 2
     item_bytes = np.array([DTYPES[s.dtype].item_bytes for s in specs.values()], np.int64)
@@ -382,16 +382,19 @@ def plan_load(targets: Sequence[tuple[Box, Chunks]]) -> list[Copy]:
     for number, (box, chunks) in enumerate(targets):
         low = np.maximum(chunks.offsets, np.array(box.offset, np.int64))
         high = np.minimum(chunks.offsets + chunks.shapes, np.array(box.end, np.int64))
-        for i in np.flatnonzero((low < high).all(axis=1)):
-            copies.append(
-                Copy(
-                    file=int(chunks.files[i]),
-                    chunk_start=int(chunks.starts[i]),
-                    chunk_shape=tuple(chunks.shapes[i].tolist()),
-                    chunk_offset=tuple((low[i] - chunks.offsets[i]).tolist()),
-                    target=number,
-                    target_offset=tuple((low[i] - np.array(box.offset, np.int64)).tolist()),
-                    shape=tuple((high[i] - low[i]).tolist()),
-                )
-            )
+        hits = np.flatnonzero((low < high).all(axis=1))
+        copies += [_copy(number, box, chunks, i, low[i], high[i]) for i in hits.tolist()]
     return sorted(copies, key=lambda c: (c.file, c.chunk_start))
+
+
+def _copy(target: int, box: Box, chunks: Chunks, i: int, low: Int64Array, high: Int64Array) -> Copy:
+    """From chunk i into the target: the region low..high of the global tensor."""
+    return Copy(
+        file=int(chunks.files[i]),
+        chunk_start=int(chunks.starts[i]),
+        chunk_shape=tuple(chunks.shapes[i].tolist()),
+        chunk_offset=tuple((low - chunks.offsets[i]).tolist()),
+        target=target,
+        target_offset=tuple((low - np.array(box.offset, np.int64)).tolist()),
+        shape=tuple((high - low).tolist()),
+    )

@@ -13,6 +13,7 @@ from math import prod
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from distckpt._C import Memory, copy_chunk, crc32c, crc32c_blocks
@@ -107,7 +108,7 @@ class CheckedFile:
 class TargetMemory:
     """A tensor on the host as bytes: item (i, ...) lies at start + sum(i * strides) of `data`."""
 
-    data: memoryview
+    data: npt.NDArray[np.uint8]
     strides: tuple[int, ...]
     item_bytes: int
 
@@ -117,7 +118,7 @@ class TargetMemory:
         item = elements.element_size()
         span = 1 + sum((n - 1) * s for n, s in zip(elements.shape, elements.stride(), strict=True))
         flat = elements.as_strided((span,), (1,)).numpy().view(np.uint8)
-        return cls(memoryview(flat), tuple(s * item for s in elements.stride()), item)
+        return cls(flat, tuple(s * item for s in elements.stride()), item)
 
 
 @dataclass(slots=True)

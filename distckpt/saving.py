@@ -290,7 +290,8 @@ class Save:
     def _decide_commit(self, ranks: Sequence[_Written]) -> list[_Outcome]:
         """Rank 0."""
         plan, writer = self._plan, self.context.writer
-        assert plan is not None and writer is not None
+        assert plan is not None
+        assert writer is not None
         files, records = _join_files(plan, ranks)
         try:
             table = self._write_chunk_table(records)

@@ -83,8 +83,8 @@ class ShardedTensor:
         replica_id: int | tuple[int, ...],
         mismatch: bool,
     ) -> None:
-        if not isinstance(key, str) or not key:
-            raise InvalidShardingError(f"key {key!r}: expected a non-empty string")
+        if not key:
+            raise InvalidShardingError("an empty key; every tensor needs a name")
         if not isinstance(data, Tensor):
             raise UnsupportedTypeError(f"{key!r}: data is a {type(data).__name__}, expected a torch.Tensor")
         self.key = key
@@ -193,7 +193,8 @@ class ShardedTensor:
         return [Shard(box, data.narrow(0, at, box.size).view(box.shape)) for box, at in self._pieces]
 
     def __repr__(self) -> str:
-        return f"ShardedTensor({self.key!r}, {', '.join(map(str, self.boxes()))} of {self.global_shape}, {self.data.dtype})"
+        boxes = ", ".join(map(str, self.boxes()))
+        return f"ShardedTensor({self.key!r}, {boxes} of {self.global_shape}, {self.data.dtype})"
 
 
 def _flat_pieces(boxes: Sequence[Box], start: int, stop: int) -> Iterator[tuple[Box, int]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distckpt._C import Memory, crc32c, crc32c_blocks
 from distckpt.index import MeshCoordinates, ShardFile
-from distckpt.shard_file import ALIGNMENT, BLOCK_BYTES, Chunk, FileLayout, lay_out, split_into_files
+from distckpt.shard_file import ALIGNMENT, BLOCK_BYTES, Chunk, FileLayout, lay_out
 from distckpt.transport import copy_to_host
 
 
@@ -38,7 +38,7 @@ class Arena:
 
 @dataclass(frozen=True, slots=True)
 class StagedFile:
-    """One shard file in memory. `name` is below the iteration's directory; `chunks` are numbers into what was staged."""
+    """One shard file in memory; `name` is below the iteration's directory."""
 
     name: str
     layout: FileLayout
@@ -90,6 +90,3 @@ def stage(
             copy_to_host(tensors[number], target[at : at + chunks[number].size_bytes])
         files.append(StagedFile(name, layout, image))
     return files
-
-
-__all__ = ["Arena", "StagedFile", "split_into_files", "stage"]

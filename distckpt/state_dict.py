@@ -6,11 +6,11 @@ ShardedTensor has a key of its own. Never does I/O and never talks to other rank
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Protocol, TypeAlias, TypeGuard, runtime_checkable
+from typing import Any, Protocol, TypeAlias, TypeGuard, runtime_checkable
 from urllib.parse import quote, unquote
 
 import msgspec
@@ -93,7 +93,7 @@ class ObjectLeaf:
 
     path: str
     owner: Stateful
-    state: dict[object, object]
+    state: dict[str, object]
     tensors: list[TensorLeaf]
     values: list[ValueLeaf]
 
@@ -135,7 +135,7 @@ def _key_of_segment(text: str) -> object:
     return unquote(text)
 
 
-def flatten(state: Mapping[str, object], adapters: Sequence[Adapter]) -> FlatState:
+def flatten(state: dict[str, object], adapters: Sequence[Adapter]) -> FlatState:
     """The leaves of a nested state.
 
     Raises UnsupportedTypeError for a leaf that cannot be stored exactly, InvalidShardingError for shards that
@@ -146,11 +146,10 @@ def flatten(state: Mapping[str, object], adapters: Sequence[Adapter]) -> FlatSta
     flat = FlatState()
     flattener = _Flattener(flat, adapters)
     flattener.dictionary(state, "")
-    seen: set[str] = set()
-    for leaf in (*flat.values, *flat.per_rank):
-        if leaf.key in seen:
-            raise InvalidShardingError(f"{leaf.key!r}: two leaves of the state have this key")
-        seen.add(leaf.key)
+    keys = Counter([leaf.key for leaf in flat.values] + [leaf.key for leaf in flat.per_rank])
+    twice = [key for key, count in keys.items() if count > 1]
+    if twice:
+        raise InvalidShardingError(f"{twice[0]!r}: two leaves of the state have this key")
     return flat
 
 
@@ -160,7 +159,7 @@ class _Flattener:
         self._adapters = adapters
         self._open: set[int] = set()
 
-    def dictionary(self, state: dict[object, object], path: str) -> None:
+    def dictionary(self, state: dict[Any, object], path: str) -> None:
         """`state` is changed by the setters of its leaves, never here."""
         self._enter(state, path)
         for key, value in state.items():
@@ -189,7 +188,7 @@ class _Flattener:
             self._tensor(value, path, replace)
         elif isinstance(value, np.ndarray):
             self._array(value, path, replace)
-        elif type(value) in (dict, OrderedDict):
+        elif isinstance(value, dict) and type(value) in (dict, OrderedDict):
             self.dictionary(value, path)
             if not value:
                 self._flat.empty.append(path)
@@ -207,7 +206,7 @@ class _Flattener:
             if on_loaded is not None:
                 self._flat.finish.append(lambda: on_loaded(shards))
         elif state is not None:
-            self.dictionary(state, path)  # type: ignore[arg-type]
+            self.dictionary(state, path)
             if on_loaded is not None:
                 self._flat.finish.append(lambda: on_loaded(state))
         elif adapted.value is not None:
@@ -282,7 +281,7 @@ class _Flattener:
         self._open.discard(id(value))
 
     def _object(self, value: Stateful, path: str) -> None:
-        state: dict[object, object] = dict(value.state_dict())
+        state = dict(value.state_dict())
         flat = self._flat
         tensors, values = len(flat.tensors), len(flat.values)
         self.dictionary(state, path)
@@ -292,8 +291,8 @@ class _Flattener:
 _PLAIN_TENSOR_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
-def _item_setter(container: dict[object, object] | list[object], key: object) -> Setter:
-    return lambda value: container.__setitem__(key, value)  # type: ignore[index]
+def _item_setter(container: dict[Any, object] | list[object], key: Any) -> Setter:
+    return lambda value: container.__setitem__(key, value)
 
 
 def _materialize_part(part: ShardedTensor) -> Callable[[torch.device], list[Shard]]:
@@ -319,7 +318,7 @@ def check_storable(tensor: Tensor, key: str) -> None:
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
         kind = "quantized" if tensor.is_quantized else "nested" if tensor.is_nested else str(tensor.layout)
         raise UnsupportedTypeError(f"{key!r}: a {kind} tensor cannot be stored; store the dense tensors it is made of")
-    if isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin):
+    if torch.nn.parameter.is_lazy(tensor):
         raise UnsupportedTypeError(f"{key!r}: the parameter is not initialised; run one forward pass first")
 
 

@@ -7,7 +7,8 @@ unique key, LocalNonpersistentObject is left alone.
 from __future__ import annotations
 
 import io
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -32,34 +33,26 @@ class _MegatronTensor(Protocol):
 def adapt_megatron(key: str, value: object) -> Adapted | None:
     """See the module. Raises InvalidShardingError for a ShardedTensor without data."""
     for kind in type(value).__mro__:
-        adapt = _KINDS.get(kind.__name__)
-        if adapt is not None and kind.__module__.startswith(_PACKAGE):
-            return adapt(value)
+        if kind.__module__.startswith(_PACKAGE) and kind.__name__ in _KINDS:
+            return _KINDS[kind.__name__](value)
     return None
 
 
 def _tensor(value: _MegatronTensor) -> Adapted:
     if value.data is None:
         raise InvalidShardingError(f"{value.key!r}: a Megatron ShardedTensor without data; give it its local tensor")
-    common = {"replica_id": value.replica_id, "allow_shape_mismatch": value.allow_shape_mismatch}
-    flat = getattr(value, "flattened_range", None)
-    if flat is None:
-        part = ShardedTensor(
-            value.key,
-            value.data,
-            global_shape=value.global_shape,
-            global_offset=value.global_offset,
-            **common,
-        )
-    else:
-        whole = ShardedTensor(
-            value.key,
-            value.data.new_empty(()).expand(value.local_shape),
-            global_shape=value.global_shape,
-            global_offset=value.global_offset,
-            **common,
-        )
-        part = ShardedTensor.from_flat_range(value.key, value.data, of=whole, flat_range=flat)
+    flat_range = getattr(value, "flattened_range", None)
+    local = value.data if flat_range is None else value.data.new_empty(()).expand(value.local_shape)
+    part = ShardedTensor(
+        value.key,
+        local,
+        global_shape=value.global_shape,
+        global_offset=value.global_offset,
+        replica_id=value.replica_id,
+        allow_shape_mismatch=value.allow_shape_mismatch,
+    )
+    if flat_range is not None:
+        part = ShardedTensor.from_flat_range(value.key, value.data, of=part, flat_range=flat_range)
 
     def loaded(_: object) -> None:
         value.data = part.data  # Another tensor when the target was on the meta device.
@@ -115,7 +108,7 @@ def _local(value: object) -> Adapted:
     return Adapted(skip=True)
 
 
-_KINDS = {
+_KINDS: dict[str, Callable[[Any], Adapted]] = {
     "ShardedTensor": _tensor,
     "ShardedTensorFactory": _factory,
     "ShardedObject": _object,

@@ -1,0 +1,237 @@
+"""Matching: what of a state one checkpoint can fill, and where the two differ. Decides; reads and changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from distckpt.errors import MismatchError
+from distckpt.index import Index, TensorEntry
+from distckpt.planner import is_container
+from distckpt.saving import Mesh
+from distckpt.state_dict import FlatState, ObjectLeaf, PerRankLeaf, TensorLeaf, decode_leaf, unflatten
+
+_SHOWN = 20
+
+
+@dataclass(slots=True)
+class Request:
+    """What one rank wants of one particular checkpoint."""
+
+    tensors: list[tuple[TensorLeaf, TensorEntry]] = field(default_factory=list)
+    whole: dict[str, Tensor] = field(default_factory=dict)  # read in full: no target of the state's own
+    values: list[tuple[str, Callable[[object], None]]] = field(default_factory=list)
+    per_rank: list[tuple[PerRankLeaf, int]] = field(default_factory=list)  # with the number of its file
+    reseed: list[PerRankLeaf] = field(default_factory=list)
+    skip: list[PerRankLeaf] = field(default_factory=list)
+    fresh: list[ObjectLeaf] = field(default_factory=list)  # objects that get the whole stored subtree
+    missing: set[str] = field(default_factory=set)
+    mismatched: dict[str, str] = field(default_factory=dict)
+    asked: set[str] = field(default_factory=set)
+    per_rank_values: dict[str, bytes] = field(default_factory=dict)  # encoded, by key, once read
+
+
+def select_keys(index: Index, keys: Iterable[str] | None) -> set[str]:
+    stored = set(index.tensors) | set(index.values)
+    if keys is None:
+        return stored
+    wanted: set[str] = set()
+    missing: list[str] = []
+    for key in keys:
+        below = {k for k in stored if k == key or _home_path(index, k).startswith(f"{key}/")}
+        wanted |= below
+        missing += [] if below else [key]
+    if missing:
+        raise MismatchError(f"iteration {index.iteration} has no {missing}", missing=tuple(missing))
+    return wanted
+
+
+def _home_path(index: Index, key: str) -> str:
+    """The path of a stored key: the key itself, or, if it has a container, the key in that."""
+    home = index.tensors[key].container if key in index.tensors else None
+    return key if home is None else f"{home}/{key}"
+
+
+def subtree(
+    index: Index, tensors: Mapping[str, Tensor], path: str, wanted: set[str] | None = None
+) -> dict[str, object]:
+    """The nested state below `path`, from tensors that were read and the index's values."""
+    below = {k for k in (*index.tensors, *index.values) if not path or _home_path(index, k).startswith(f"{path}/")}
+    below = below if wanted is None else below & wanted
+    values = {k: v for k, v in index.values.items() if k in below or k == path}
+    markers = {k: bytes(v) for k, v in values.items() if is_container(bytes(v))}
+    leaves: dict[str, object] = {k: tensors[k] for k in index.tensors if k in below}
+    leaves |= {k: decode_leaf(bytes(v), k) for k, v in values.items() if k not in markers}
+    return unflatten(leaves, {k: index.tensors[k].container for k in leaves if k in index.tensors}, markers, path)
+
+
+def empty_tensors(index: Index, keys: Iterable[str]) -> dict[str, Tensor]:
+    return {
+        key: torch.empty(index.tensors[key].global_shape, dtype=getattr(torch, index.tensors[key].dtype))
+        for key in sorted(keys)
+        if key in index.tensors
+    }
+
+
+def match_state(flat: FlatState, index: Index, mesh: Mesh) -> Request:
+    """What of the state this checkpoint can fill, and what it cannot."""
+    request = Request()
+    left_out: set[int] = set()
+    for leaf in flat.objects:
+        _match_object(leaf, index, request, left_out)
+    for tensor in flat.tensors:
+        if id(tensor) not in left_out:
+            _match_tensor(tensor, index, request)
+    for value in flat.values:
+        if id(value) in left_out:
+            continue
+        request.asked.add(value.key)
+        if value.key in index.values:
+            request.values.append((value.key, value.replace))
+        elif value.key in index.tensors:
+            request.mismatched[value.key] = "the state has a value, stored is a tensor"
+        else:
+            request.missing.add(value.key)
+    for key, marker in flat.lists.items():
+        request.asked.add(key)
+        stored = index.values.get(key)
+        if (
+            stored is not None
+            and bytes(stored) != marker
+            and not any(_is_below(key, leaf.path) for leaf in request.fresh)
+        ):
+            request.mismatched[key] = f"the state has {marker.decode()}, stored is {bytes(stored).decode()}"
+    for per_rank in flat.per_rank:
+        _match_per_rank(per_rank, index, mesh, request)
+    return request
+
+
+def _is_below(key: str, path: str) -> bool:
+    return key == path or key.startswith(f"{path}/")
+
+
+def _match_object(leaf: ObjectLeaf, index: Index, request: Request, left_out: set[int]) -> None:
+    """An object whose state lacks stored keys (a new optimizer) is given the whole stored subtree instead."""
+    stored = {k for k in (*index.tensors, *index.values) if _home_path(index, k).startswith(f"{leaf.path}/")}
+    leaves = {k for k in stored if k in index.tensors or not is_container(bytes(index.values[k]))}
+    own = {t.key for t in leaf.tensors} | {v.key for v in leaf.values}
+    request.asked |= stored
+    if leaves <= own:
+        return
+    if _holds_sharded_parameters(leaf.owner):
+        request.mismatched[leaf.path] = (
+            f"the optimizer has sharded parameters but no state for {sorted(leaves - own)[:3]}...; "
+            f"initialise its state first (torch.distributed.checkpoint.state_dict.get_optimizer_state_dict does)"
+        )
+        return
+    request.fresh.append(leaf)
+    request.missing |= own - leaves
+    left_out |= {id(t) for t in leaf.tensors} | {id(v) for v in leaf.values}
+    request.whole |= empty_tensors(index, leaves)
+
+
+def _holds_sharded_parameters(owner: object) -> bool:
+    return isinstance(owner, torch.optim.Optimizer) and any(
+        type(p) not in (Tensor, torch.nn.Parameter) for group in owner.param_groups for p in group["params"]
+    )
+
+
+def _match_tensor(leaf: TensorLeaf, index: Index, request: Request) -> None:
+    request.asked.add(leaf.key)
+    entry = index.tensors.get(leaf.key)
+    if entry is None:
+        if leaf.key in index.values:
+            request.mismatched[leaf.key] = "the state has a tensor, stored is a value"
+        else:
+            request.missing.add(leaf.key)
+    elif entry.dtype != leaf.spec.dtype:
+        request.mismatched[leaf.key] = f"the state has {leaf.spec.dtype}, stored is {entry.dtype}"
+    elif entry.global_shape != leaf.spec.global_shape and not (
+        leaf.allow_shape_mismatch and len(entry.global_shape) == len(leaf.spec.global_shape)
+    ):
+        request.mismatched[leaf.key] = f"the state has {leaf.spec.global_shape}, stored is {entry.global_shape}"
+    elif any(
+        n > 1 and s == 0 for shard in leaf.shards for n, s in zip(shard.data.shape, shard.data.stride(), strict=True)
+    ):
+        request.mismatched[leaf.key] = "the target is an expanded tensor, whose elements share memory; pass a real one"
+    else:
+        request.tensors.append((leaf, entry))
+
+
+def _match_per_rank(per_rank: PerRankLeaf, index: Index, mesh: Mesh, request: Request) -> None:
+    entry = index.per_rank.get(per_rank.key)
+    request.asked.add(per_rank.key)
+    if entry is None:
+        request.missing.add(per_rank.key)
+        return
+    now = {axis: mesh[axis][1] for axis, _ in entry.axes if axis in mesh}
+    if now == dict(entry.axes):
+        at = tuple(mesh[axis][0] for axis, _ in entry.axes)
+        number = dict(entry.holders).get(at)
+        if number is None:
+            request.missing.add(per_rank.key)
+        else:
+            request.per_rank.append((per_rank, number))
+    elif per_rank.leaf.on_change == "exact":
+        request.mismatched[per_rank.key] = (
+            f"it was saved for mesh axes {dict(entry.axes)}, now they are {now}; "
+            f"PerRank(..., on_change='reseed' or 'skip') allows the change"
+        )
+    elif per_rank.leaf.on_change == "reseed":
+        request.reseed.append(per_rank)
+    else:
+        request.skip.append(per_rank)
+
+
+def stored_keys(index: Index) -> list[str]:
+    """All stored keys in one order that every rank has."""
+    return sorted({*index.tensors, *index.values, *index.per_rank})
+
+
+def named_keys(flat: FlatState, index: Index, stored: Sequence[str]) -> set[str]:
+    """Stored leaves below a container of the state; of the root only if a leaf of the state stands right in it."""
+    homes = {_parent(t.key) if t.spec.container is None else t.spec.container for t in flat.tensors}
+    homes |= {_parent(v.key) for v in flat.values} | {_parent(p.key) for p in flat.per_rank}
+    named: set[str] = set()
+    known = {"": "" in homes}
+
+    def is_named(path: str) -> bool:
+        if path not in known:
+            known[path] = path in flat.containers or (_parent(path) != "" and is_named(_parent(path)))
+        return known[path]
+
+    for key in stored:
+        entry = index.tensors.get(key)
+        home = _parent(key) if entry is None or entry.container is None else entry.container
+        if is_named(home) and not (key in index.values and is_container(bytes(index.values[key]))):
+            named.add(key)
+    return named
+
+
+def _parent(path: str) -> str:
+    return path.rpartition("/")[0]
+
+
+def mismatch_error(
+    index: Index, missing: list[str], unexpected: list[str], mismatched: Mapping[str, str], strict: bool
+) -> MismatchError:
+    lines = [f"iteration {index.iteration} is not what the state asks for. Nothing was changed."]
+    for title, keys in (
+        ("differ", [f"{key}: {why}" for key, why in sorted(mismatched.items())]),
+        ("in the state, but not stored", missing if strict else []),
+        ("stored below a container of the state, but not in it", unexpected if strict else []),
+    ):
+        if keys:
+            shown = keys[:_SHOWN] + ([f"... and {len(keys) - _SHOWN} more"] if len(keys) > _SHOWN else [])
+            lines += [f"  {len(keys)} {title}:", *(f"    {key}" for key in shown)]
+    if strict and not mismatched:
+        lines.append("  strict=False loads the rest and reports both lists.")
+    return MismatchError(
+        "\n".join(lines),
+        missing=tuple(missing),
+        unexpected=tuple(unexpected),
+        mismatched=tuple(sorted(mismatched)),
+    )
