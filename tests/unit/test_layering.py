@@ -50,7 +50,13 @@ ALLOWED: dict[str, set[str]] = {
         *("_C", "planner", "report", "adapters", "saving", "matching"),
     },
     "adapters": {"errors", "geometry", "sharded_tensor", "state_dict", "__init__"},
-    "checkpointer": VALUES | FORMAT | PORTS | TENSORS | MOVEMENT | FLOWS | {"_C", "planner", "report", "adapters"},
+    "checkpointer": VALUES
+    | FORMAT
+    | PORTS
+    | TENSORS
+    | MOVEMENT
+    | FLOWS
+    | {"_C", "planner", "report", "adapters"},
     "one_directory": VALUES | PORTS | TENSORS | {"checkpointer", "report"},
     "__init__": VALUES | PORTS | TENSORS | {"checkpointer", "one_directory", "report"},
     "cli": VALUES | FORMAT | PORTS | {"commit", "retention", "reader", "reshard", "__init__"},
@@ -163,7 +169,8 @@ def test_modules_without_tensors_load_without_torch() -> None:
     modules = [
         f"distckpt.{module}"
         for module in SOURCES
-        if row_of(module) in ALLOWED.keys() - MAY_IMPORT_TORCH and module not in ("__init__", *MAY_IMPORT_PYTEST)
+        if row_of(module) in ALLOWED.keys() - MAY_IMPORT_TORCH
+        and module not in ("__init__", *MAY_IMPORT_PYTEST)
     ]
     assert {"distckpt.index", "distckpt.shard_file", "distckpt.planner", "distckpt.storage"} <= set(modules)
     assert {"distckpt.commit", "distckpt.retention", "distckpt.coordinator"} <= set(modules)
