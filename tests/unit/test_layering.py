@@ -41,8 +41,8 @@ ALLOWED: dict[str, set[str]] = {
     "retention": VALUES | FORMAT | PORTS | {"commit"},
     "reshard": VALUES | FORMAT | PORTS | MOVEMENT | {"_C", "planner"},
     "report": VALUES,
-    # The flows are the checkpointer, cut in pieces; like it they hand the list of adapters to flatten. Those that
-    # load take of saving only the type of the mesh.
+    # The flows are the checkpointer, cut in pieces; like it they hand the list of adapters to flatten. Those
+    # that load take of saving only the type of the mesh.
     "saving": VALUES | FORMAT | PORTS | TENSORS | MOVEMENT | {"_C", "planner", "report", "adapters"},
     "matching": VALUES | FORMAT | TENSORS | {"planner", "reader", "report", "saving"},
     "loading": {
