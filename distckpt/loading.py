@@ -355,6 +355,6 @@ def _host_buffer(target: Tensor) -> Tensor:
 
 def _load_object(leaf: ObjectLeaf, state: dict[str, object]) -> None:
     if isinstance(leaf.owner, torch.nn.Module) and any(p.is_meta for p in leaf.owner.parameters()):
-        leaf.owner.load_state_dict(state, assign=True)  # type: ignore[arg-type]
+        leaf.owner.load_state_dict(state, assign=True)
     else:
-        leaf.owner.load_state_dict(state)  # type: ignore[arg-type]
+        leaf.owner.load_state_dict(state)

@@ -406,7 +406,7 @@ def unflatten(
     containers: Mapping[str, str | None],
     markers: Mapping[str, bytes],
     below: str = "",
-) -> dict[object, object]:
+) -> dict[str, object]:
     """The nested state of stored leaves, or the part of it below the path `below`.
 
     containers: for a key that is not its own path, where it stood. markers: key -> encoded length of a list that
