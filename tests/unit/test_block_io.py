@@ -22,9 +22,7 @@ from distckpt import _C
 
 BLOCK = 4096
 REQUEST = 16 * BLOCK
-PATTERN = np.random.default_rng(11).integers(
-    1, 256, 1 << 20, dtype=np.uint8
-)  # No zeros: holes are told apart.
+PATTERN = np.random.default_rng(11).integers(1, 256, 1 << 20, dtype=np.uint8)  # No zeros: holes are told apart.
 
 # Around one block, one request, a queue full of requests, and what is bounced as a whole.
 SIZES = (
@@ -84,9 +82,7 @@ class TestContract:
         assert target[:size].tobytes() == data.tobytes() == Path(path).read_bytes()
 
     @pytest.mark.parametrize("misaligned_by", [0, 1, 8, 4095])
-    @pytest.mark.parametrize(
-        "offset", [0, 1, 8, BLOCK - 1, BLOCK, 3 * BLOCK + 5, REQUEST, len(PATTERN) - 100]
-    )
+    @pytest.mark.parametrize("offset", [0, 1, 8, BLOCK - 1, BLOCK, 3 * BLOCK + 5, REQUEST, len(PATTERN) - 100])
     @pytest.mark.parametrize("size", [0, 1, BLOCK, REQUEST, 6 * REQUEST + 13])
     def test_any_range_is_read(
         self, io: _C.BlockIO, path: str, direct: bool, size: int, offset: int, misaligned_by: int
@@ -129,9 +125,7 @@ class TestContract:
         read = io.read(_C.File.open(path, direct=direct), offset, memory)
         assert memory[:read].tobytes() == PATTERN[:file_size][offset : offset + size].tobytes()
 
-    def test_pieces_written_one_after_the_other_make_the_file(
-        self, io: _C.BlockIO, path: str, direct: bool
-    ) -> None:
+    def test_pieces_written_one_after_the_other_make_the_file(self, io: _C.BlockIO, path: str, direct: bool) -> None:
         file = _C.File.create(path, direct=direct)
         cuts = [0, BLOCK, 3 * BLOCK, 3 * REQUEST, 3 * REQUEST + BLOCK, 400_000]
         for begin, end in pairwise(cuts):
@@ -209,9 +203,7 @@ class TestContract:
                 call(file, 0, aligned(BLOCK))
 
     @pytest.mark.parametrize("offset", [-1, -BLOCK, 1 << 63, (1 << 63) - BLOCK])
-    def test_offset_out_of_range_is_refused(
-        self, io: _C.BlockIO, path: str, direct: bool, offset: int
-    ) -> None:
+    def test_offset_out_of_range_is_refused(self, io: _C.BlockIO, path: str, direct: bool, offset: int) -> None:
         file = _C.File.create(path, direct=direct)
         for call in (io.read, io.write):
             with pytest.raises(ValueError, match=r"offset|overflow"):
@@ -219,9 +211,7 @@ class TestContract:
         assert file.size == 0
 
     @pytest.mark.parametrize("size", [BLOCK, 7 * REQUEST])
-    def test_writing_a_file_opened_for_reading_fails(
-        self, io: _C.BlockIO, path: str, direct: bool, size: int
-    ) -> None:
+    def test_writing_a_file_opened_for_reading_fails(self, io: _C.BlockIO, path: str, direct: bool, size: int) -> None:
         Path(path).write_bytes(b"precious")
         with pytest.raises(OSError, match="write") as caught:
             io.write(_C.File.open(path, direct=direct), 0, PATTERN[:size])
@@ -239,9 +229,7 @@ class TestContract:
         assert io.read(file, 0, memory) == len(PATTERN)
         assert memory.tobytes() == PATTERN.tobytes()
 
-    def test_file_size_limit_is_an_error_with_errno_and_path(
-        self, backend: str, path: str, direct: bool
-    ) -> None:
+    def test_file_size_limit_is_an_error_with_errno_and_path(self, backend: str, path: str, direct: bool) -> None:
         limit = 5 * REQUEST + 1000
         program = f"""
 import resource, sys
@@ -321,9 +309,7 @@ class TestDirect:
         return file
 
     @pytest.mark.parametrize("size", [1, BLOCK + 1, 5 * REQUEST - 1])
-    def test_unaligned_tail_is_padded_with_zeros_to_the_block(
-        self, io: _C.BlockIO, file: _C.File, size: int
-    ) -> None:
+    def test_unaligned_tail_is_padded_with_zeros_to_the_block(self, io: _C.BlockIO, file: _C.File, size: int) -> None:
         padded = -(-size // BLOCK) * BLOCK
         io.write(file, 0, np.full(padded, 0xFF, np.uint8))  # What bounce buffers still hold must not leak.
         io.write(file, 0, aligned(size, 1))
@@ -380,9 +366,7 @@ def test_queue_depth_out_of_range_is_refused(backend: str, queue_depth: int) -> 
         _C.BlockIO(backend, queue_depth=queue_depth)
 
 
-@pytest.mark.parametrize(
-    ("request_size", "queue_depth"), [(BLOCK, 1), (BLOCK, 64), (1 << 22, 1), (5 * BLOCK, 5)]
-)
+@pytest.mark.parametrize(("request_size", "queue_depth"), [(BLOCK, 1), (BLOCK, 64), (1 << 22, 1), (5 * BLOCK, 5)])
 def test_any_request_size_and_depth_transfers_the_same(
     backend: str, path: str, request_size: int, queue_depth: int
 ) -> None:

@@ -146,9 +146,7 @@ def test_windows_cut_at_items_in_any_order_copy_everything_once(case: Case, data
     assert case.target.tobytes() == case.chunk[case.box].tobytes()
 
 
-def copy(
-    source=bytes(64), start=0, chunk=0, target=None, at=0, shape=(4, 4), strides=(16, 4), to=(16, 4), item=4
-):
+def copy(source=bytes(64), start=0, chunk=0, target=None, at=0, shape=(4, 4), strides=(16, 4), to=(16, 4), item=4):
     """copy_chunk with defaults that fit; what a test names is wrong."""
     target = bytearray(64) if target is None else target
     return _C.copy_chunk(source, start, chunk, target, at, shape, strides, to, item)
@@ -233,9 +231,7 @@ def test_argument_out_of_range_is_refused_before_memory_is_touched(arguments: di
     assert target == b"\xa5" * 64
 
 
-@pytest.mark.parametrize(
-    "arguments", [{"item": 4.0}, {"shape": (4, "4")}, {"source": "text"}, {"shape": 4}], ids=str
-)
+@pytest.mark.parametrize("arguments", [{"item": 4.0}, {"shape": (4, "4")}, {"source": "text"}, {"shape": 4}], ids=str)
 def test_argument_of_another_type_is_refused(arguments: dict[str, object]) -> None:
     with pytest.raises(TypeError):
         copy(**arguments)

@@ -13,8 +13,7 @@ PATTERN = np.random.default_rng(7).integers(0, 256, 1 << 17, dtype=np.uint8)
 
 # The SCSI read command of RFC 3720 B.4.
 SCSI_READ_10 = bytes.fromhex(
-    "01c00000 00000000 00000000 00000000 14000000 00000400"
-    "00000014 00000018 28000000 00000000 02000000 00000000"
+    "01c00000 00000000 00000000 00000000 14000000 0000040000000014 00000018 28000000 00000000 02000000 00000000"
 )
 
 
@@ -71,9 +70,7 @@ def test_one_flipped_bit_changes_the_checksum() -> None:
         data[bit // 8] ^= 1 << (bit % 8)
 
 
-@pytest.mark.parametrize(
-    "data", [np.arange(6.0), np.float32(3), memoryview(b"abcd").cast("I"), np.zeros((0, 3))]
-)
+@pytest.mark.parametrize("data", [np.arange(6.0), np.float32(3), memoryview(b"abcd").cast("I"), np.zeros((0, 3))])
 def test_any_contiguous_buffer_is_summed_as_bytes(data) -> None:
     assert _C.crc32c(data) == _C.crc32c(bytes(data))
 
