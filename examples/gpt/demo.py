@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from figures import draw_losses, draw_saves
+from figures import Panel, draw_losses, draw_saves
 from rich.console import Console
 from rich.table import Table
 from runs import Job, Layout, Log, kill
@@ -85,7 +85,7 @@ def kill_during_save(job: Job, console: Console) -> int:
     for iteration in KILL_AT:
         directory = job.directory / f"iter_{iteration:07d}"
         process = job.start()
-        while not any(directory.glob("pending-*")):
+        while not any(directory.glob("shard-*")):
             if process.poll() is not None:
                 raise job.failure(f"ended before the save of iteration {iteration}")
             time.sleep(0.001)
@@ -93,7 +93,7 @@ def kill_during_save(job: Job, console: Console) -> int:
         if not any(directory.glob("index-*.json")):
             console.print(f"killed: SIGKILL while saving iteration {iteration}, which left no index and")
             for file in sorted(directory.iterdir()):
-                console.print(f"    {file.name} ({file.stat().st_size:,} bytes)", highlight=False)
+                console.print(f"    {file.name} ({file.stat().st_size:,} bytes)", soft_wrap=True)
             return iteration
     raise SystemExit(f"the saves of iterations {KILL_AT} were all committed before the kill landed")
 
@@ -135,12 +135,16 @@ def loss_table(family: Family) -> Table:
 
 
 def draw(families: list[Family], out: Path) -> None:
-    curves = {
-        family.title: {"never interrupted": family.reference}
-        | {f"killed, resumed on {layout}": log for layout, log in family.resumed.items()}
+    panels = [
+        Panel(
+            family.title,
+            {"never interrupted": family.reference}
+            | {f"resumed on {layout}": log for layout, log in family.resumed.items()},
+            killed=family.cut,
+        )
         for family in families
-    }
-    draw_losses(curves, out / "losses.png")
+    ]
+    draw_losses(panels, out / "losses.png")
     draw_saves(families[0].reference, out / "saves.png")
 
 
@@ -159,7 +163,7 @@ def main() -> None:
     console.print(loss_table(same), loss_table(other))
     draw([same, other], out)
     for claim in claims:
-        console.print("[green]PASS[/]" if claim.holds else "[red]FAIL[/]", claim.text, highlight=False)
+        console.print("[green]PASS[/]" if claim.holds else "[red]FAIL[/]", claim.text, soft_wrap=True)
     console.print(f"{time.time() - start:.0f} s; figures: {out / 'losses.png'} and {out / 'saves.png'}")
     sys.exit(0 if all(claim.holds for claim in claims) else 1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -15,18 +16,27 @@ PHASES = {"plan": "tab:orange", "stage": "tab:red", "write": "tab:blue", "commit
 TRAINING = "0.8"
 
 
-def draw_losses(families: dict[str, dict[str, Log]], path: Path) -> None:
-    """One panel per family: title -> label -> log. The first log is the reference."""
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """Loss curves by label, the reference first, and the iteration whose save was killed."""
+
+    title: str
+    logs: dict[str, Log]
+    killed: int
+
+
+def draw_losses(panels: list[Panel], path: Path) -> None:
     figure = Figure(figsize=(12, 4.5), layout="constrained")
-    panels = figure.subplots(1, len(families), sharey=True)
-    for axes, (title, logs) in zip(panels, families.items(), strict=True):
-        for order, (label, log) in enumerate(logs.items()):
+    row = figure.subplots(1, len(panels), sharey=True)
+    for axes, panel in zip(row, panels, strict=True):
+        for order, (label, log) in enumerate(panel.logs.items()):
             losses = [record["loss"] for record in log.iterations.values()]
             axes.plot(list(log.iterations), losses, label=label, color=COLORS[order], linewidth=WIDTHS[order])
-        axes.set(title=title, xlabel="iteration")
+        axes.axvline(panel.killed, color="tab:red", linestyle="--", label=f"SIGKILL while saving {panel.killed}")
+        axes.set(title=panel.title, xlabel="iteration")
         axes.grid(alpha=0.3)
         axes.legend()
-    panels[0].set_ylabel("loss")
+    row[0].set_ylabel("loss")
     figure.savefig(path, dpi=120)
 
 
@@ -40,7 +50,8 @@ def draw_saves(log: Log, path: Path) -> None:
         _draw_save(axes, row, save, log)
     axes.set_yticks(range(len(log.saves)), [f"save of\niteration {iteration}" for iteration in log.saves])
     axes.invert_yaxis()
-    axes.set(xlabel="seconds since the save was asked for")
+    size_mb = max(save["bytes"] for save in log.saves.values()) / 1e6
+    axes.set(xlabel="seconds since the save was asked for", title=f"Saves of {size_mb:.0f} MB while training")
     handles = [Patch(color=color, label=phase) for phase, color in PHASES.items()]
     handles.append(Patch(color=TRAINING, label="training"))
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
