@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -67,34 +68,31 @@ def path(tmp_path: Path) -> str:
 class TestContract:
     """What every backend does, whether the page cache is used or not."""
 
-    @pytest.mark.parametrize("misaligned_by", [0, 1, 512])
     @pytest.mark.parametrize("size", SIZES)
-    def test_what_is_written_is_read_back(
-        self, io: _C.BlockIO, path: str, direct: bool, size: int, misaligned_by: int
-    ) -> None:
-        data = aligned(size, misaligned_by)
-        data[:] = PATTERN[:size]
-        file = _C.File.create(path, direct=direct)
-        io.write(file, 0, data)
-        file.truncate(size)
-        target = aligned(size + 10, misaligned_by)
-        assert io.read(file, 0, target) == size
-        assert target[:size].tobytes() == data.tobytes() == Path(path).read_bytes()
+    def test_what_is_written_is_read_back(self, io: _C.BlockIO, path: str, direct: bool, size: int) -> None:
+        for misaligned_by in (0, 1, 512):
+            data = aligned(size, misaligned_by)
+            data[:] = PATTERN[misaligned_by : misaligned_by + size]
+            file = _C.File.create(f"{path}-{misaligned_by}", direct=direct)
+            io.write(file, 0, data)
+            file.truncate(size)
+            target = aligned(size + 10, misaligned_by)
+            assert io.read(file, 0, target) == size
+            assert target[:size].tobytes() == data.tobytes() == Path(file.path).read_bytes()
 
-    @pytest.mark.parametrize("misaligned_by", [0, 1, 8, 4095])
-    @pytest.mark.parametrize("offset", [0, 1, 8, BLOCK - 1, BLOCK, 3 * BLOCK + 5, REQUEST, len(PATTERN) - 100])
     @pytest.mark.parametrize("size", [0, 1, BLOCK, REQUEST, 6 * REQUEST + 13])
-    def test_any_range_is_read(
-        self, io: _C.BlockIO, path: str, direct: bool, size: int, offset: int, misaligned_by: int
-    ) -> None:
+    def test_any_range_is_read_into_any_memory(self, io: _C.BlockIO, path: str, direct: bool, size: int) -> None:
         Path(path).write_bytes(PATTERN.tobytes())
-        memory = aligned(size + 2, misaligned_by)
-        memory[:] = 0
-        read = io.read(_C.File.open(path, direct=direct), offset, memory[1:-1])
-        expected = PATTERN[offset : offset + size]
-        assert read == len(expected)
-        assert memory[1 : 1 + read].tobytes() == expected.tobytes()
-        assert (memory[0], memory[-1]) == (0, 0)
+        file = _C.File.open(path, direct=direct)
+        for offset in (0, 1, 8, BLOCK - 1, BLOCK, 3 * BLOCK + 5, REQUEST, len(PATTERN) - 100):
+            for misaligned_by in (0, 1, 8, 4095):
+                memory = aligned(size + 2, misaligned_by)
+                memory[:] = 0
+                read = io.read(file, offset, memory[1:-1])
+                expected = PATTERN[offset : offset + size]
+                assert read == len(expected)
+                assert memory[1 : 1 + read].tobytes() == expected.tobytes()
+                assert (memory[0], memory[-1]) == (0, 0)
 
     @settings(
         database=None,
@@ -390,17 +388,20 @@ def test_closed_block_io_refuses_everything_but_close(io: _C.BlockIO, path: str)
 def test_close_gives_back_descriptors_and_threads(backend: str, path: str) -> None:
     file = _C.File.create(path)
 
-    def held() -> tuple[int, int]:
-        return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
-
-    before = held()
+    descriptors = len(os.listdir("/proc/self/fd"))
+    threads = len(os.listdir("/proc/self/task"))
     io = _C.BlockIO(backend)
-    assert len(os.listdir("/proc/self/task")) == before[1], "threads start with the first transfer"
+    assert len(os.listdir("/proc/self/task")) == threads, "threads start with the first transfer"
     io.write(file, 0, PATTERN)
     io.close()
-    assert held()[0] == before[0]
-    if backend == "threads":
-        assert held() == before
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    if backend == "io_uring":
+        return  # The kernel keeps worker threads of its own for a while.
+    for _ in range(1000):  # A thread that was joined may be listed for a moment longer.
+        if len(os.listdir("/proc/self/task")) == threads:
+            return
+        time.sleep(0.01)
+    pytest.fail("threads are left")
 
 
 def test_child_process_is_refused_and_leaves_the_parents_queue_alone(backend: str, path: str) -> None:
