@@ -33,7 +33,7 @@ from distckpt.index import ChunkTable, Index, PerRankEntry, ShardFile, Spec, Ten
 from distckpt.json_value import encode_value
 from distckpt.planner import ChunkColumns, PerRankItem, RankShards, SavePlan, plan_save
 from distckpt.report import SaveReport
-from distckpt.shard_file import FORMAT, FORMAT_VERSION, Chunk, split_into_files
+from distckpt.shard_file import FORMAT, FORMAT_VERSION, Chunk, nested_json_bytes, split_into_files
 from distckpt.sharded_tensor import Shard
 from distckpt.staging import Arena, StagedFile, stage
 from distckpt.state_dict import EMPTY_DICT, FlatState, PerRankLeaf, encode_leaf, flatten
@@ -41,6 +41,7 @@ from distckpt.storage import FreeSpace, Storage, WriteFile
 from distckpt.transport import sample_checksum
 
 Mesh = Mapping[str, tuple[int, int]]
+MAX_SHARED_METADATA_BYTES = 8 << 20  # characters: escaped in a header they may take six times as many bytes
 
 
 class _Offer(msgspec.Struct, frozen=True):
@@ -212,32 +213,43 @@ class Save:
         per_rank = msgspec.json.encode(_raw({key: self._encoded[key] for key in order.per_rank}))
         if not chunks and not order.per_rank and coordinator.rank != 0:
             return []
-        files = split_into_files(chunks)
+        shared = self._shared_metadata()
+        files = split_into_files(
+            chunks,
+            metadata_bytes=[nested_json_bytes({key: spec}) for key, spec, _ in mine],
+            first_metadata_bytes=len(msgspec.json.encode(shared)),
+        )
         return stage(
             self.context.arena,
             chunks,
             [shard.data for _, _, shard in mine],
             per_rank,
             names=[_file_name(coordinator, order.save_id, part) for part in range(len(files))],
-            metadata=[self._header_metadata({mine[i][0]: mine[i][1] for i in f}, n == 0) for n, f in enumerate(files)],
+            metadata=[
+                self._header_metadata([mine[i][:2] for i in f], {} if n else shared) for n, f in enumerate(files)
+            ],
             order=files,
         )
 
-    def _header_metadata(self, specs: Mapping[str, Spec], is_first: bool) -> dict[str, str]:
+    def _header_metadata(self, specs: Sequence[tuple[str, Spec]], shared: Mapping[str, str]) -> dict[str, str]:
         """What rebuilding an index from the files alone needs."""
-        metadata = {
+        return {
             "format": FORMAT,
             "version": str(FORMAT_VERSION),
             "save_id": self.save_id,
             "iteration": str(self.iteration),
             "rank": str(self.context.coordinator.rank),
             "mesh": msgspec.json.encode(self.context.mesh).decode(),
-            "tensors": msgspec.json.encode(specs).decode(),
+            "tensors": msgspec.json.encode(dict(specs)).decode(),
+            **shared,
         }
-        if is_first and self._plan is not None:
-            metadata["values"] = msgspec.json.encode(_raw(self._plan.values)).decode()
-            metadata["metadata"] = self._metadata.decode()
-        return metadata
+
+    def _shared_metadata(self) -> dict[str, str]:
+        """The same, of what belongs to no tensor: in the first file of rank 0, unless it is too long for a header."""
+        if self._plan is None:
+            return {}
+        shared = {"values": msgspec.json.encode(_raw(self._plan.values)).decode(), "metadata": self._metadata.decode()}
+        return shared if sum(map(len, shared.values())) <= MAX_SHARED_METADATA_BYTES else {}
 
     def finish(self, *, is_async: bool) -> SaveReport:
         """Write, and make the checkpoint exist. Collective; any thread.
@@ -442,7 +454,8 @@ def _join_files(plan: SavePlan, ranks: Sequence[_Written]) -> tuple[list[ShardFi
         start = np.array([start_of[r][i] for r, i in zip(columns.writer, place, strict=True)], np.int64)
         ndim = columns.boxes.shape[1] // 2
         tensors, at = np.unique(columns.tensor, return_index=True)
-        for t, low, high in zip(tensors.tolist(), at, [*at[1:], len(columns.tensor)], strict=True):
+        ends = np.append(at, len(columns.tensor))[1:]
+        for t, low, high in zip(tensors.tolist(), at, ends, strict=True):
             boxes = columns.boxes[low:high]
             chunks = Chunks(boxes[:, :ndim], boxes[:, ndim:], file[low:high], start[low:high])
             records[t] = encode_record(chunks, plan.specs[keys[t]].global_shape)
