@@ -35,6 +35,9 @@ class PendingSave:
         self._report: SaveReport | None = None
         self._error: BaseException | None = None
         self._is_known = False
+        self._callbacks: list[Callable[[], None]] = []
+        self._lock = threading.Lock()
+        self._has_ended = False
         self._work = work
         self._thread = threading.Thread(target=self._run, name="distckpt-save")
 
@@ -46,6 +49,18 @@ class PendingSave:
             self._report = self._work()
         except BaseException as error:
             self._error = error
+        with self._lock:
+            self._has_ended = True
+        for callback in self._callbacks:
+            callback()
+
+    def add_done_callback(self, callback: Callable[[], None]) -> None:
+        """Have it called when the save has ended, well or not, in the save's thread; at once if it has."""
+        with self._lock:
+            if not self._has_ended:
+                self._callbacks.append(callback)
+                return
+        callback()
 
     def wait_staged(self) -> None:
         """Return when the caller may change the tensors; an eager save has returned so."""
@@ -283,12 +298,16 @@ class Checkpointer:
         try:
             self._settle()
         finally:
-            self._closed = True
-            for handle in self._guards:
-                handle.remove()
-            self._save_context.arena.release()
-            if self._owns_coordinator:
-                self._coordinator.close()
+            self.release()
+
+    def release(self) -> None:
+        """Free memory and connections without waiting for a save; for callbacks of one that has ended."""
+        self._closed = True
+        for handle in self._guards:
+            handle.remove()
+        self._save_context.arena.release()
+        if self._owns_coordinator:
+            self._coordinator.close()
 
     def __enter__(self) -> Checkpointer:
         return self

@@ -29,9 +29,11 @@ def save(
 def async_save(
     state: State, directory: Path, *, mesh: Mesh | None = None, coordinator: Coordinator | None = None
 ) -> PendingSave:
-    """Checkpointer.async_save into a directory of its own. Collective; wait() for it before the process ends."""
+    """Checkpointer.async_save into a directory of its own. Collective; its failure is raised by wait() only."""
     checkpointer = Checkpointer(directory, mesh=mesh, coordinator=coordinator)
-    return checkpointer.async_save(state, iteration=0)
+    pending = checkpointer.async_save(state, iteration=0)
+    pending.add_done_callback(checkpointer.release)
+    return pending
 
 
 def load(

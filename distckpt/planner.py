@@ -33,7 +33,7 @@ class PerRankItem(msgspec.Struct, frozen=True):
 class RankShards(msgspec.Struct, frozen=True, kw_only=True):
     """What one rank has to save: its message to the planner.
 
-    specs: (key, spec) of its tensors. Its shards are columns, one entry a shard: `tensor` int32, number into specs;
+    specs: (key, spec) of its tensors, each pair once. Its shards are columns, one entry a shard: `tensor` int32, number into specs;
     `boxes` int64, offset then shape, ragged; `samples` uint32, a checksum over samples of its bytes.
     values: key -> encoded JSON value. mesh: axis -> (coordinate, size).
     """
@@ -169,6 +169,10 @@ def _join_values(ranks: Sequence[RankShards], specs: Mapping[str, Spec]) -> dict
                 raise InvalidShardingError(
                     f"{key!r} is a tensor on one rank and the value {_shorten(value)} on rank {rank}"
                 )
+    for rank, message in enumerate(ranks):
+        twice = [key for key in message.per_rank if key in specs or key in first]
+        if twice:
+            raise InvalidShardingError(f"{twice[0]!r} is a PerRank on rank {rank} and something else on another")
     paths = [key for key, spec in specs.items() if spec.container is None] + list(first)
     leaves = {key for key in paths if key not in first or not is_container(first[key][0])}
     for key in paths:
