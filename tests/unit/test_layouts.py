@@ -6,7 +6,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 from math import prod
 
 import numpy as np
@@ -157,7 +157,7 @@ def grids(draw: st.DrawFn, shape: tuple[int, ...]) -> list[Box]:
     cells: list[list[tuple[int, int]]] = []
     for n in shape:
         cuts = [0, *sorted(draw(st.lists(st.integers(0, n), max_size=2))), n]
-        cells.append([(a, b - a) for a, b in zip(cuts, cuts[1:], strict=False)])
+        cells.append([(a, b - a) for a, b in pairwise(cuts)])
     return [Box(tuple(o for o, _ in cell), tuple(s for _, s in cell)) for cell in product(*cells)]
 
 
@@ -210,7 +210,7 @@ def layouts(draw: st.DrawFn, shape: tuple[int, ...], world_size: int, *, to_load
             group, boxes = tuple(boxes[:count]), boxes[count:]
             total = sum(b.size for b in group)
             cuts = [0, *sorted(draw(st.lists(st.integers(0, total), max_size=3))), total]
-            for start, stop in zip(cuts, cuts[1:], strict=False):
+            for start, stop in pairwise(cuts):
                 give(group, (start, stop))
     return tuple(tuple(parts) for parts in ranks)
 
@@ -314,8 +314,6 @@ def _data_bytes(storage: Storage) -> int:
             file.read_into(0, content)
             file.close()
             header = np.frombuffer(content, "<u8", 1)[0]
-            import json
-
             for key, entry in json.loads(content[8 : 8 + int(header)]).items():
                 if not key.startswith("__"):
                     total += entry["data_offsets"][1] - entry["data_offsets"][0]
