@@ -177,9 +177,7 @@ def check_close_twice(coordinator: Coordinator) -> None:
 
 def _check_gather(coordinator: Coordinator, payload: bytes) -> None:
     gathered = coordinator.gather("gather", payload, timeout_s=_TIMEOUT_S)
-    assert (
-        gathered is None if coordinator.rank else list(gathered or ()) == [payload] * coordinator.world_size
-    )
+    assert gathered is None if coordinator.rank else list(gathered or ()) == [payload] * coordinator.world_size
 
 
 def _check_scatter(coordinator: Coordinator, payload: bytes) -> None:

@@ -51,9 +51,7 @@ class MpiCoordinator:
         self._silent: set[int] = set()  # in the last gather
         self._inbox: dict[tuple[int, int, int], bytes] = {}  # (gather, scatter, source) -> payload
         self._arriving: list[tuple[MPI.Request, bytearray, int]] = []
-        self._leaving: list[
-            tuple[MPI.Request, bytes, int]
-        ] = []  # the buffer must live as long as the request
+        self._leaving: list[tuple[MPI.Request, bytes, int]] = []  # the buffer must live as long as the request
         self._finish = weakref.finalize(self, _finish_sends, self._leaving)
 
     @property

@@ -43,9 +43,7 @@ class _Board:
             self._changed.wait_for(settled, timeout_s)
             found = {rank: self._items.pop(item) for rank, item in wanted.items() if item in self._items}
             failures = {
-                rank: f"ended before {tag!r}"
-                if rank in self._ended
-                else f"no answer to {tag!r} within {timeout_s:g} s"
+                rank: f"ended before {tag!r}" if rank in self._ended else f"no answer to {tag!r} within {timeout_s:g} s"
                 for rank in wanted
                 if rank not in found
             }
@@ -114,8 +112,7 @@ def run_ranks(world_size: int, fn: Callable[[ThreadCoordinator], T], timeout_s: 
             board.end(rank)
 
     threads = [
-        threading.Thread(target=run, args=(rank,), name=f"rank {rank}", daemon=True)
-        for rank in range(world_size)
+        threading.Thread(target=run, args=(rank,), name=f"rank {rank}", daemon=True) for rank in range(world_size)
     ]
     deadline = time.monotonic() + timeout_s
     for thread in threads:

@@ -39,9 +39,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_JOINED = "joined"
 _PIECE_BYTES = 4 << 20  # a TCPStore drops the connection of who sends a value of more than 8 MiB
 _GRACE_S = 1.0  # what a store call may take beyond the bound that the store was given
-_LINGER_S = 10.0  # how long rank 0 stays up for ranks that have not taken its last scatter
+_LINGER_S = 10.0  # how long close() waits for calls that are under way, here and on other ranks
 
 
 class TorchDistCoordinator:
@@ -69,8 +70,10 @@ class TorchDistCoordinator:
         self._silent: list[int] = []  # in the last gather
         self._late: list[tuple[int, int]] = []  # (gather, rank) given up; they may still come
         self._handed_out: list[str] = []
-        self._untaken: dict[str, int] = {}  # the last scatter's counter: how many ranks should take it
-        self._finish = weakref.finalize(self, _linger, self._store, self._untaken, os.getpid())
+        # The counter of the last scatter: how many ranks should take it. Until the first one: how many connect.
+        self._untaken = {_JOINED: self._world_size - 1} if self._rank == 0 else {}
+        self._calls: list[threading.Thread] = []  # that may still wait for rank 0
+        self._finish = weakref.finalize(self, _linger, self._store, self._untaken, self._calls, os.getpid())
 
     @property
     def rank(self) -> int:
@@ -99,7 +102,7 @@ class TorchDistCoordinator:
         return payloads[0]
 
     def close(self) -> None:
-        """Rank 0 stays up for a bounded time until the living ranks have taken what it scattered last."""
+        """Rank 0 stays up, for a bounded time, until the living ranks have taken what it scattered last."""
         self._finish()
         self._store = None
 
@@ -140,8 +143,11 @@ class TorchDistCoordinator:
         """Ask the store that rank 0 hosts."""
         import torch.distributed as dist
 
+        self._calls[:] = [thread for thread in self._calls if thread.is_alive()]
+        thread, outcome = _start(call)
+        self._calls.append(thread)
         try:
-            return _within(timeout_s + _GRACE_S, call)
+            return outcome.result(timeout_s + _GRACE_S)
         except (FutureTimeoutError, dist.DistStoreError) as error:
             raise RankFailure({0: f"no answer to {tag!r} within {timeout_s:g} s"}) from error
         except dist.DistError as error:
@@ -149,8 +155,7 @@ class TorchDistCoordinator:
             raise RankFailure({0: f"connection lost during {tag!r} ({reason})"}) from error
 
 
-def _within(bound_s: float, call: Callable[[], T]) -> T:
-    """call(), given up after `bound_s`."""
+def _start(call: Callable[[], T]) -> tuple[threading.Thread, Future[T]]:
     outcome: Future[T] = Future()
 
     def run() -> None:
@@ -159,8 +164,9 @@ def _within(bound_s: float, call: Callable[[], T]) -> T:
         except BaseException as error:
             outcome.set_exception(error)
 
-    threading.Thread(target=run, name="distckpt-store", daemon=True).start()
-    return outcome.result(bound_s)
+    thread = threading.Thread(target=run, name="distckpt-store", daemon=True)
+    thread.start()
+    return thread, outcome
 
 
 def _poll(done: Callable[[], bool], timeout_s: float) -> bool:
@@ -227,12 +233,17 @@ def _delete(store: TCPStore, keys: list[str]) -> None:
         store.delete_key(key)
 
 
-def _linger(store: TCPStore, untaken: dict[str, int], pid: int) -> None:
-    """The store ends with rank 0's process. Ranks that have not read its last word would take it for dead."""
+def _linger(store: TCPStore, untaken: dict[str, int], calls: list[threading.Thread], pid: int) -> None:
+    """Runs at close() or at the end of the process."""
     if os.getpid() != pid:
         return  # a forked child shares the connection and must not talk on it
+    # The store ends with rank 0's process. Ranks that have not read its last word would take it for dead.
     for counter, ranks in untaken.items():
         _poll(partial(_reached, store, counter, ranks), _LINGER_S)
+    # A thread that comes back from C++ while the interpreter is being torn down aborts the process.
+    deadline = time.monotonic() + _LINGER_S
+    for thread in calls:
+        thread.join(max(0.0, deadline - time.monotonic()))
 
 
 def _reached(store: TCPStore, counter: str, count: int) -> bool:
@@ -259,7 +270,9 @@ def _open_store(members: list[int], rank: int) -> TCPStore:
     host, _, port = job.get(f"address {number}").decode().partition(" ")
     if host == "!":
         raise CheckpointError(f"rank 0 cannot host a store for its coordinator: {port}")
-    return _tcp_store(host, int(port), is_master=False)
+    store = _tcp_store(host, int(port), is_master=False)
+    store.add(_JOINED, 1)
+    return store
 
 
 def _job_store() -> Store:
@@ -283,25 +296,25 @@ def _own_host() -> str:
     a service's address) the local address that routes there; without MASTER_ADDR the host's name.
     """
     master = os.environ.get("MASTER_ADDR")
-    if master is None:
-        return socket.gethostname() if _resolves(socket.gethostname()) else "localhost"
-    found = socket.getaddrinfo(master, int(os.environ.get("MASTER_PORT", "1")), type=socket.SOCK_DGRAM)
-    for family, kind, protocol, _, address in found:
-        with socket.socket(family, kind, protocol) as probe:
-            try:
-                probe.bind((address[0], 0, *address[2:]))  # only a local address can be bound to
-            except OSError:
-                continue
-            return master
-    family, kind, protocol, _, address = found[0]
+    try:
+        if master is not None:
+            return master if _is_local(master) else _address_towards(master)
+        socket.getaddrinfo(socket.gethostname(), None)
+    except OSError:  # no route, or a host name that resolves nowhere: all ranks must be on this host
+        return "localhost"
+    return socket.gethostname()
+
+
+def _is_local(host: str) -> bool:
+    for family, kind, protocol, _, address in socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM):
+        with socket.socket(family, kind, protocol) as probe, suppress(OSError):
+            probe.bind(address)  # only a local address can be bound to
+            return True
+    return False
+
+
+def _address_towards(host: str) -> str:
+    family, kind, protocol, _, address = socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind, protocol) as probe:
         probe.connect(address)  # a datagram socket: this looks up the route and sends nothing
         return str(probe.getsockname()[0])
-
-
-def _resolves(host: str) -> bool:
-    try:
-        socket.getaddrinfo(host, None)
-    except OSError:
-        return False
-    return True

@@ -13,7 +13,14 @@ from typing import Any
 import msgspec
 import pytest
 
-from distckpt.coordinator import RankFailure, SingleProcess, TorchDistCoordinator, agree, default_coordinator
+from distckpt.coordinator import (
+    RankFailure,
+    SingleProcess,
+    TorchDistCoordinator,
+    agree,
+    default_coordinator,
+    torch_dist,
+)
 from distckpt.errors import (
     CheckpointError,
     CorruptionError,
@@ -142,9 +149,7 @@ def test_local_error_on_some_ranks_is_the_same_error_on_all() -> None:
 
     def rank(c: ThreadCoordinator) -> Any:
         local = raiser(original[c.rank]) if c.rank in original else lambda: Message(c.rank)
-        return attempt(
-            c, local, lambda messages: decided.append(1) or total(messages), committed_if_lost="unknown"
-        )
+        return attempt(c, local, lambda messages: decided.append(1) or total(messages), committed_if_lost="unknown")
 
     errors = run_ranks(4, rank)
     assert_same_everywhere(errors)
@@ -175,9 +180,7 @@ def test_checkpoint_error_of_local_names_its_rank() -> None:
 
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt(), SystemExit(3)])
 @pytest.mark.parametrize("interrupted", [0, 1])
-def test_interrupt_in_local_is_reported_and_stays_an_interrupt(
-    interrupt: BaseException, interrupted: int
-) -> None:
+def test_interrupt_in_local_is_reported_and_stays_an_interrupt(interrupt: BaseException, interrupted: int) -> None:
     results = run_ranks(
         3, lambda c: attempt(c, raiser(interrupt) if c.rank == interrupted else lambda: Message(c.rank))
     )
@@ -229,9 +232,7 @@ def test_subclass_unknown_to_the_other_ranks_is_its_nearest_known_type_there() -
 
 def test_other_error_of_decide_names_rank_0() -> None:
     original = OSError(5, "Input/output error", "index-1.json")
-    errors = run_ranks(
-        3, lambda c: attempt(c, lambda: Message(c.rank), raiser(original), committed_if_lost="unknown")
-    )
+    errors = run_ranks(3, lambda c: attempt(c, lambda: Message(c.rank), raiser(original), committed_if_lost="unknown"))
     assert_same_everywhere(errors)
     assert errors[0].failures == {0: "OSError: [Errno 5] Input/output error: 'index-1.json'"}
     assert errors[0].committed == "unknown"  # decide had begun
@@ -268,9 +269,7 @@ def test_text_that_is_not_unicode_travels() -> None:
     assert_same_everywhere(errors)
     assert r"shard-\udcff" in str(errors[0])
     mismatch = MismatchError(name, missing=(name,))
-    assert isinstance(
-        run_ranks(2, lambda c: attempt(c, lambda: Message(1), raiser(mismatch)))[1], MismatchError
-    )
+    assert isinstance(run_ranks(2, lambda c: attempt(c, lambda: Message(1), raiser(mismatch)))[1], MismatchError)
 
 
 def test_thousands_of_failures_are_all_in_failures_and_some_in_the_text() -> None:
@@ -480,9 +479,23 @@ class TestDefaultCoordinator:
             TorchDistCoordinator()
 
 
+class TestOwnHost:
+    def test_master_addr_that_is_this_host_is_kept(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("MASTER_ADDR", "localhost")
+        assert torch_dist._own_host() == "localhost"
+
+    def test_master_addr_elsewhere_gives_the_local_address_that_routes_there(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("MASTER_ADDR", "203.0.113.7")  # reserved for documentation: nobody has it
+        assert torch_dist._is_local(torch_dist._own_host())
+
+    def test_without_master_addr_it_is_a_name_that_resolves(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("MASTER_ADDR", raising=False)
+        assert torch_dist._is_local(torch_dist._own_host())
+
+
 def test_import_imports_neither_torch_nor_mpi() -> None:
     code = "import sys, distckpt.coordinator; print({'torch', 'mpi4py', 'numpy'} & set(sys.modules))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "set()", done.stdout
