@@ -14,10 +14,11 @@ from distckpt.adapters import ADAPTERS
 from distckpt.commit import list_commits, newest_iteration, read_tracker, retire, sweep
 from distckpt.coordinator import Coordinator, agree, default_coordinator
 from distckpt.errors import CheckpointError, InvalidShardingError
+from distckpt.index import Mesh
 from distckpt.loading import Load, LoadContext, read_all
 from distckpt.report import LoadReport, SaveReport
 from distckpt.retention import superfluous
-from distckpt.saving import Mesh, Save, SaveContext
+from distckpt.saving import Save, SaveContext
 from distckpt.staging import Arena
 from distckpt.state_dict import flatten
 from distckpt.storage import PosixStorage, Storage

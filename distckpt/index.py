@@ -8,6 +8,7 @@ are checked before they are used. No torch, no I/O.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from math import prod
 from typing import Annotated, TypeAlias
 
@@ -26,6 +27,7 @@ Natural: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 UInt32: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
 SaveId: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}$")]
 MeshCoordinates: TypeAlias = dict[str, int]
+Mesh: TypeAlias = Mapping[str, tuple[int, int]]  # axis -> (a rank's coordinate, size)
 
 _FILE_NAME = re.compile(r"(shard-\d{5,}(\.\d+)?-of-\d{5,}|chunks)-[0-9a-f]{32}\.(safetensors|bin)")
 

@@ -22,7 +22,7 @@ from distckpt.commit import Commit, decode_index_of, find_commits, read_index, t
 from distckpt.coordinator import Coordinator, agree
 from distckpt.errors import CheckpointError, CorruptionError
 from distckpt.geometry import Box, intersect
-from distckpt.index import Index, TensorEntry
+from distckpt.index import Index, Mesh, TensorEntry
 from distckpt.matching import (
     Request,
     empty_tensors,
@@ -36,7 +36,6 @@ from distckpt.matching import (
 from distckpt.planner import plan_load
 from distckpt.reader import ChunkTableReader, fill_targets, read_per_rank
 from distckpt.report import LoadReport
-from distckpt.saving import Mesh
 from distckpt.sharded_tensor import Shard
 from distckpt.state_dict import (
     FlatState,

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from distckpt.errors import MismatchError
-from distckpt.index import Index, TensorEntry
+from distckpt.index import Index, Mesh, TensorEntry
 from distckpt.planner import is_container
-from distckpt.saving import Mesh
 from distckpt.state_dict import FlatState, ObjectLeaf, PerRankLeaf, TensorLeaf, decode_leaf, unflatten
 
 _SHOWN = 20

@@ -5,17 +5,17 @@ The directory is a root with the one iteration 0; saving again replaces it, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from os import PathLike
 
 import torch
 
 from distckpt.checkpointer import Checkpointer, PendingSave, State
 from distckpt.coordinator import Coordinator
+from distckpt.index import Mesh
 from distckpt.report import LoadReport, SaveReport
 
 Path = str | PathLike[str]
-Mesh = Mapping[str, tuple[int, int]]
 
 
 def save(

@@ -33,8 +33,8 @@ class PerRankItem(msgspec.Struct, frozen=True):
 class RankShards(msgspec.Struct, frozen=True, kw_only=True):
     """What one rank has to save: its message to the planner.
 
-    specs: (key, spec) of its tensors, each pair once. Its shards are columns, one entry a shard: `tensor` int32, number into specs;
-    `boxes` int64, offset then shape, ragged; `samples` uint32, a checksum over samples of its bytes.
+    specs: (key, spec) of its tensors, each pair once. Its shards are columns, one entry a shard: `tensor` int32,
+    number into specs; `boxes` int64, offset then shape, ragged; `samples` uint32, a checksum over samples of its bytes.
     values: key -> encoded JSON value. mesh: axis -> (coordinate, size).
     """
 
