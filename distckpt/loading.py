@@ -20,7 +20,7 @@ from distckpt._C import crc32c
 from distckpt.adapters import ADAPTERS
 from distckpt.commit import Commit, decode_index_of, find_commits, read_index, tracker_warning
 from distckpt.coordinator import Coordinator, agree
-from distckpt.errors import CheckpointError, CorruptionError
+from distckpt.errors import CheckpointError, CorruptionError, MismatchError
 from distckpt.geometry import Box, intersect
 from distckpt.index import Index, Mesh, TensorEntry
 from distckpt.matching import (
@@ -244,6 +244,23 @@ class Load:
         differences = self._agree("match", local, decide, _Match, _Differences)
         return request, differences
 
+    def select(self, index: Index, keys: Iterable[str] | None) -> set[str]:
+        """The stored keys that `keys` mean; agreed, as the ranks may ask for different ones."""
+        wanted, missing = select_keys(index, keys)
+
+        def decide(ranks: Sequence[list[str]]) -> list[None]:
+            absent = sorted({key for rank in ranks for key in rank})
+            if absent:
+                raise MismatchError(
+                    f"iteration {index.iteration} has nothing under {', '.join(map(repr, absent))}; it has "
+                    f"{sorted({key.partition('/')[0] for key in stored_keys(index)})}",
+                    missing=tuple(absent),
+                )
+            return [None] * len(ranks)
+
+        self._agree("select", lambda: missing, decide, list, type(None))
+        return wanted
+
     def _read(self, resolved: _Resolved, index: Index, request: Request) -> str | None:
         """Fill all targets on all ranks; None, or why this checkpoint must be passed over (agreed)."""
         directory = Commit(resolved.epoch, resolved.commit_seq, resolved.iteration).directory
@@ -327,7 +344,7 @@ def read_all(context: LoadContext, iteration: int | None, keys: Iterable[str] | 
     load = Load(context, {}, iteration, True, torch.device("cpu"), label)
     while True:
         resolved, index = load._resolve()
-        wanted = select_keys(index, keys)
+        wanted = load.select(index, keys)
         request = Request(whole=empty_tensors(index, wanted))
         why = load._read(resolved, index, request)
         if why is None:

@@ -33,19 +33,18 @@ class Request:
     per_rank_values: dict[str, bytes] = field(default_factory=dict)  # encoded, by key, once read
 
 
-def select_keys(index: Index, keys: Iterable[str] | None) -> set[str]:
+def select_keys(index: Index, keys: Iterable[str] | None) -> tuple[set[str], list[str]]:
+    """The stored keys that are in `keys` or below a container in it (all if None), and the keys that mean nothing."""
     stored = set(index.tensors) | set(index.values)
     if keys is None:
-        return stored
+        return stored, []
     wanted: set[str] = set()
     missing: list[str] = []
     for key in keys:
         below = {k for k in stored if k == key or _home_path(index, k).startswith(f"{key}/")}
         wanted |= below
         missing += [] if below else [key]
-    if missing:
-        raise MismatchError(f"iteration {index.iteration} has no {missing}", missing=tuple(missing))
-    return wanted
+    return wanted, missing
 
 
 def _home_path(index: Index, key: str) -> str:
