@@ -29,18 +29,17 @@ from distckpt.commit import (
 from distckpt.coordinator import Coordinator, agree
 from distckpt.errors import CheckpointError, DistributedError, InvalidShardingError, UnsupportedTypeError
 from distckpt.geometry import Box
-from distckpt.index import ChunkTable, Index, PerRankEntry, ShardFile, Spec, TensorEntry
+from distckpt.index import ChunkTable, Index, Mesh, PerRankEntry, ShardFile, Spec, TensorEntry
 from distckpt.json_value import encode_value
 from distckpt.planner import ChunkColumns, PerRankItem, RankShards, SavePlan, plan_save
 from distckpt.report import SaveReport
-from distckpt.shard_file import FORMAT, FORMAT_VERSION, Chunk, nested_json_bytes, split_into_files
+from distckpt.shard_file import FORMAT, FORMAT_VERSION, Chunk, file_name, nested_json_bytes, split_into_files
 from distckpt.sharded_tensor import Shard
 from distckpt.staging import Arena, StagedFile, stage
 from distckpt.state_dict import EMPTY_DICT, FlatState, PerRankLeaf, encode_leaf, flatten
 from distckpt.storage import FreeSpace, Storage, WriteFile
 from distckpt.transport import sample_checksum
 
-Mesh = Mapping[str, tuple[int, int]]
 MAX_SHARED_METADATA_BYTES = 8 << 20  # characters: escaped in a header they may take six times as many bytes
 
 
@@ -137,20 +136,21 @@ class Save:
         return _Offer(self.iteration, self._metadata, shards, free.filesystem_id, free.size_bytes)
 
     def _describe_shards(self, flat: FlatState) -> RankShards:
-        specs: dict[str, Spec] = {}
+        number: dict[tuple[str, Spec], int] = {}
+        of_shard: list[int] = []
         for leaf in flat.tensors:
             if leaf.materialize is not None:
                 raise UnsupportedTypeError(f"{leaf.key!r}: a tensor on the meta device has no values to save")
-            specs.setdefault(leaf.key, leaf.spec)
+            described = number.setdefault((leaf.key, leaf.spec), len(number))
+            of_shard += [described] * len(leaf.shards)
             self._shards += [(leaf.key, leaf.spec, shard) for shard in leaf.shards]
-        number = {key: i for i, key in enumerate(specs)}
         boxes = [n for _, _, shard in self._shards for n in (*shard.box.offset, *shard.box.shape)]
         self._encoded = {leaf.key: encode_leaf(leaf.leaf.value, leaf.key) for leaf in flat.per_rank}
         values = {leaf.key: leaf.encoded for leaf in flat.values}
         values |= flat.lists | dict.fromkeys(flat.empty, EMPTY_DICT)
         return RankShards(
-            specs=list(specs.items()),
-            tensor=np.array([number[key] for key, _, _ in self._shards], np.int32).tobytes(),
+            specs=list(number),
+            tensor=np.array(of_shard, np.int32).tobytes(),
             boxes=np.array(boxes, np.int64).tobytes(),
             samples=np.array([sample_checksum(s.data) for _, _, s in self._shards], np.uint32).tobytes(),
             values=values,
@@ -202,7 +202,7 @@ class Save:
         self._seconds["stage"] = time.perf_counter() - started
 
     def _stage(self) -> list[StagedFile]:
-        order, coordinator = self._order, self.context.coordinator
+        order, rank, world_size = self._order, self.context.coordinator.rank, self.context.coordinator.world_size
         assert order is not None
         mine = [self._shards[i] for i in np.frombuffer(order.shards, np.int32)]
         self._shards = []
@@ -211,7 +211,7 @@ class Save:
             for key, spec, shard in mine
         ]
         per_rank = msgspec.json.encode(_raw({key: self._encoded[key] for key in order.per_rank}))
-        if not chunks and not order.per_rank and coordinator.rank != 0:
+        if not chunks and not order.per_rank and rank != 0:
             return []
         shared = self._shared_metadata()
         files = split_into_files(
@@ -224,14 +224,12 @@ class Save:
             chunks,
             [shard.data for _, _, shard in mine],
             per_rank,
-            names=[_file_name(coordinator, order.save_id, part) for part in range(len(files))],
-            metadata=[
-                self._header_metadata([mine[i][:2] for i in f], {} if n else shared) for n, f in enumerate(files)
-            ],
+            names=[file_name(rank, part, world_size, order.save_id) for part in range(len(files))],
+            metadata=[self._header_metadata([mine[i] for i in f], {} if k else shared) for k, f in enumerate(files)],
             order=files,
         )
 
-    def _header_metadata(self, specs: Sequence[tuple[str, Spec]], shared: Mapping[str, str]) -> dict[str, str]:
+    def _header_metadata(self, mine: Sequence[tuple[str, Spec, Shard]], shared: Mapping[str, str]) -> dict[str, str]:
         """What rebuilding an index from the files alone needs."""
         return {
             "format": FORMAT,
@@ -240,7 +238,7 @@ class Save:
             "iteration": str(self.iteration),
             "rank": str(self.context.coordinator.rank),
             "mesh": msgspec.json.encode(self.context.mesh).decode(),
-            "tensors": msgspec.json.encode(dict(specs)).decode(),
+            "tensors": msgspec.json.encode({key: spec for key, spec, _ in mine}).decode(),
             **shared,
         }
 
@@ -418,11 +416,6 @@ def write_file(storage: Storage, name: str, data: bytes | memoryview) -> None:
     except BaseException:
         file.abandon()
         raise
-
-
-def _file_name(coordinator: Coordinator, save_id: str, part: int) -> str:
-    number = f"{coordinator.rank:05d}" + (f".{part}" if part else "")
-    return f"shard-{number}-of-{coordinator.world_size:05d}-{save_id}.safetensors"
 
 
 def _check_free_space(offers: Sequence[_Offer], plan: SavePlan) -> None:

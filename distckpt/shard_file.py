@@ -21,15 +21,17 @@ from urllib.parse import quote, unquote
 
 import msgspec
 
-from distckpt.errors import CorruptionError
+from distckpt.errors import CheckpointError, CorruptionError
 
 BLOCK_BYTES = 1 << 20
 ALIGNMENT = 4096
 MAX_HEADER_BYTES = 64 << 20
+MAX_DIMS = 32  # what NumPy 1 and torch's exchange with it can do
 PER_RANK_ENTRY = "__per_rank__"
 CHECKSUM_ENTRY = "__crc32c__"
 FORMAT = "distckpt"
 FORMAT_VERSION = 1
+_HEADER_RESERVE = 2 * ALIGNMENT  # the entries that every file has, the short metadata, the padding
 # In the header, but only known when the chunks are laid out: as many digits as an offset can have.
 _ENTRY_OVERHEAD = len('"":{"dtype":"F8_E4M3FNUZ","shape":[],"data_offsets":[,]},') + 2 * 19
 
@@ -67,6 +69,12 @@ DTYPES: Mapping[str, DType] = {
     "float8_e5m2fnuz": DType("U8", (), 1),
     "float4_e2m1fn_x2": DType("U8", (), 1),
 }
+
+
+def file_name(rank: int, part: int, world_size: int, save_id: str) -> str:
+    """The name of a rank's shard file; `part` counts its files when it has several."""
+    number = f"{rank:05d}" + (f".{part}" if part else "")
+    return f"shard-{number}-of-{world_size:05d}-{save_id}.safetensors"
 
 
 class Chunk(NamedTuple):
@@ -119,23 +127,43 @@ class FileLayout:
         return self.checksum_start + 4 * self.block_count
 
 
-def split_into_files(chunks: Sequence[Chunk], *, max_header_bytes: int = MAX_HEADER_BYTES) -> list[list[int]]:
-    """Chunk numbers per file, in file order (descending item size), so that no header passes the limit."""
+def split_into_files(
+    chunks: Sequence[Chunk],
+    *,
+    metadata_bytes: Sequence[int] = (),
+    first_metadata_bytes: int = 0,
+    max_header_bytes: int = MAX_HEADER_BYTES,
+) -> list[list[int]]:
+    """Chunk numbers per file, in file order (descending item size), so that no header passes the limit.
+
+    metadata_bytes: what each chunk adds to `__metadata__` of its file; first_metadata_bytes: what the first file
+    has there besides.
+    """
     files: list[list[int]] = [[]]
-    header = 4096
+    header = _HEADER_RESERVE + first_metadata_bytes
     for i in sorted(range(len(chunks)), key=lambda i: -DTYPES[chunks[i].dtype].item_bytes):
         chunk = chunks[i]
         entry = len(chunk.entry) + _ENTRY_OVERHEAD + 21 * len(chunk.shape)
+        if metadata_bytes:
+            entry += metadata_bytes[i]
         if files[-1] and header + entry > max_header_bytes:
             files.append([])
-            header = 4096
+            header = _HEADER_RESERVE
         files[-1].append(i)
         header += entry
     return files
 
 
+def nested_json_bytes(value: object) -> int:
+    """Bytes of a value's JSON inside a JSON string, which is how `__metadata__` holds it."""
+    return len(msgspec.json.encode(msgspec.json.encode(value).decode()))
+
+
 def lay_out(chunks: Sequence[Chunk], order: Sequence[int], per_rank: bytes, metadata: Mapping[str, str]) -> FileLayout:
-    """The layout of the file that holds chunks[i] for i in `order` (descending item size) and the per-rank JSON."""
+    """The layout of the file that holds chunks[i] for i in `order` (descending item size) and the per-rank JSON.
+
+    Raises CheckpointError when its header would be longer than readers take.
+    """
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
     relative: list[int] = []
     position = 0
@@ -160,6 +188,10 @@ def lay_out(chunks: Sequence[Chunk], order: Sequence[int], per_rank: bytes, meta
             break
         blocks = needed
     base = len(header)
+    if base > MAX_HEADER_BYTES + 8:
+        raise CheckpointError(
+            f"a shard file would have a header of {base} bytes, more than the {MAX_HEADER_BYTES} that readers take"
+        )
     return FileLayout(
         header=header,
         order=tuple(order),
@@ -204,7 +236,15 @@ class Header:
 
 
 _ITEM_BYTES = {d.stored: d.item_bytes // prod(d.trailing) for d in DTYPES.values()}
-_ENTRY_PATTERN = re.compile(r"[^@]*(@\d+(,\d+)*)?")
+_ENTRY_PATTERN = re.compile(r"(?!__)([^@%]|%[0-9A-F]{2})*(@[0-9]+(,[0-9]+)*)?")
+
+
+def _is_chunk_name(name: str) -> bool:
+    try:
+        key_of_entry(name)
+    except UnicodeDecodeError:
+        return False
+    return _ENTRY_PATTERN.fullmatch(name) is not None
 
 
 def decode_header(data: bytes, *, file_name: str, file_bytes: int) -> Header:
@@ -230,9 +270,11 @@ def decode_header(data: bytes, *, file_name: str, file_bytes: int) -> Header:
         start, end = entry.data_offsets
         if start != position or end < start:
             raise fail(f"entry {name!r} is at {start}-{end}, expected to start at {position}")
+        if len(entry.shape) > MAX_DIMS + 1:  # Before the product, which is slow to compute when there are many.
+            raise fail(f"entry {name!r} has {len(entry.shape)} dimensions, at most {MAX_DIMS + 1} expected")
         if any(n < 0 for n in entry.shape) or prod(entry.shape) * _ITEM_BYTES.get(entry.dtype, -1) != end - start:
             raise fail(f"entry {name!r}: {entry.dtype} {list(entry.shape)} does not take {end - start} bytes")
-        if not (name in (PER_RANK_ENTRY, CHECKSUM_ENTRY) or _ENTRY_PATTERN.fullmatch(name)):
+        if not (name in (PER_RANK_ENTRY, CHECKSUM_ENTRY) or _is_chunk_name(name)):
             raise fail(f"entry {name!r} is not the name of a chunk")
         position = end
     if len(data) + position != file_bytes:
