@@ -200,7 +200,7 @@ def test_torch_rank_that_raises_and_rank_that_is_killed() -> None:
     for result in (results[0], results[2]):
         failures, committed, took_s, text = raised(result, "killed")
         assert (failures, committed) == ([1], "no")
-        assert took_s < 4
+        assert took_s < 8
         assert text == "'killed' failed on rank 1 of 3: no answer to 'killed' within 2 s"
 
 
@@ -245,7 +245,7 @@ def test_stopped_rank_is_given_up_and_raises_when_it_wakes(launcher: Launcher, p
             say(others_may_go, "ready")
             while not os.path.exists(others_may_go):
                 time.sleep(0.01)
-        attempt(coordinator, f"stop {stopped} {moment}", timeout_s=1)
+        attempt(coordinator, f"stop {stopped} {moment}", timeout_s=1.5)
         coordinator.close()
     """
     plan = [(stopped, moment, str(tmp_path / f"{stopped} {moment}")) for stopped in (2, 0) for moment in MOMENTS]
@@ -265,7 +265,7 @@ def test_stopped_rank_is_given_up_and_raises_when_it_wakes(launcher: Launcher, p
             if result.rank != stopped:
                 assert failures == [stopped]
                 assert f"on rank {stopped} of 3" in text
-                assert took_s < 5
+                assert took_s < 10
 
 
 @needs_mpi
@@ -277,7 +277,7 @@ def test_mpi_rank_that_raises_and_rank_that_is_silent() -> None:
     background.start()
     background.join()
     if rank != 1:
-        attempt(coordinator, "silent", timeout_s=0.5)
+        attempt(coordinator, "silent", timeout_s=2)
     coordinator.close()
     """
     results = launch(MPI + COMMON + dedented(script), 3, launcher="mpirun")
