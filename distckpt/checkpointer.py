@@ -13,7 +13,7 @@ import torch
 from distckpt.adapters import ADAPTERS
 from distckpt.commit import list_commits, newest_iteration, read_tracker, retire, sweep
 from distckpt.coordinator import Coordinator, agree, default_coordinator
-from distckpt.errors import CheckpointError, InvalidShardingError
+from distckpt.errors import CheckpointError, FencedError, InvalidShardingError
 from distckpt.index import Mesh
 from distckpt.loading import Load, LoadContext, read_all
 from distckpt.report import LoadReport, SaveReport
@@ -195,13 +195,18 @@ class Checkpointer:
 
     def _clean_up(self) -> None:
         """Retention and sweep, after a commit. What fails is tried again after the next one."""
+        writer = self._save_context.writer
         try:
+            if writer is not None:
+                writer.check_fence()
             commits = list_commits(self._storage)
             retire(
                 self._storage,
                 superfluous(commits, keep_last=self._keep_last, tracked=read_tracker(self._storage)),
             )
             sweep(self._storage, grace_s=self._grace_s)
+        except FencedError:
+            return  # What lies here is a newer job's business now.
         except OSError as error:
             logger.warning("removing old checkpoints failed, the new one is safe: %s", error)
 

@@ -290,11 +290,13 @@ def sweep(storage: Storage, *, grace_s: float) -> list[str]:
     """
     removed: list[str] = []
     for iteration, directory in iteration_directories(storage):
-        names = storage.list(directory)
-        live = _live_save_ids(storage, iteration, names)
-        if live is None:
-            continue
-        garbage = _garbage(storage, directory, names, live, grace_s)
+        garbage = _garbage(storage, iteration, grace_s)
+        if garbage:
+            # Again: another job may have committed while this directory was being listed, and then neither its
+            # marker nor its index need be in the first list. The index is there before the marker goes, so a
+            # second list, begun after the first, shows one of them.
+            confirmed = set(_garbage(storage, iteration, grace_s))
+            garbage = [name for name in garbage if name in confirmed]
         for name in garbage:
             storage.remove(f"{directory}/{name}")
         if garbage:
@@ -316,8 +318,13 @@ def _live_save_ids(storage: Storage, iteration: int, names: Sequence[str]) -> se
         return None
 
 
-def _garbage(storage: Storage, directory: str, names: Sequence[str], live: set[str], grace_s: float) -> list[str]:
-    """Names to remove, files before the markers that explain them."""
+def _garbage(storage: Storage, iteration: int, grace_s: float) -> list[str]:
+    """Names to remove from an iteration's directory, files before the markers that explain them."""
+    directory = iteration_directory(iteration)
+    names = storage.list(directory)
+    live = _live_save_ids(storage, iteration, names)
+    if live is None:
+        return []
     groups = _Sweep()
     garbage: list[str] = []
     for name in names:
@@ -348,4 +355,4 @@ def _is_older(storage: Storage, name: str, age_s: float) -> bool:
     try:
         return storage.age_s(name) >= age_s
     except FileNotFoundError:
-        return True
+        return False  # It went since it was listed: whoever removed it is at work here.
