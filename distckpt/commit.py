@@ -218,11 +218,12 @@ class Writer:
             self.check_fence()
         except OSError as error:
             raise CommitFailed(str(error), "no") from error
+        # Now, not after success: of a failed commit it may never be known whether it took its number.
+        self.commit_seq += 1
         try:
             self._put_index(commit, index)
         except OSError as error:
             raise CommitFailed(str(error), self._is_committed(commit, index.save_id)) from error
-        self.commit_seq += 1
         try:
             self.storage.replace(TRACKER, str(index.iteration).encode())
         except OSError as error:

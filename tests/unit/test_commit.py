@@ -39,8 +39,9 @@ from distckpt.errors import CheckpointNotFoundError, CorruptionError, FencedErro
 from distckpt.index import ChunkTable, Index, encode_index
 from distckpt.retention import superfluous
 from distckpt.shard_file import FORMAT, FORMAT_VERSION
-from distckpt.storage import ReadFile, Storage
+from distckpt.storage import Storage
 from distckpt.storage.contract import read_all, write_all
+from distckpt.storage.memory import MemoryReadFile
 from distckpt.testing import Crash, CrashingStorage, MemoryStorage
 
 GRACE_S = 60.0
@@ -57,9 +58,26 @@ class Clock:
 
 
 class HookedStorage(MemoryStorage):
-    """`put_instead(name, data)`, if there is one, is called once in place of the next put_if_absent of an index."""
+    """For failures in the middle of a commit.
+
+    put_instead: called once in place of the next put_if_absent of an index. fail_next: method whose next call fails.
+    """
 
     put_instead: Callable[[str, bytes], bool] | None = None
+    fail_next: str | None = None
+
+    def open(self, name: str) -> MemoryReadFile:
+        self._fail("open")
+        return super().open(name)
+
+    def sync_directory(self, directory: str) -> None:
+        self._fail("sync_directory")
+        super().sync_directory(directory)
+
+    def _fail(self, method: str) -> None:
+        if self.fail_next == method:
+            self.fail_next = None
+            raise io_error()
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
         if self.put_instead is not None and "/index-" in name:
@@ -317,14 +335,31 @@ def test_failed_put_of_the_index_with_effect_is_committed(storage: HookedStorage
     assert newest_iteration(storage.power_cut()) == 10
 
 
-def test_failed_put_of_an_index_that_cannot_be_read_is_unknown(storage: HookedStorage) -> None:
-    dead = CrashingStorage(storage)
+@pytest.mark.parametrize("is_there", [True, False])
+def test_number_of_a_failed_commit_is_not_used_again(storage: HookedStorage, is_there: bool) -> None:
+    writer = Writer.claim(storage)
+    save(writer, 20)
 
     def fail(name: str, data: bytes) -> bool:
-        dead._error, dead._fail_at = io_error(), len(dead.calls) + 1  # the next call: the look whether it is there
+        if is_there:
+            storage.put_if_absent(name, data)
         raise io_error()
 
-    writer = Writer.claim(dead)
+    storage.put_instead = fail
+    with pytest.raises(CommitFailed):
+        save(writer, 20)
+    save(writer, 20)
+    save(writer, 10)
+    assert [c.commit_seq for c in list_commits(storage)] == ([4, 3, 2, 1] if is_there else [4, 3, 1])
+    assert newest_iteration(storage) == 10
+
+
+def test_failed_put_of_an_index_that_cannot_be_read_is_unknown(storage: HookedStorage) -> None:
+    def fail(name: str, data: bytes) -> bool:
+        storage.fail_next = "open"
+        raise io_error()
+
+    writer = Writer.claim(storage)
     storage.put_instead = fail
     with pytest.raises(CommitFailed) as caught:
         save(writer, 10)
@@ -612,7 +647,7 @@ def test_reader_that_resolved_before_the_removal_still_reads(clock: Clock) -> No
 
         meanwhile: Callable[[], object] | None = None
 
-        def open(self, name: str) -> ReadFile:
+        def open(self, name: str) -> MemoryReadFile:
             if self.meanwhile is not None and "/chunks-" in name:
                 meanwhile, self.meanwhile = self.meanwhile, None
                 meanwhile()
