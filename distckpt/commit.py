@@ -232,14 +232,21 @@ class Writer:
             ) from error
 
     def _put_index(self, commit: Commit, index: Index) -> None:
-        if not self.storage.put_if_absent(commit.name, encode_index(index)):
-            if self._is_committed(commit, index.save_id) != "yes":
-                raise FencedError(f"{commit.name} is there already, of another save: another job writes to this root")
-            self.storage.sync_directory(commit.directory)
+        if self.storage.put_if_absent(commit.name, encode_index(index)):
+            return
+        committed = self._is_committed(commit, index.save_id)
+        if committed == "unknown":
+            raise CommitFailed(f"{commit.name} is there already, and whose it is cannot be read", committed)
+        if committed == "no":
+            raise FencedError(f"{commit.name} is there already, of another save: another job writes to this root")
 
     def _is_committed(self, commit: Commit, save_id: str) -> Committed:
+        """After a put of the index that may have had its effect or not."""
         try:
-            return "yes" if read_index(self.storage, commit)[0].save_id == save_id else "no"
+            if read_index(self.storage, commit)[0].save_id != save_id:
+                return "no"
+            self.storage.sync_directory(commit.directory)  # What can be seen can still be lost.
+            return "yes"
         except FileNotFoundError:
             return "no"
         except (OSError, CheckpointError):

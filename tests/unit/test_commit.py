@@ -335,6 +335,35 @@ def test_failed_put_of_the_index_with_effect_is_committed(storage: HookedStorage
     assert newest_iteration(storage.power_cut()) == 10
 
 
+def test_failed_put_of_the_index_whose_name_may_not_be_durable_is_unknown(storage: HookedStorage) -> None:
+    def fail_to_sync(name: str, data: bytes) -> bool:
+        storage.put_if_absent(name, data)
+        storage.fail_next = "sync_directory"
+        raise io_error()
+
+    writer = Writer.claim(storage)
+    storage.put_instead = fail_to_sync
+    with pytest.raises(CommitFailed) as caught:
+        save(writer, 10)
+    assert caught.value.committed == "unknown"
+
+
+def test_index_that_is_there_already_and_cannot_be_read_is_unknown(storage: HookedStorage) -> None:
+    """It may be our own: whoever takes it for another's would go on to remove the files of a checkpoint."""
+
+    def lose_the_reply(name: str, data: bytes) -> bool:
+        storage.put_if_absent(name, data)
+        storage.fail_next = "open"
+        return False
+
+    writer = Writer.claim(storage)
+    storage.put_instead = lose_the_reply
+    with pytest.raises(CommitFailed) as caught:
+        save(writer, 10)
+    assert caught.value.committed == "unknown"
+    assert newest_iteration(storage) == 10
+
+
 @pytest.mark.parametrize("is_there", [True, False])
 def test_number_of_a_failed_commit_is_not_used_again(storage: HookedStorage, is_there: bool) -> None:
     writer = Writer.claim(storage)
