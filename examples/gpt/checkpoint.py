@@ -31,25 +31,18 @@ class Job:
     iteration: int = 0
 
 
-def build_state(job: Job) -> dict[str, object]:
+def build_state(job: Job) -> dict:
     weights = {name: _shards(name, param, job.parallel.tp) for name, param in job.stage.named_parameters()}
     moments = {
         moment: [
             ShardedTensor.from_flat_range(
-                f"optimizer.{moment}.{owned.name}",
-                getattr(owned, moment),
-                of=weights[owned.name],
-                flat_range=owned.flat_range,
+                f"optimizer.{moment}.{own.name}", getattr(own, moment), of=weights[own.name], flat_range=own.flat_range
             )
-            for owned in job.optimizer.owned
+            for own in job.optimizer.owned
         ]
         for moment in ("exp_avg", "exp_avg_sq")
     }
-    replicated = {
-        "torch": torch.get_rng_state(),
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-    }
+    replicated = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": np.random.get_state()}
     split = {"torch": job.parallel.split_generator.get_state()}
     return {
         "model": [shard for shards in weights.values() for shard in shards],
@@ -88,11 +81,7 @@ def _shards(name: str, param: Tensor, tp: Axis) -> list[ShardedTensor]:
     partition = tuple("tp" if dim == split.dim else None for dim in range(param.ndim))
     return [
         ShardedTensor.from_rank_offsets(
-            name,
-            piece,
-            (split.dim, block * tp.size + tp.rank, split.blocks * tp.size),
-            partition=partition,
-            owner="pp",
+            name, piece, (split.dim, block * tp.size + tp.rank, split.blocks * tp.size), partition=partition, owner="pp"
         )
         for block, piece in enumerate(param.detach().chunk(split.blocks, split.dim))
     ]

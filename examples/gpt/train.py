@@ -41,7 +41,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--keep-last", type=int, default=3)
     parser.add_argument("--checkpoint-dir", type=Path, required=True)
     parser.add_argument("--log-file", type=Path, required=True, help="JSON lines, appended")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if any(size % args.tp for size in (args.heads, args.ffn, args.vocabulary)):
+        parser.error("--tp must divide --heads, --ffn and --vocabulary")
+    if args.pp > args.layers:
+        parser.error("--pp must not exceed --layers")
+    if args.global_batch % (args.micro_batch * args.dp):
+        parser.error("--micro-batch times --dp must divide --global-batch")
+    return args
 
 
 def start_job(args: argparse.Namespace) -> Job:
