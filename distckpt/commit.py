@@ -262,10 +262,17 @@ def pending_marker(iteration: int, save_id: str) -> str:
 
 
 def discard(storage: Storage, iteration: int, save_id: str) -> None:
-    """Remove the files of a save that was not committed; its marker goes last. Raises OSError."""
+    """Remove the files of a save that was not committed; its marker goes last. Raises OSError.
+
+    Does nothing if the save is committed after all, as one may be that was interrupted, or if that cannot be told.
+    """
     directory = iteration_directory(iteration)
-    names = [name for name in storage.list(directory) if save_id in name and not name.startswith("index-")]
-    for name in sorted(names, key=lambda name: name.startswith("pending-")):
+    names = storage.list(directory)
+    committed = _committed_save_ids(storage, iteration, names)
+    if committed is None or save_id in committed:
+        return
+    own = [name for name in names if save_id in name]
+    for name in sorted(own, key=lambda name: name.startswith("pending-")):
         storage.remove(f"{directory}/{name}")
     storage.remove_directory(directory)
 
@@ -314,12 +321,16 @@ def sweep(storage: Storage, *, grace_s: float) -> list[str]:
     return removed
 
 
-def _live_save_ids(storage: Storage, iteration: int, names: Sequence[str]) -> set[str] | None:
-    """Save ids of the committed checkpoints in a directory; None when one cannot be told, or need not be."""
-    commits = [Commit(int(m[1]), int(m[2]), iteration) for m in map(_INDEX.fullmatch, names) if m]
+def _is_tidy(names: Sequence[str]) -> bool:
+    """Whether a directory holds the files of one committed checkpoint and nothing else, going by the names."""
     has_leftovers = any(name.startswith(("pending-", "retired-", ".tmp-")) for name in names)
-    if not has_leftovers and len(commits) == 1 and len({m[1] for m in map(_SAVE_ID.search, names) if m}) == 1:
-        return None
+    indexes = sum(bool(_INDEX.fullmatch(name)) for name in names)
+    return not has_leftovers and indexes == 1 and len({m[1] for m in map(_SAVE_ID.search, names) if m}) == 1
+
+
+def _committed_save_ids(storage: Storage, iteration: int, names: Sequence[str]) -> set[str] | None:
+    """Save ids of the committed checkpoints in a directory; None when one of them cannot be read."""
+    commits = [Commit(int(m[1]), int(m[2]), iteration) for m in map(_INDEX.fullmatch, names) if m]
     try:
         return {read_index(storage, commit)[0].save_id for commit in commits}
     except (OSError, CheckpointError):
@@ -330,7 +341,7 @@ def _garbage(storage: Storage, iteration: int, grace_s: float) -> list[str]:
     """Names to remove from an iteration's directory, files before the markers that explain them."""
     directory = iteration_directory(iteration)
     names = storage.list(directory)
-    live = _live_save_ids(storage, iteration, names)
+    live = None if _is_tidy(names) else _committed_save_ids(storage, iteration, names)
     if live is None:
         return []
     groups = _Sweep()

@@ -869,3 +869,22 @@ def test_discard_removes_what_the_save_wrote_and_its_marker_last(storage: Memory
         assert removed[-1] == f"remove {pending_marker(iteration, save_id)}"
         assert tree(storage) == before
     assert "iter_0000020" not in storage.list("")
+
+
+def test_discard_of_a_committed_save_changes_nothing(storage: MemoryStorage) -> None:
+    """A save that was interrupted after its commit may not know that it is a checkpoint."""
+    save_id = save(Writer.claim(storage), 10)
+    before = tree(storage)
+    discard(storage, 10, save_id)
+    assert tree(storage) == before
+
+
+def test_discard_leaves_to_the_sweep_what_may_be_committed(storage: MemoryStorage) -> None:
+    writer = Writer.claim(storage)
+    save(writer, 10)
+    storage.replace(list_commits(storage)[0].name, b"damaged")
+    save_id = new_save_id()
+    writer.announce(10, save_id)
+    before = tree(storage)
+    discard(storage, 10, save_id)
+    assert tree(storage) == before
