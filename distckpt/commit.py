@@ -303,7 +303,11 @@ def sweep(storage: Storage, *, grace_s: float) -> list[str]:
 
     Spares saves with a live marker, and every directory whose index cannot be read. Returns the names removed.
     """
-    removed: list[str] = []
+    removed = [name for name in storage.list("") if _is_left_temporary(storage, name)]
+    for name in removed:
+        storage.remove(name)
+    if removed:
+        storage.sync_directory("")
     for iteration, directory in iteration_directories(storage):
         garbage = _garbage(storage, iteration, grace_s)
         if garbage:
@@ -348,8 +352,9 @@ def _garbage(storage: Storage, iteration: int, grace_s: float) -> list[str]:
     garbage: list[str] = []
     for name in names:
         match = _SAVE_ID.search(name)
-        if name.startswith(".tmp-") and _is_older(storage, f"{directory}/{name}", STALE_AFTER_S):
-            garbage.append(name)
+        if name.startswith(".tmp-"):
+            if _is_left_temporary(storage, f"{directory}/{name}"):
+                garbage.append(name)
         elif match:
             save_id = match[1]
             groups.files.setdefault(save_id, []).append(name)
@@ -368,6 +373,11 @@ def _garbage(storage: Storage, iteration: int, grace_s: float) -> list[str]:
         if not young:
             garbage += [f for f in files if f not in markers] + markers
     return garbage
+
+
+def _is_left_temporary(storage: Storage, name: str) -> bool:
+    """Whether it is of a put_if_absent or replace that died; a young one may be of another job, under way."""
+    return name.rpartition("/")[2].startswith(".tmp-") and _is_older(storage, name, STALE_AFTER_S)
 
 
 def _is_older(storage: Storage, name: str, age_s: float) -> bool:

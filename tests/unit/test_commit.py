@@ -871,6 +871,26 @@ def test_discard_removes_what_the_save_wrote_and_its_marker_last(storage: Memory
     assert "iter_0000020" not in storage.list("")
 
 
+@pytest.mark.parametrize("directory", ["", "iter_0000010", "iter_0000020"])
+def test_sweep_spares_fresh_temporaries_and_removes_old_ones(
+    storage: MemoryStorage, clock: Clock, directory: str
+) -> None:
+    """A temporary file is somebody's put_if_absent or replace under way, or what is left of one that died."""
+    save(Writer.claim(storage), 10)
+    sweep(storage, grace_s=0)
+    storage.make_directory(directory)
+    temporary = f"{directory}/.tmp-{new_save_id()}".lstrip("/")
+    storage.put_if_absent(temporary, b"half")
+    before = tree(storage)
+    clock.now_s += STALE_AFTER_S - 1
+    assert sweep(storage, grace_s=0) == []
+    assert tree(storage) == before
+    clock.now_s += 1
+    assert sweep(storage, grace_s=0) == [temporary]
+    assert temporary not in tree(storage.power_cut())
+    assert newest_iteration(storage) == 10
+
+
 def test_discard_of_a_committed_save_changes_nothing(storage: MemoryStorage) -> None:
     """A save that was interrupted after its commit may not know that it is a checkpoint."""
     save_id = save(Writer.claim(storage), 10)
