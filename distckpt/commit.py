@@ -316,6 +316,8 @@ def sweep(storage: Storage, *, grace_s: float) -> list[str]:
             # second list, begun after the first, shows one of them.
             confirmed = set(_garbage(storage, iteration, grace_s))
             garbage = [name for name in garbage if name in confirmed]
+            # First: a power cut must not bring back an index whose absence is seen here, but not durable.
+            storage.sync_directory(directory)
         for name in garbage:
             storage.remove(f"{directory}/{name}")
         if garbage:

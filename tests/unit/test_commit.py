@@ -746,6 +746,32 @@ def test_crash_at_any_call_of_a_removal_leaves_no_half(clock: Clock) -> None:
                 assert {name.partition("/")[0] for name in tree(again)} == {TRACKER, "iter_0000030", "writer-000001"}
 
 
+def test_files_go_only_when_the_absence_of_their_index_is_durable(clock: Clock) -> None:
+    """A process removed an index and died before its sync; the next one must not build on what it sees."""
+
+    def prepare() -> MemoryStorage:
+        storage = MemoryStorage(clock=clock)
+        writer = Writer.claim(storage)
+        save_id = save(writer, 10)
+        save(writer, 20)
+        sweep(storage, grace_s=0)
+        storage.put_if_absent(f"iter_0000010/retired-{save_id}", b"")
+        storage.remove("iter_0000010/index-000001-000001.json")
+        return storage
+
+    counting = CrashingStorage(prepare())
+    sweep(counting, grace_s=0)
+    for call in range(1, len(counting.calls) + 1):
+        for seed in range(5):
+            storage = prepare()
+            with pytest.raises(Crash):
+                sweep(CrashingStorage(storage, fail_at=call, error=Crash()), grace_s=0)
+            after = storage.power_cut(seed)
+            for commit in list_commits(after):
+                save_id = read_index(after, commit)[0].save_id
+                assert set(file_names(save_id)) <= set(after.list(commit.directory))
+
+
 # Sweep and discard
 
 
