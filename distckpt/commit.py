@@ -185,7 +185,8 @@ class Writer:
         owner = json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode()
         while True:
             claimed = _writers(storage)
-            epoch = max(claimed, default=0) + 1
+            # Of commits too: a root may have been copied without its writer files.
+            epoch = max([*claimed, *(commit.epoch for commit in list_commits(storage))], default=0) + 1
             if storage.put_if_absent(f"writer-{epoch:06d}", owner):
                 break
         for old in claimed:

@@ -177,6 +177,18 @@ def test_claim_numbers_commits_on_from_those_there_are(storage: MemoryStorage) -
     assert Writer.claim(storage).commit_seq == 4
 
 
+def test_claim_goes_beyond_the_epochs_of_commits_whose_writer_is_lost(storage: MemoryStorage) -> None:
+    """A root that was copied without its writer files: what is saved there next must still be the newest."""
+    for _ in range(3):
+        writer = Writer.claim(storage)
+    save(writer, 10)
+    storage.remove("writer-000003")
+    writer = Writer.claim(storage)
+    assert writer.epoch == 4
+    save(writer, 5)
+    assert newest_iteration(storage) == 5
+
+
 def test_writers_that_claim_at_once_get_epochs_of_their_own(storage: MemoryStorage) -> None:
     writers: list[Writer] = []
     threads = [threading.Thread(target=lambda: writers.append(Writer.claim(storage))) for _ in range(8)]
