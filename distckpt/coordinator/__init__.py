@@ -37,6 +37,7 @@ def default_coordinator() -> Coordinator:
         return TorchDistCoordinator()
     sizes = {name: os.environ[name] for name in _MPI_SIZE_VARIABLES if name in os.environ}
     if not any(size.isdecimal() and int(size) > 1 for size in sizes.values()):
+        _refuse_torchrun()
         return SingleProcess()
     if find_spec("mpi4py") is None:
         launched = ", ".join(f"{name}={size}" for name, size in sizes.items())
@@ -45,3 +46,14 @@ def default_coordinator() -> Coordinator:
             "would reach the others, is not installed: install distckpt[mpi], or initialise torch.distributed"
         )
     return MpiCoordinator()
+
+
+def _refuse_torchrun() -> None:
+    """Ranks of a torchrun job that do not know of each other would each write a checkpoint of their own."""
+    world_size = os.environ.get("WORLD_SIZE", "")
+    if world_size.isdecimal() and int(world_size) > 1:
+        raise CheckpointError(
+            f"WORLD_SIZE={world_size} says that this is one of several processes, but torch.distributed is not "
+            "initialised, so it cannot reach the others. Call init_process_group() first; if this process is really "
+            "on its own, pass coordinator=SingleProcess()"
+        )

@@ -457,7 +457,7 @@ class TestRunRanks:
 class TestDefaultCoordinator:
     @pytest.fixture(autouse=True)
     def _no_launcher(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE"):
+        for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE", "WORLD_SIZE"):
             monkeypatch.delenv(name, raising=False)
 
     def test_plain_process_is_alone(self) -> None:
@@ -472,6 +472,11 @@ class TestDefaultCoordinator:
         monkeypatch.setenv(variable, "2")
         monkeypatch.setitem(sys.modules, "mpi4py", None)
         with pytest.raises(CheckpointError, match=rf"{variable}=2.*mpi4py.*install distckpt\[mpi\]"):
+            default_coordinator()
+
+    def test_torchrun_job_without_torch_distributed_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("WORLD_SIZE", "4")
+        with pytest.raises(CheckpointError, match=r"WORLD_SIZE=4.*init_process_group"):
             default_coordinator()
 
     def test_torch_coordinator_without_torch_distributed_is_refused(self) -> None:
