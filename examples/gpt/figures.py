@@ -35,7 +35,7 @@ def draw_losses(panels: list[Panel], path: Path) -> None:
         axes.axvline(panel.killed, color="tab:red", linestyle="--", label=f"SIGKILL while saving {panel.killed}")
         axes.set(title=panel.title, xlabel="iteration")
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(framealpha=1)
     row[0].set_ylabel("loss")
     figure.savefig(path, dpi=120)
 
