@@ -45,6 +45,7 @@ class Adapted:
     shards: parts of one global tensor; stored under the leaf's path, or under their own key if `own_key`.
     state: a nested state that stands for the leaf. value: (key, value) to store. skip: not stored.
     on_loaded: called with the filled shards or state, or the loaded value, once all ranks have loaded.
+    replacement: of shards on the meta device: makes, of the filled shards, what takes the leaf's place.
     """
 
     shards: Sequence[ShardedTensor] | None = None
@@ -53,6 +54,7 @@ class Adapted:
     value: tuple[str, object] | None = None
     skip: bool = False
     on_loaded: Setter | None = None
+    replacement: Callable[[], object] | None = None
 
 
 Adapter: TypeAlias = Callable[[str, object], Adapted | None]
@@ -200,9 +202,11 @@ class _Flattener:
             self._flat.values.append(ValueLeaf(path, encode_value(value, path), replace))
 
     def _adapted(self, adapted: Adapted, path: str, replace: Setter) -> None:
-        shards, state, on_loaded = adapted.shards, adapted.state, adapted.on_loaded
+        shards, state, on_loaded, replacement = adapted.shards, adapted.state, adapted.on_loaded, adapted.replacement
         if shards is not None:
             self._sharded(shards, path.rpartition("/")[0] if adapted.own_key else None, path)
+            if replacement is not None:
+                self._flat.finish.append(lambda: None if shards[0].data.is_meta else replace(replacement()))
             if on_loaded is not None:
                 self._flat.finish.append(lambda: on_loaded(shards))
         elif state is not None:

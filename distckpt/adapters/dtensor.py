@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeAlias
 
+import torch
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.placement_types import Placement
 
@@ -27,6 +28,7 @@ def adapt_dtensor(key: str, value: object) -> Adapted | None:
         return None
     local = value.to_local().detach()
     mesh = value.device_mesh
+    _check_order(key, value)
     coordinates = mesh.get_coordinate()
     if coordinates is None:  # This rank is not in the mesh: it knows the tensor, but has nothing of it.
         runs: list[Runs] = [[] for _ in value.shape]
@@ -36,23 +38,45 @@ def adapt_dtensor(key: str, value: object) -> Adapted | None:
         runs = [[(0, n)] for n in value.shape]
         for dim, (placement, at) in enumerate(zip(value.placements, coordinates, strict=True)):
             _place(key, placement, runs, at, mesh.size(dim))
+        expected = tuple(sum(stop - start for start, stop in dimension) for dimension in runs)
+        if tuple(local.shape) != expected:
+            raise InvalidShardingError(
+                f"{key!r}: a DTensor {tuple(value.shape)} with placements {value.placements} has a local tensor of "
+                f"shape {tuple(local.shape)} here, expected {expected}"
+            )
     names = mesh.mesh_dim_names or ()
     partition = _partition(value.placements, names, len(value.shape))
+    pieces = list(index_runs_boxes(runs))
+    slices = [tuple(slice(o, e) for o, e in zip(inner.offset, inner.end, strict=True)) for _, inner in pieces]
     shards = [
-        ShardedTensor(
-            key,
-            local[tuple(slice(o, e) for o, e in zip(inner.offset, inner.end, strict=True))],
-            global_shape=value.shape,
-            global_offset=box.offset,
-            partition=partition,
-        )
-        for box, inner in index_runs_boxes(runs)
+        ShardedTensor(key, local[at], global_shape=value.shape, global_offset=box.offset, partition=partition)
+        for at, (box, _) in zip(slices, pieces, strict=True)
     ]
     if not shards:
         empty = local.new_empty((0,) * len(value.shape))
         offset = (0,) * len(value.shape)
         shards = [ShardedTensor(key, empty, global_shape=value.shape, global_offset=offset, partition=partition)]
-    return Adapted(shards=shards)
+
+    def replacement() -> object:
+        whole = torch.empty_like(local, device=shards[0].data.device)
+        for at, part in zip(slices, shards, strict=False):
+            whole[at] = part.data
+        made = DTensor.from_local(
+            whole, mesh, value.placements, run_check=False, shape=value.shape, stride=value.stride()
+        )
+        return torch.nn.Parameter(made, value.requires_grad) if isinstance(value, torch.nn.Parameter) else made
+
+    return Adapted(shards=shards, replacement=replacement if local.is_meta else None)
+
+
+def _check_order(key: str, value: DTensor) -> None:
+    """torch can keep, beside the placements, another order than left to right; no public name shows it yet."""
+    order = getattr(getattr(value, "_spec", None), "shard_order", None)
+    if any(list(entry.mesh_dims) != sorted(entry.mesh_dims) for entry in order or ()):
+        raise InvalidShardingError(
+            f"{key!r}: a DTensor whose dimensions are cut in the order {order}; redistribute it to placements that "
+            f"apply from left to right"
+        )
 
 
 def _place(key: str, placement: Placement, runs: list[Runs], at: int, parts: int) -> None:
@@ -63,7 +87,7 @@ def _place(key: str, placement: Placement, runs: list[Runs], at: int, parts: int
     dim = getattr(placement, "dim", None)
     if dim is None or not (placement.is_shard() or hasattr(placement, "split_factor")):
         raise InvalidShardingError(
-            f"{key!r}: a DTensor with placement {placement} is not a tensor yet; redistribute it to Shard or Replicate"
+            f"{key!r}: a DTensor with placement {placement!r} is no tensor yet; redistribute it to Shard or Replicate"
         )
     pieces = _chunk(runs[dim], split_factor)
     runs[dim] = [run for piece in pieces for run in _chunk(piece, parts)[at]]
