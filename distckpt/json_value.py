@@ -21,7 +21,12 @@ from distckpt.errors import CorruptionError, UnsupportedTypeError
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
 _MAX_DEPTH = 200
-_MAX_DIGITS = 4000
+_MAX_DIMS = 32
+_MAX_DIGITS = 4000  # hexadecimal, with the sign and "0x"
+_NUMPY_SCALARS = frozenset(
+    ["bool", "float16", "float32", "float64", "complex64", "complex128"]
+    + [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)]
+)  # Not long double, whose bytes are another machine's noise.
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +58,7 @@ def _to_json(value: object, where: str, depth: int) -> Json:
     if value is None or kind is bool or kind is str:
         return _checked_text(value, where) if isinstance(value, str) else value  # type: ignore[return-value]
     if isinstance(value, int) and kind is int:
-        return value if -(2**63) <= value < 2**63 else {"%int": hex(value)}
+        return value if -(2**63) <= value < 2**63 else {"%int": _hex(value, where)}
     if isinstance(value, float) and kind is float:
         return value if math.isfinite(value) else {"%float": str(value)}
     if isinstance(value, list) and kind is list:
@@ -68,7 +73,7 @@ def _to_json(value: object, where: str, depth: int) -> Json:
         return {"%bytearray" if kind is bytearray else "%bytes": base64.b64encode(value).decode()}
     if isinstance(value, complex) and kind is complex:
         return {"%complex": [_to_json(value.real, where, depth), _to_json(value.imag, where, depth)]}
-    if isinstance(value, np.generic) and value.dtype.kind in "biufc":
+    if isinstance(value, np.generic) and value.dtype.name in _NUMPY_SCALARS:
         little = value.astype(value.dtype.newbyteorder("<"))
         return {"%numpy": [value.dtype.name, base64.b64encode(little.tobytes()).decode()]}
     if isinstance(value, ArrayValue):
@@ -77,6 +82,13 @@ def _to_json(value: object, where: str, depth: int) -> Json:
         f"{where!r}: a {kind.__module__}.{kind.__qualname__} cannot be stored so that it comes back as it was; "
         f"store tensors, numbers, strings, bytes, lists, tuples and dicts, or give the object a state_dict()"
     )
+
+
+def _hex(value: int, where: str) -> str:
+    digits = hex(value)
+    if len(digits) > _MAX_DIGITS:
+        raise UnsupportedTypeError(f"{where!r}: an integer of {len(digits.lstrip('-')) - 2} hexadecimal digits")
+    return digits
 
 
 def _checked_text(value: str, where: str) -> str:
@@ -126,7 +138,7 @@ def _from_tag(tag: str, body: object, depth: int) -> object:
         data = base64.b64decode(body, validate=True)
         return bytearray(data) if tag == "%bytearray" else data
     if tag == "%counter":
-        counts = _from_json(body, depth + 1)
+        counts = _from_json(body, depth)
         if not isinstance(counts, dict):
             raise ValueError("%counter of something else than a dict")
         return Counter(counts)
@@ -143,14 +155,18 @@ def _from_tag(tag: str, body: object, depth: int) -> object:
         return complex(real, imag)
     if tag == "%numpy":
         name, text = body
+        if name not in _NUMPY_SCALARS:
+            raise ValueError(f"a NumPy scalar of dtype {name!r}")
         dtype = np.dtype(name)
         data = base64.b64decode(text, validate=True)
-        if dtype.kind not in "biufc" or len(data) != dtype.itemsize:
-            raise ValueError(f"a NumPy scalar of dtype {name!r} in {len(data)} bytes")
+        if len(data) != dtype.itemsize:
+            raise ValueError(f"a NumPy {name} in {len(data)} bytes")
         return np.frombuffer(data, dtype.newbyteorder("<")).astype(dtype)[0]
     if tag == "%array":
         name, shape, text = body
-        if not all(type(n) is int and 0 <= n < 2**62 for n in shape) or prod(shape) >= 2**62:
-            raise ValueError(f"an array of shape {shape}")
-        return ArrayValue(str(name), tuple(shape), base64.b64decode(text, validate=True))
+        if len(shape) > _MAX_DIMS or not all(type(n) is int and 0 <= n < 2**62 for n in shape) or prod(shape) >= 2**62:
+            raise ValueError(f"an array of shape {str(shape)[:100]}")
+        if not isinstance(name, str):
+            raise ValueError(f"an array of dtype {name!r}")
+        return ArrayValue(name, tuple(shape), base64.b64decode(text, validate=True))
     raise ValueError(f"unknown tag {tag!r}")
