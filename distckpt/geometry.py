@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 Int64Array: TypeAlias = npt.NDArray[np.int64]
+MAX_DIMS = 32  # NumPy 1, and what torch exchanges with NumPy, have no more
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -18,14 +18,16 @@ import numpy as np
 from distckpt._C import crc32c
 from distckpt.chunk_table import Chunks
 from distckpt.errors import CheckpointError, CorruptionError
+from distckpt.geometry import MAX_DIMS
 from distckpt.shard_file import DTYPES, FORMAT, FORMAT_VERSION
 
 MAX_INDEX_BYTES = 1 << 30
-MAX_ELEMENTS = 1 << 62
+MAX_BYTES = 1 << 62
 
 Natural: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 UInt32: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
-SaveId: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}$")]
+OnChange: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^(exact|reseed|skip)\Z")]
+SaveId: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
 MeshCoordinates: TypeAlias = dict[str, int]
 Mesh: TypeAlias = Mapping[str, tuple[int, int]]  # axis -> (a rank's coordinate, size)
 
@@ -91,7 +93,7 @@ class PerRankEntry(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     axes: tuple[tuple[str, Natural], ...]
-    on_change: str
+    on_change: OnChange
     holders: tuple[tuple[tuple[Natural, ...], Natural], ...]
 
 
@@ -183,8 +185,15 @@ def _find_fault(index: Index) -> str | None:
         fault = _find_tensor_fault(entry, table)
         if fault:
             return f"tensor {key!r}: {fault}"
+    stored = sum(f.per_rank[0] - f.header_bytes for f in index.files)
+    if sum(entry.size_bytes for entry in index.tensors.values()) > stored:
+        return f"the tensors take more bytes than the {stored} that the files hold"
     for key, per_rank in index.per_rank.items():
         sizes = [size for _, size in per_rank.axes]
+        if len(dict(per_rank.axes)) != len(sizes):
+            return f"per-rank value {key!r}: an axis comes twice in {per_rank.axes}"
+        if len(dict(per_rank.holders)) != len(per_rank.holders):
+            return f"per-rank value {key!r}: coordinates come twice in its holders"
         for coordinates, number in per_rank.holders:
             if len(coordinates) != len(sizes) or any(c >= n for c, n in zip(coordinates, sizes, strict=True)):
                 return f"per-rank value {key!r}: coordinates {coordinates} are not inside {sizes}"
@@ -196,7 +205,9 @@ def _find_fault(index: Index) -> str | None:
 def _find_tensor_fault(entry: TensorEntry, table: ChunkTable) -> str | None:
     if entry.dtype not in DTYPES:
         return f"unknown dtype {entry.dtype!r}"
-    if prod(n for n in entry.global_shape if n) * 16 > MAX_ELEMENTS:
+    if len(entry.global_shape) > MAX_DIMS:  # Before the product, which is slow to compute when there are many.
+        return f"{len(entry.global_shape)} dimensions, at most {MAX_DIMS} expected"
+    if prod(n for n in entry.global_shape if n) * 16 > MAX_BYTES:
         return f"global shape {entry.global_shape} is too large"
     start, size = entry.record
     if start + size > table.records_bytes:
@@ -204,6 +215,8 @@ def _find_tensor_fault(entry: TensorEntry, table: ChunkTable) -> str | None:
     for name, labels in (("partition", entry.partition), ("blocks", entry.blocks)):
         if labels is not None and len(labels) != len(entry.global_shape):
             return f"{name} {labels} for {len(entry.global_shape)} dimensions"
+    if any(n < 1 or extent % n for n, extent in zip(entry.blocks or (), entry.global_shape, strict=False)):
+        return f"blocks {entry.blocks} do not divide {entry.global_shape}"
     return None
 
 

@@ -22,11 +22,11 @@ from urllib.parse import quote, unquote
 import msgspec
 
 from distckpt.errors import CheckpointError, CorruptionError
+from distckpt.geometry import MAX_DIMS
 
 BLOCK_BYTES = 1 << 20
 ALIGNMENT = 4096
 MAX_HEADER_BYTES = 64 << 20
-MAX_DIMS = 32  # what NumPy 1 and torch's exchange with it can do
 PER_RANK_ENTRY = "__per_rank__"
 CHECKSUM_ENTRY = "__crc32c__"
 FORMAT = "distckpt"
