@@ -1,0 +1,272 @@
+"""Every call to the storage fails once, in every way that it can, in a save by one rank and by two.
+
+The save of iteration 30 finds 10 and 20, keeps two, and so retires 10. Whatever fails: the error says the truth
+about the checkpoint, what was there before still loads, nothing is ever a mix, and the next save works.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from distckpt import Checkpointer
+from distckpt import commit as commit_module
+from distckpt.commit import sweep
+from distckpt.coordinator import Coordinator
+from distckpt.errors import CheckpointError
+from distckpt.storage import PosixStorage, Storage
+from distckpt.testing import Crash, CrashingStorage, MemoryStorage, run_ranks
+from tests.crash.states import load_version, loaded, make_state, unexplained
+
+OLD, NEW, NEXT = 20, 30, 40
+Moment = Literal["before", "half", "after"]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What goes wrong; `code` 0 is the death of the process."""
+
+    code: int
+    moment: Moment
+
+    def error(self) -> Exception:
+        return OSError(self.code, os.strerror(self.code), "injected") if self.code else Crash()
+
+
+FAULTS = {
+    "EIO": Fault(errno.EIO, "before"),
+    "ENOSPC in the middle of a write": Fault(errno.ENOSPC, "half"),
+    "EIO after the effect": Fault(errno.EIO, "after"),
+    "crash": Fault(0, "before"),
+    "crash in the middle of a write": Fault(0, "half"),
+    "crash after the effect": Fault(0, "after"),
+}
+
+
+@pytest.fixture(autouse=True)
+def everything_is_stale(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """A later sweep is one at once: what a failed save has left is old the moment it fails."""
+    monkeypatch.setattr(commit_module, "STALE_AFTER_S", 0.0)
+    caplog.set_level(logging.CRITICAL, "distckpt")
+
+
+class Roots:
+    """Copies of one root with iterations 10 and 20, on either backend."""
+
+    def __init__(self, backend: str, world_size: int, tmp_path: Path) -> None:
+        self._tmp_path = tmp_path
+        self._count = 0
+        self._first: Storage = MemoryStorage() if backend == "memory" else self._posix(tmp_path / "first")
+        self.world_size = world_size
+
+        def save(coordinator: Coordinator) -> None:
+            with Checkpointer(self._first, coordinator=coordinator, keep_last=2) as checkpointer:
+                for iteration in (10, 20):
+                    checkpointer.save(make_state(iteration, coordinator), iteration=iteration)
+
+        run_ranks(world_size, save)
+
+    @staticmethod
+    def _posix(path: Path) -> PosixStorage:
+        return PosixStorage(path, io_backend="threads", queue_depth=1)
+
+    def copy(self) -> Storage:
+        if isinstance(self._first, MemoryStorage):
+            return self._first.power_cut()
+        self._count += 1
+        path = self._tmp_path / f"copy {self._count}"
+        shutil.copytree(self._first.location, path)
+        return self._posix(path)
+
+
+Save = Callable[[Checkpointer, dict[str, object]], object]
+
+
+def save_now(checkpointer: Checkpointer, state: dict[str, object]) -> None:
+    checkpointer.save(state, iteration=NEW)
+
+
+def save_async_and_wait(checkpointer: Checkpointer, state: dict[str, object]) -> None:
+    checkpointer.async_save(state, iteration=NEW).wait()
+
+
+def save_async_and_ask(checkpointer: Checkpointer, state: dict[str, object]) -> None:
+    checkpointer.async_save(state, iteration=NEW)
+    checkpointer.latest_iteration()
+
+
+def count_calls(roots: Roots, failing_rank: int, save: Save) -> Sequence[str]:
+    """What a save that goes well calls on one rank."""
+    inner = roots.copy()
+    counting = CrashingStorage(inner)
+
+    def run(coordinator: Coordinator) -> None:
+        storage = counting if coordinator.rank == failing_rank else inner
+        with Checkpointer(storage, coordinator=coordinator, keep_last=2, removal_grace_s=0) as checkpointer:
+            save(checkpointer, make_state(NEW, coordinator))
+
+    run_ranks(roots.world_size, run)
+    return counting.calls
+
+
+def save_with_fault(inner: Storage, crashing: CrashingStorage, failing_rank: int, world_size: int, save: Save) -> None:
+    """A save on all ranks, one of which meets the fault; then, unless that was a crash, another.
+
+    Checks the root after each.
+    """
+    errors: dict[int, Exception | None] = {}
+    is_crash = isinstance(crashing._error, Crash)
+
+    def run(coordinator: Coordinator) -> None:
+        rank = coordinator.rank
+        storage = crashing if rank == failing_rank else inner
+        checkpointer = Checkpointer(storage, coordinator=coordinator, keep_last=2, removal_grace_s=0)
+        errors[rank] = None
+        try:
+            save(checkpointer, make_state(NEW, coordinator))
+        except (CheckpointError, OSError, Crash) as error:
+            errors[rank] = error
+        if is_crash:
+            return
+        if rank == 0:  # The others change nothing before rank 0 begins its next save.
+            check_root(inner, world_size, errors[rank])
+        checkpointer.save(make_state(NEXT, coordinator), iteration=NEXT)
+        checkpointer.close()
+
+    run_ranks(world_size, run)
+    if not is_crash:
+        assert len({type(error) for error in errors.values()}) == 1
+        assert len({committed(error) for error in errors.values()}) == 1
+    for error in errors.values():
+        if is_crash:
+            check_root(inner, world_size, error)
+
+
+def committed(error: Exception | None) -> str:
+    """What an outcome says of the checkpoint. A group of one rank raises the storage's errors as they are."""
+    return "yes" if error is None else getattr(error, "committed", "no")
+
+
+def check_root(storage: Storage, world_size: int, error: Exception | None) -> None:
+    """After the save of NEW: it is there whole, or not at all, as the error says; the one before is there."""
+    seeds = (None, 1) if isinstance(error, Crash) else (None,)
+    cuts = [storage.power_cut(seed) for seed in seeds] if isinstance(storage, MemoryStorage) else []
+    for left in (storage, *cuts):
+        versions = loaded(left, world_size)
+        newest = versions.pop(None)
+        assert versions[OLD] == OLD
+        assert all(iteration == version for iteration, version in versions.items())
+        assert newest == (NEW if NEW in versions else OLD)
+        if not isinstance(error, Crash):
+            assert committed(error) != "yes" or newest == NEW, f"reported as committed, but it is not: {error!r}"
+            assert committed(error) != "no" or newest == OLD, f"reported as not committed, but it is: {error!r}"
+
+
+def check_next_save(storage: Storage, world_size: int) -> None:
+    """By a new process, if no other has followed; and that it leaves nothing lying about."""
+
+    def save(coordinator: Coordinator) -> None:
+        with Checkpointer(storage, coordinator=coordinator, keep_last=2, removal_grace_s=0) as checkpointer:
+            if checkpointer.latest_iteration() != NEXT:
+                checkpointer.save(make_state(NEXT, coordinator), iteration=NEXT)
+
+    run_ranks(world_size, save)
+    versions = loaded(storage, world_size)
+    assert versions.pop(None) == NEXT
+    assert all(iteration == version for iteration, version in versions.items())
+    sweep(storage, grace_s=0)
+    assert unexplained(storage) == set()
+
+
+def try_every_call(roots: Roots, failing_rank: int, fault: Fault, save: Save) -> None:
+    calls = count_calls(roots, failing_rank, save_async_and_wait if save is save_async_and_ask else save)
+    assert len(calls) >= (40 if failing_rank == 0 else 4)
+    for number, call in enumerate(calls, 1):
+        if fault.moment == "half" and not call.startswith("write "):
+            continue  # It has no half.
+        inner = roots.copy()
+        crashing = CrashingStorage(inner, fail_at=number, error=fault.error(), moment=fault.moment)
+        save_with_fault(inner, crashing, failing_rank, roots.world_size, save)
+        assert crashing.failed
+        check_next_save(inner, roots.world_size)
+
+
+RANKS = pytest.mark.parametrize(("world_size", "failing_rank"), [(1, 0), (2, 0), (2, 1)])
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
+@RANKS
+def test_any_call_of_a_save_may_fail(tmp_path: Path, world_size: int, failing_rank: int, fault: Fault) -> None:
+    try_every_call(Roots("memory", world_size, tmp_path), failing_rank, fault, save_now)
+
+
+@pytest.mark.parametrize("name", ["EIO after the effect", "ENOSPC in the middle of a write", "crash"])
+@pytest.mark.parametrize(("world_size", "failing_rank"), [(1, 0), (2, 1)])
+def test_any_call_of_a_save_to_files_may_fail(tmp_path: Path, world_size: int, failing_rank: int, name: str) -> None:
+    try_every_call(Roots("posix", world_size, tmp_path), failing_rank, FAULTS[name], save_now)
+
+
+@pytest.mark.parametrize("save", [save_async_and_wait, save_async_and_ask])
+@pytest.mark.parametrize("name", ["EIO", "ENOSPC in the middle of a write", "crash after the effect"])
+@pytest.mark.parametrize(("world_size", "failing_rank"), [(1, 0), (2, 1)])
+def test_any_call_of_an_async_save_may_fail(
+    tmp_path: Path, world_size: int, failing_rank: int, name: str, save: Save
+) -> None:
+    """The failure is raised by wait(), or else by the next call."""
+    try_every_call(Roots("memory", world_size, tmp_path), failing_rank, FAULTS[name], save)
+
+
+@pytest.mark.parametrize("save", [save_async_and_wait, save_async_and_ask])
+def test_failure_of_an_async_save_is_raised_once(tmp_path: Path, save: Save) -> None:
+    roots = Roots("memory", 1, tmp_path)
+    calls = count_calls(roots, 0, save_async_and_wait)
+    failing = next(number for number, call in enumerate(calls, 1) if call.startswith("finish "))
+    with Checkpointer(CrashingStorage(roots.copy(), fail_at=failing)) as checkpointer:
+        with pytest.raises(OSError, match="injected"):
+            save(checkpointer, make_state(NEW))
+        assert checkpointer.latest_iteration() == OLD
+        checkpointer.save(make_state(NEXT), iteration=NEXT)
+
+
+def test_failure_of_an_async_save_is_raised_by_close(tmp_path: Path) -> None:
+    roots = Roots("memory", 1, tmp_path)
+    calls = count_calls(roots, 0, save_async_and_wait)
+    failing = next(number for number, call in enumerate(calls, 1) if call.startswith("finish "))
+    checkpointer = Checkpointer(CrashingStorage(roots.copy(), fail_at=failing))
+    checkpointer.async_save(make_state(NEW), iteration=NEW)
+    with pytest.raises(OSError, match="injected"):
+        checkpointer.close()
+
+
+@RANKS
+def test_any_call_of_a_load_may_fail(tmp_path: Path, world_size: int, failing_rank: int) -> None:
+    """Either all ranks raise, or all load one version whole; which one, the report says."""
+    inner = Roots("memory", world_size, tmp_path).copy()
+
+    def load(storage: CrashingStorage) -> list[tuple[int, int] | str]:
+        def run(coordinator: Coordinator) -> tuple[int, int] | str:
+            try:
+                own = storage if coordinator.rank == failing_rank else inner
+                return load_version(own, None, coordinator)
+            except (CheckpointError, OSError) as error:
+                return type(error).__name__
+
+        return run_ranks(world_size, run)
+
+    counting = CrashingStorage(inner)
+    assert load(counting) == [(OLD, OLD)] * world_size
+    results = []
+    for number in range(1, len(counting.calls) + 1):
+        result, *others = load(CrashingStorage(inner, fail_at=number))
+        assert all(other == result for other in others)
+        assert result in [(OLD, OLD), (10, 10), "OSError", "DistributedError"]
+        results.append(result)
+    assert (10, 10) in results
