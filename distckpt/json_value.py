@@ -20,7 +20,7 @@ from distckpt.errors import CorruptionError, UnsupportedTypeError
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
-_MAX_DEPTH = 200
+MAX_DEPTH = 200
 _MAX_DIMS = 32
 _MAX_DIGITS = 4000  # hexadecimal, with the sign and "0x"
 _NUMPY_SCALARS = frozenset(
@@ -52,8 +52,8 @@ def decode_value(text: bytes, where: str) -> object:
 
 
 def _to_json(value: object, where: str, depth: int) -> Json:
-    if depth > _MAX_DEPTH:
-        raise UnsupportedTypeError(f"{where!r}: nested more than {_MAX_DEPTH} deep (or containing itself)")
+    if depth > MAX_DEPTH:
+        raise UnsupportedTypeError(f"{where!r}: nested more than {MAX_DEPTH} deep (or containing itself)")
     kind = type(value)
     if value is None or kind is bool or kind is str:
         return _checked_text(value, where) if isinstance(value, str) else value  # type: ignore[return-value]
@@ -109,7 +109,7 @@ def _dict_to_json(value: dict[object, object], where: str, depth: int) -> Json:
 
 
 def _from_json(value: object, depth: int) -> object:
-    if depth > _MAX_DEPTH + 2:
+    if depth > MAX_DEPTH + 2:
         raise ValueError("nested too deep")
     if isinstance(value, list):
         return [_from_json(v, depth + 1) for v in value]

@@ -5,6 +5,7 @@ A checkpoint that is damaged for any rank is passed over by all of them; every t
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -16,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distckpt._C import crc32c
 from distckpt.adapters import ADAPTERS
 from distckpt.commit import Commit, decode_index_of, find_commits, read_index, tracker_warning
 from distckpt.coordinator import Coordinator, agree
@@ -309,7 +309,8 @@ class Load:
                 target = _clip(shard, entry)
                 if target is not None:
                     targets.append(_Target(leaf.key, *target))
-        for key, tensor in request.whole.items():
+        request.whole_tensors = empty_tensors(index, request.whole)
+        for key, tensor in request.whole_tensors.items():
             if tensor.numel():
                 targets.append(_Target(key, Box.whole(tensor.shape), tensor))
         return targets
@@ -329,14 +330,14 @@ class Load:
         fresh = {item.path for item in request.fresh}
         for item in self._flat.objects:
             if item.path in fresh:
-                _load_object(item, subtree(index, request.whole, item.path))
+                _load_object(item, subtree(index, request.whole_tensors, item.path))
             elif not any(item.path.startswith(f"{path}/") for path in fresh):
                 _load_object(item, item.state)
 
     def _seed(self, index: Index, per_rank: PerRankLeaf) -> int:
         axes = self.context.mesh if per_rank.leaf.axes is None else per_rank.leaf.axes
         text = f"{index.save_id} {per_rank.key} {[(axis, self.context.mesh[axis]) for axis in axes]}".encode()
-        return crc32c(text) | crc32c(text, 0x5EED) << 32
+        return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
 def read_all(context: LoadContext, iteration: int | None, keys: Iterable[str] | None, label: str) -> dict[str, object]:
@@ -345,12 +346,12 @@ def read_all(context: LoadContext, iteration: int | None, keys: Iterable[str] | 
     while True:
         resolved, index = load._resolve()
         wanted = load.select(index, keys)
-        request = Request(whole=empty_tensors(index, wanted))
+        request = Request(whole=wanted)
         why = load._read(resolved, index, request)
         if why is None:
             break
         load._failed[Commit(resolved.epoch, resolved.commit_seq, resolved.iteration)] = why
-    return subtree(index, request.whole, "", wanted)
+    return subtree(index, request.whole_tensors, "", wanted)
 
 
 def _clip(shard: Shard, entry: TensorEntry) -> tuple[Box, Tensor] | None:

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from distckpt.errors import MismatchError
+from distckpt.errors import CheckpointError, MismatchError
 from distckpt.index import Index, Mesh, TensorEntry
 from distckpt.planner import is_container
+from distckpt.sharded_tensor import torch_dtype
 from distckpt.state_dict import FlatState, ObjectLeaf, PerRankLeaf, TensorLeaf, decode_leaf, unflatten
 
 _SHOWN = 20
@@ -21,7 +22,8 @@ class Request:
     """What one rank wants of one particular checkpoint."""
 
     tensors: list[tuple[TensorLeaf, TensorEntry]] = field(default_factory=list)
-    whole: dict[str, Tensor] = field(default_factory=dict)  # read in full: no target of the state's own
+    whole: set[str] = field(default_factory=set)  # to be read in full: no target of the state's own
+    whole_tensors: dict[str, Tensor] = field(default_factory=dict)  # those, once allocated
     values: list[tuple[str, Callable[[object], None]]] = field(default_factory=list)
     per_rank: list[tuple[PerRankLeaf, int]] = field(default_factory=list)  # with the number of its file
     reseed: list[PerRankLeaf] = field(default_factory=list)
@@ -67,11 +69,17 @@ def subtree(
 
 
 def empty_tensors(index: Index, keys: Iterable[str]) -> dict[str, Tensor]:
-    return {
-        key: torch.empty(index.tensors[key].global_shape, dtype=getattr(torch, index.tensors[key].dtype))
-        for key in sorted(keys)
-        if key in index.tensors
-    }
+    """A tensor for each key that is one. Raises CheckpointError for what this torch or this host cannot hold."""
+    tensors: dict[str, Tensor] = {}
+    for key in sorted(keys):
+        entry = index.tensors.get(key)
+        if entry is None:
+            continue
+        try:
+            tensors[key] = torch.empty(entry.global_shape, dtype=torch_dtype(entry.dtype, key))
+        except RuntimeError as error:
+            raise CheckpointError(f"{key!r}: {entry.size_bytes} bytes cannot be allocated: {error}") from error
+    return tensors
 
 
 def match_state(flat: FlatState, index: Index, mesh: Mesh) -> Request:
@@ -128,7 +136,7 @@ def _match_object(leaf: ObjectLeaf, index: Index, request: Request, left_out: se
     request.fresh.append(leaf)
     request.missing |= own - leaves
     left_out |= {id(t) for t in leaf.tensors} | {id(v) for v in leaf.values}
-    request.whole |= empty_tensors(index, leaves)
+    request.whole |= leaves
 
 
 def _holds_sharded_parameters(owner: object) -> bool:

@@ -370,6 +370,7 @@ class Copy:
 
     file: int
     chunk_start: int
+    chunk_origin: tuple[int, ...]  # of the chunk in the global tensor
     chunk_shape: tuple[int, ...]
     chunk_offset: tuple[int, ...]  # of the region in the chunk
     target: int
@@ -396,6 +397,7 @@ def _copy(target: int, box: Box, chunks: Chunks, i: int, low: Int64Array, high: 
     return Copy(
         file=int(chunks.files[i]),
         chunk_start=int(chunks.starts[i]),
+        chunk_origin=tuple(chunks.offsets[i].tolist()),
         chunk_shape=tuple(chunks.shapes[i].tolist()),
         chunk_offset=tuple((low - chunks.offsets[i]).tolist()),
         target=target,

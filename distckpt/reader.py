@@ -21,7 +21,7 @@ from distckpt.chunk_table import PAGE_BYTES, Chunks, check_pages, decode_record
 from distckpt.errors import CorruptionError
 from distckpt.index import Index, ShardFile, TensorEntry, check_locations
 from distckpt.planner import Copy
-from distckpt.shard_file import BLOCK_BYTES, MAX_HEADER_BYTES, Chunk, decode_header
+from distckpt.shard_file import BLOCK_BYTES, DTYPES, MAX_HEADER_BYTES, PER_RANK_ENTRY, Chunk, decode_header
 from distckpt.storage import ReadFile, Storage
 from distckpt.transport import carrier
 
@@ -64,6 +64,9 @@ class CheckedFile:
         table = self._read_checked(expected.checksum_start, 4 * blocks, expected.table_crc, "checksum table")
         self._table = np.frombuffer(table, "<u4")
         self.header = decode_header(header, file_name=file.name, file_bytes=expected.size_bytes)
+        entry = self.header.entries.get(PER_RANK_ENTRY)
+        if entry is None or (self.header.start_of(PER_RANK_ENTRY), *entry.shape) != expected.per_rank:
+            raise CorruptionError(f"{file.name}: {PER_RANK_ENTRY} is not where the index says: {expected.per_rank}")
 
     def _read_checked(self, start: int, size: int, crc: int, what: str) -> bytes:
         data = bytearray(size)
@@ -170,16 +173,19 @@ def _check_entries(file: CheckedFile, index: Index, regions: Sequence[_Region], 
     """The chunk table and the file's own header must speak of the same bytes."""
     by_start = {file.header.start_of(name): name for name, e in file.header.entries.items() if prod(e.shape)}
     for region in regions:
-        key = keys[region.copy.target]
-        entry = by_start.get(region.copy.chunk_start, "")
-        dtype = index.tensors[key].dtype
-        expected = Chunk(key, dtype, (), (), whole=True).entry
-        if entry.partition("@")[0] != expected or file.header.entries[entry].shape[: len(region.copy.chunk_shape)] != (
-            region.copy.chunk_shape
-        ):
+        copy, key = region.copy, keys[region.copy.target]
+        name = by_start.get(copy.chunk_start, "")
+        entry = file.header.entries.get(name)
+        tensor = index.tensors[key]
+        dtype = DTYPES[tensor.dtype]
+        is_whole = copy.chunk_shape == tensor.global_shape
+        expected = Chunk(key, tensor.dtype, copy.chunk_origin, copy.chunk_shape, is_whole).entry
+        shape = (*copy.chunk_shape, *dtype.trailing)
+        if entry is None or (name, entry.dtype, entry.shape) != (expected, dtype.stored, shape):
+            found = "nothing" if entry is None else f"{entry.dtype} {list(entry.shape)} {name!r}"
             raise CorruptionError(
-                f"{index.files[region.copy.file].name}: the chunk table has {key!r} {region.copy.chunk_shape} at byte "
-                f"{region.copy.chunk_start}, the file's header {entry or 'nothing'!r}"
+                f"{index.files[copy.file].name}: the index and chunk table have {dtype.stored} {list(shape)} "
+                f"{expected!r} at byte {copy.chunk_start}, the file's own header {found}"
             )
 
 
@@ -232,6 +238,9 @@ class ChunkTableReader:
             self._file.read_into(table.records_bytes, trailer)
             if crc32c(trailer) != table.trailer_crc or len(trailer) != 4 * -(-table.records_bytes // PAGE_BYTES):
                 raise CorruptionError(f"{self._file.name}: the checksum of its trailer is not what the index says")
+        except EOFError as error:
+            self._file.close()
+            raise CorruptionError(f"{self._file.name}: {error}") from error
         except BaseException:
             self._file.close()
             raise
@@ -256,7 +265,10 @@ class ChunkTableReader:
         if not (self._first <= first and stop <= self._first + held):
             end = min(stop * PAGE_BYTES, self._index.chunk_table.records_bytes)
             pages = bytearray(end - first * PAGE_BYTES)
-            self._file.read_into(first * PAGE_BYTES, pages)
+            try:
+                self._file.read_into(first * PAGE_BYTES, pages)
+            except EOFError as error:
+                raise CorruptionError(f"{self._file.name}: {error}") from error
             check_pages(bytes(pages), first, self._trailer, where=self._file.name)
             self._first, self._pages = first, bytes(pages)
         record = self._pages[start - self._first * PAGE_BYTES :][:size]

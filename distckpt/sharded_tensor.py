@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distckpt.errors import InvalidShardingError, UnsupportedTypeError
-from distckpt.geometry import Box, flat_range_boxes
+from distckpt.errors import CheckpointError, InvalidShardingError, UnsupportedTypeError
+from distckpt.geometry import MAX_DIMS, Box, flat_range_boxes
 from distckpt.index import Spec
 from distckpt.shard_file import DTYPES
 
@@ -85,6 +85,10 @@ class ShardedTensor:
     ) -> None:
         if not key:
             raise InvalidShardingError("an empty key; every tensor needs a name")
+        if not is_text(key):
+            raise UnsupportedTypeError(f"{key!r}: a key with a lone surrogate is not text")
+        if len(shape) > MAX_DIMS:
+            raise UnsupportedTypeError(f"{key!r}: {len(shape)} dimensions, at most {MAX_DIMS} can be stored")
         if not isinstance(data, Tensor):
             raise UnsupportedTypeError(f"{key!r}: data is a {type(data).__name__}, expected a torch.Tensor")
         self.key = key
@@ -209,6 +213,23 @@ def _flat_pieces(boxes: Sequence[Box], start: int, stop: int) -> Iterator[tuple[
                 yield Box(offset, inner.shape), at
                 at += inner.size
         begin += outer.size
+
+
+def is_text(key: str) -> bool:
+    """Whether a string can be written down: a lone surrogate cannot."""
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def torch_dtype(name: str, key: str) -> torch.dtype:
+    """The element type of a stored tensor. Raises CheckpointError when this torch has none of that name."""
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise CheckpointError(f"{key!r}: torch {torch.__version__} has no {name}; load it with a newer one")
+    return dtype
 
 
 def dtype_name(dtype: torch.dtype, key: str) -> str:

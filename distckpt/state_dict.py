@@ -6,6 +6,7 @@ ShardedTensor has a key of its own. Never does I/O and never talks to other rank
 
 from __future__ import annotations
 
+import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,13 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distckpt.errors import CorruptionError, InvalidShardingError, UnsupportedTypeError
-from distckpt.geometry import Box
+from distckpt.errors import CheckpointError, CorruptionError, InvalidShardingError, UnsupportedTypeError
+from distckpt.geometry import MAX_DIMS, Box
 from distckpt.index import Spec
-from distckpt.json_value import ArrayValue, decode_value, encode_value
+from distckpt.json_value import MAX_DEPTH, ArrayValue, decode_value, encode_value
 from distckpt.per_rank import PerRank
 from distckpt.shard_file import DTYPES
-from distckpt.sharded_tensor import Shard, ShardedTensor, dtype_name
+from distckpt.sharded_tensor import Shard, ShardedTensor, dtype_name, is_text, torch_dtype
 
 Setter: TypeAlias = Callable[[object], None]
 
@@ -125,6 +126,8 @@ LIST_MARKER, TUPLE_MARKER = b'{"%list":', b'{"%tuple_of":'
 def segment(key: object, where: str) -> str:
     """One dict key as a path segment. Different keys give different segments; strings are kept readable."""
     if isinstance(key, str) and type(key) is str:
+        if not is_text(key):
+            raise UnsupportedTypeError(f"{where!r}: the key {key!r} with a lone surrogate is not text")
         return key.replace("%", "%25").replace("/", "%2F") or "%e"
     return "%k" + quote(encode_value(key, f"{where} (a key)"), safe="")
 
@@ -133,7 +136,12 @@ def _key_of_segment(text: str) -> object:
     if text == "%e":
         return ""
     if text.startswith("%k"):
-        return decode_value(unquote(text[2:]).encode(), f"path segment {text!r}")
+        key = decode_value(unquote(text[2:]).encode(), f"path segment {text!r}")
+        try:
+            hash(key)
+        except TypeError as error:
+            raise CorruptionError(f"path segment {text!r} is not the key of a dict") from error
+        return key
     return unquote(text)
 
 
@@ -147,7 +155,10 @@ def flatten(state: dict[str, object], adapters: Sequence[Adapter]) -> FlatState:
         raise UnsupportedTypeError(f"the state is a {type(state).__name__}; expected a dict")
     flat = FlatState()
     flattener = _Flattener(flat, adapters)
-    flattener.dictionary(state, "")
+    try:
+        flattener.dictionary(state, "")
+    except RecursionError as error:
+        raise UnsupportedTypeError("the state is nested too deep to be stored") from error
     keys = Counter([leaf.key for leaf in flat.values] + [leaf.key for leaf in flat.per_rank])
     twice = [key for key, count in keys.items() if count > 1]
     if twice:
@@ -257,6 +268,7 @@ class _Flattener:
             tensor = torch.from_numpy(native)
         except TypeError as error:
             raise UnsupportedTypeError(f"{path!r}: arrays of dtype {array.dtype} cannot be stored") from error
+        check_storable(tensor, path)
         spec = Spec(dtype=dtype_name(tensor.dtype, path), global_shape=tuple(array.shape))
 
         def loaded() -> None:
@@ -285,13 +297,16 @@ class _Flattener:
         self._open.discard(id(value))
 
     def _object(self, value: Stateful, path: str) -> None:
+        self._enter(value, path)
         state = dict(value.state_dict())
         flat = self._flat
         tensors, values = len(flat.tensors), len(flat.values)
         self.dictionary(state, path)
+        self._open.discard(id(value))
         flat.objects.append(ObjectLeaf(path, value, state, flat.tensors[tensors:], flat.values[values:]))
 
 
+_SCALARS = (bool, int, float, complex, str, bytes, bytearray, np.generic)
 _PLAIN_TENSOR_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
@@ -322,17 +337,28 @@ def check_storable(tensor: Tensor, key: str) -> None:
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
         kind = "quantized" if tensor.is_quantized else "nested" if tensor.is_nested else str(tensor.layout)
         raise UnsupportedTypeError(f"{key!r}: a {kind} tensor cannot be stored; store the dense tensors it is made of")
+    if tensor.dim() > MAX_DIMS:
+        raise UnsupportedTypeError(f"{key!r}: {tensor.dim()} dimensions, at most {MAX_DIMS} can be stored")
     if torch.nn.parameter.is_lazy(tensor):
         raise UnsupportedTypeError(f"{key!r}: the parameter is not initialised; run one forward pass first")
 
 
 def is_plain_value(value: object) -> bool:
     """Whether a list, tuple or dict holds nothing but what JSON values are made of."""
-    if type(value) in (list, tuple):
-        return all(is_plain_value(v) for v in value)  # type: ignore[attr-defined]
-    if isinstance(value, dict):
-        return all(is_plain_value(v) for v in value.values())
-    return value is None or isinstance(value, (bool, int, float, complex, str, bytes, bytearray, np.generic))
+    seen: set[int] = set()  # A container may hold itself, which is for those to refuse who store it.
+    pending = [value]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, dict) or type(item) in (list, tuple):
+            if id(item) not in seen:
+                seen.add(id(item))
+                pending += item.values() if isinstance(item, dict) else item  # type: ignore[arg-type]
+        elif not (item is None or isinstance(item, _PLAIN_VALUE_TYPES)):
+            return False
+    return True
+
+
+_PLAIN_VALUE_TYPES = (bool, int, float, complex, str, bytes, bytearray, np.generic)
 
 
 def _is_stateful(value: object) -> TypeGuard[Stateful]:
@@ -341,7 +367,7 @@ def _is_stateful(value: object) -> TypeGuard[Stateful]:
 
 def encode_leaf(value: object, key: str) -> bytes:
     """The JSON of a value: plain, or of a PerRank with its tensors, arrays and objects' states."""
-    return encode_value(_to_value(value, key), key)
+    return encode_value(_to_value(value, key, 0), key)
 
 
 def decode_leaf(encoded: bytes, key: str) -> object:
@@ -349,7 +375,9 @@ def decode_leaf(encoded: bytes, key: str) -> object:
     return _from_value(decode_value(encoded, key), key)
 
 
-def _to_value(value: object, key: str) -> object:
+def _to_value(value: object, key: str, depth: int) -> object:
+    if depth > MAX_DEPTH:
+        raise UnsupportedTypeError(f"{key!r}: nested more than {MAX_DEPTH} deep (or containing itself)")
     if isinstance(value, Tensor):
         if type(value) not in _PLAIN_TENSOR_TYPES:
             raise UnsupportedTypeError(f"{key!r}: a PerRank may not hold a {type(value).__qualname__}")
@@ -359,17 +387,17 @@ def _to_value(value: object, key: str) -> object:
         return ArrayValue(dtype_name(value.dtype, key), tuple(value.shape), raw)
     if isinstance(value, np.ndarray):
         native = value.astype(value.dtype.newbyteorder("="), order="C")
-        if native.dtype.name not in DTYPES:
-            raise UnsupportedTypeError(f"{key!r}: arrays of dtype {value.dtype} cannot be stored")
+        if native.dtype.name not in DTYPES or native.ndim > MAX_DIMS:
+            raise UnsupportedTypeError(f"{key!r}: {value.ndim}-d arrays of dtype {value.dtype} cannot be stored")
         return ArrayValue(_NUMPY + native.dtype.name, value.shape, native.tobytes())
-    if isinstance(value, dict):
-        return {k: _to_value(v, key) for k, v in value.items()}
+    if type(value) in (dict, OrderedDict):
+        return {k: _to_value(v, key, depth + 1) for k, v in value.items()}  # type: ignore[attr-defined]
     if type(value) in (list, tuple):
-        return type(value)(_to_value(v, key) for v in value)  # type: ignore[call-arg,attr-defined]
+        return type(value)(_to_value(v, key, depth + 1) for v in value)  # type: ignore[call-arg,attr-defined]
     if isinstance(value, (ShardedTensor, PerRank)):
         raise UnsupportedTypeError(f"{key!r}: a PerRank may not hold a {type(value).__name__}")
     if _is_stateful(value):
-        return _to_value(dict(value.state_dict()), key)
+        return _to_value(dict(value.state_dict()), key, depth + 1)
     return value
 
 
@@ -393,12 +421,14 @@ def _from_value(value: object, key: str) -> object:
         if name not in DTYPES or prod(value.shape) * DTYPES[name].item_bytes != len(value.data):
             raise CorruptionError(f"{key!r}: {value.dtype} {value.shape} in {len(value.data)} bytes")
         if name != value.dtype:
+            if name not in np.sctypeDict:
+                raise CorruptionError(f"{key!r}: NumPy has no {name}")
             return np.frombuffer(value.data, np.dtype(name)).reshape(value.shape).copy()
-        tensor = torch.empty(value.shape, dtype=getattr(torch, name))
+        tensor = torch.empty(value.shape, dtype=torch_dtype(name, key))
         if tensor.numel():
             tensor.reshape(-1).view(torch.uint8).copy_(torch.frombuffer(bytearray(value.data), dtype=torch.uint8))
         return tensor
-    if isinstance(value, dict):
+    if type(value) is dict:
         return {k: _from_value(v, key) for k, v in value.items()}
     if type(value) in (list, tuple):
         return type(value)(_from_value(v, key) for v in value)  # type: ignore[call-arg,attr-defined]
@@ -425,8 +455,14 @@ def unflatten(
             *parents, last = key.split("/")
         else:
             parents, last = home.split("/") if home else [], segment(key, key)
-        _descend(tree, parents)[last] = _Leaf(value)
-    return _nest(_descend(tree, below.split("/") if below else []), below, markers)  # type: ignore[return-value]
+        parent = _descend(tree, parents)
+        if last in parent:
+            raise CheckpointError(f"two things are stored under {'/'.join([*parents, last])!r}; read them by keys")
+        parent[last] = _Leaf(value)
+    try:
+        return _nest(_descend(tree, below.split("/") if below else []), below, markers)  # type: ignore[return-value]
+    except RecursionError as error:
+        raise CheckpointError("the stored state is nested too deep to be read") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -436,8 +472,14 @@ class _Leaf:
 
 def _descend(tree: dict[str, object], path: Sequence[str]) -> dict[str, object]:
     for text in path:
-        tree = tree.setdefault(text, {})  # type: ignore[assignment]
+        below = tree.setdefault(text, {})
+        if not isinstance(below, dict):
+            raise CheckpointError(f"something is stored under {'/'.join(path)!r}, and more below it; read it by keys")
+        tree = below
     return tree
+
+
+_LIST_ITEM = re.compile(r"%l[0-9]{1,18}")
 
 
 def _nest(node: object, path: str, markers: Mapping[str, bytes]) -> object:
@@ -445,7 +487,7 @@ def _nest(node: object, path: str, markers: Mapping[str, bytes]) -> object:
         return node.value
     assert isinstance(node, dict)
     children = {text: _nest(child, f"{path}/{text}" if path else text, markers) for text, child in node.items()}
-    if not children or not all(text.startswith("%l") for text in children):
+    if not children or not all(map(_LIST_ITEM.fullmatch, children)):
         return {_key_of_segment(text): child for text, child in children.items()}
     items = [children[text] for text in sorted(children, key=lambda text: int(text[2:]))]
     return tuple(items) if markers.get(path, b"").startswith(TUPLE_MARKER) else items
