@@ -4,8 +4,9 @@ A save of iteration I by the job that holds epoch E:
 
  1. Claim. Before its first save the job creates writer-E, E one more than any there is, with put_if_absent.
     Why: of two jobs on one root, exactly one holds the highest epoch, and everybody can see which.
- 2. Announce. Make iter_I and put pending-<save_id> in it; touch it while the save goes on.
-    Why: a sweep spares the files of a save that is under way, and tells one that died by the marker's age.
+ 2. Announce. Make iter_I and put pending-<save_id> in it, which says E; touch it while the save goes on.
+    Why: a sweep spares the files of a save that is under way. One that died it tells by the marker's age, or by
+    an epoch that is no longer the highest: such a save cannot pass step 5 any more.
  3. Write. Every rank writes files whose names carry save_id, makes their content durable, and checks that
     the name still leads to the open file; all ranks report before anything else happens (agree).
     Why: no file of an older save is touched, so that until step 6 the old checkpoint is whole.
@@ -17,8 +18,10 @@ A save of iteration I by the job that holds epoch E:
     If the name is taken by our own save_id, an earlier attempt succeeded and its reply was lost.
     Why the name: (epoch, commit_seq) orders all commits of a root without opening a file, also those of
     one iteration that was saved again and those of a job that passed step 5 just before it was fenced.
- 7. Tracker. Replace latest_checkpointed_iteration.txt. It is a convenience: "newest" is decided by 6.
- 8. Remove the marker, retire what retention gives up, sweep.
+ 7. Look again: if a higher epoch has come since step 5, the save counts as failed, committed or not.
+    Why: the successor may take our files for those of a dead save, and what is reported must stay.
+ 8. Tracker. Replace latest_checkpointed_iteration.txt. It is a convenience: "newest" is decided by 6.
+ 9. Remove the marker, retire what retention gives up, sweep.
 
 Removing a checkpoint: a retired-<save_id> marker, then the index, sync the directory, and after a grace period the
 files. Why: without its index it is no checkpoint, so a crash in between leaves garbage and never a half; readers
@@ -200,7 +203,7 @@ class Writer:
         if newest > self.epoch:
             raise FencedError(
                 f"{self.storage.location}: this job writes with epoch {self.epoch}, but a newer job has claimed epoch "
-                f"{newest}. Nothing of this save was committed. Stop this job, or give it a root of its own."
+                f"{newest}. Stop this job, or give it a root of its own."
             )
 
     def announce(self, iteration: int, save_id: str) -> None:
@@ -208,10 +211,10 @@ class Writer:
         self.check_fence()
         directory = iteration_directory(iteration)
         self.storage.make_directory(directory)
-        self.storage.put_if_absent(pending_marker(iteration, save_id), b"")
+        self.storage.put_if_absent(pending_marker(iteration, save_id), str(self.epoch).encode())
 
     def publish(self, index: Index) -> None:
-        """Steps 4 (its sync) to 7. Raises FencedError, or CommitFailed saying whether the checkpoint exists."""
+        """Steps 4 (its sync) to 8. Raises FencedError, or CommitFailed saying whether the checkpoint exists."""
         commit = Commit(self.epoch, self.commit_seq, index.iteration)
         try:
             # Directory first: the index must not name a file that a crash can lose.
@@ -225,6 +228,10 @@ class Writer:
             self._put_index(commit, index)
         except OSError as error:
             raise CommitFailed(str(error), self._is_committed(commit, index.save_id)) from error
+        try:
+            self.check_fence()
+        except (FencedError, OSError) as error:
+            raise CommitFailed(f"a newer job may have claimed the root in the meantime: {error}", "unknown") from error
         try:
             self.storage.replace(TRACKER, str(index.iteration).encode())
         except OSError as error:
@@ -370,12 +377,22 @@ def _garbage(storage: Storage, iteration: int, grace_s: float) -> list[str]:
         if save_id in live:
             garbage += markers  # A crash came between the commit, or the retirement, and the end of it.
             continue
-        young = (
-            save_id in groups.pending and not _is_older(storage, f"{directory}/pending-{save_id}", STALE_AFTER_S)
-        ) or (save_id in groups.retired and not _is_older(storage, f"{directory}/retired-{save_id}", grace_s))
-        if not young:
+        pending, retired = f"{directory}/pending-{save_id}", f"{directory}/retired-{save_id}"
+        is_under_way = save_id in groups.pending and not _is_dead(storage, pending)
+        has_grace = save_id in groups.retired and not _is_older(storage, retired, grace_s)
+        if not is_under_way and not has_grace:
             garbage += [f for f in files if f not in markers] + markers
     return garbage
+
+
+def _is_dead(storage: Storage, marker: str) -> bool:
+    """Whether the save that a pending marker announces can no longer be committed."""
+    try:
+        epoch = read_file(storage, marker, 32)
+    except FileNotFoundError:
+        return False  # It went since it was listed: whoever removed it is at work here.
+    is_fenced = epoch.isdigit() and int(epoch) < max(_writers(storage), default=0)
+    return is_fenced or _is_older(storage, marker, STALE_AFTER_S)
 
 
 def _is_left_temporary(storage: Storage, name: str) -> bool:

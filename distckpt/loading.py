@@ -238,7 +238,8 @@ class Load:
             missing = sorted({key for r in ranks for key in r.missing})
             mismatched = {key: why for r in reversed(ranks) for key, why in r.mismatched.items()}
             if mismatched or (self.strict and (missing or unexpected)):
-                raise mismatch_error(index, missing, unexpected, mismatched, self.strict)
+                passed_over = [f"{commit.name}: {why}" for commit, why in self._failed.items()]
+                raise mismatch_error(index, missing, unexpected, mismatched, self.strict, passed_over)
             return [_Differences(missing, unexpected)] * len(ranks)
 
         differences = self._agree("match", local, decide, _Match, _Differences)

@@ -306,7 +306,6 @@ class _Flattener:
         flat.objects.append(ObjectLeaf(path, value, state, flat.tensors[tensors:], flat.values[values:]))
 
 
-_SCALARS = (bool, int, float, complex, str, bytes, bytearray, np.generic)
 _PLAIN_TENSOR_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
@@ -376,6 +375,8 @@ def decode_leaf(encoded: bytes, key: str) -> object:
 
 
 def _to_value(value: object, key: str, depth: int) -> object:
+    if value is None or isinstance(value, _PLAIN_VALUE_TYPES):
+        return value
     if depth > MAX_DEPTH:
         raise UnsupportedTypeError(f"{key!r}: nested more than {MAX_DEPTH} deep (or containing itself)")
     if isinstance(value, Tensor):

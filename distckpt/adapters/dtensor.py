@@ -7,24 +7,28 @@ its chunk of each. What is left of each dimension is a list of index ranges; the
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
-from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor.placement_types import Placement
 
 from distckpt.errors import InvalidShardingError
 from distckpt.geometry import index_runs_boxes
 from distckpt.sharded_tensor import ShardedTensor
 from distckpt.state_dict import Adapted
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.placement_types import Placement
+
 Runs: TypeAlias = list[tuple[int, int]]
 
 
 def adapt_dtensor(key: str, value: object) -> Adapted | None:
     """The boxes of a DTensor's local tensor. Raises InvalidShardingError for a Partial or unknown placement."""
-    if not isinstance(value, DTensor):
+    tensor_module = sys.modules.get("torch.distributed.tensor")  # Slow to import; no DTensor exists without it.
+    if tensor_module is None or not isinstance(value, tensor_module.DTensor):
         return None
     local = value.to_local().detach()
     mesh = value.device_mesh
@@ -58,6 +62,8 @@ def adapt_dtensor(key: str, value: object) -> Adapted | None:
         shards = [ShardedTensor(key, empty, global_shape=value.shape, global_offset=offset, partition=partition)]
 
     def replacement() -> object:
+        from torch.distributed.tensor import DTensor
+
         whole = torch.empty_like(local, device=shards[0].data.device)
         for at, part in zip(slices, shards, strict=False):
             whole[at] = part.data
@@ -81,7 +87,7 @@ def _check_order(key: str, value: DTensor) -> None:
 
 def _place(key: str, placement: Placement, runs: list[Runs], at: int, parts: int) -> None:
     """Narrow `runs` to what rank `at` of `parts` keeps under one placement."""
-    if isinstance(placement, Replicate):
+    if placement.is_replicate():
         return
     split_factor = getattr(placement, "split_factor", 1)
     dim = getattr(placement, "dim", None)

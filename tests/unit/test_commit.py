@@ -248,7 +248,7 @@ def test_fenced_writer_publishes_nothing(storage: MemoryStorage) -> None:
     assert (newest_iteration(storage), read_tracker(storage)) == (10, 10)
 
 
-def test_commit_of_a_job_that_is_fenced_too_late_does_not_count_as_newest(storage: HookedStorage) -> None:
+def test_commit_of_a_job_that_is_fenced_too_late_is_not_newest_nor_reported_as_committed(storage: HookedStorage) -> None:
     old = Writer.claim(storage)
     save(old, 10)
 
@@ -258,9 +258,22 @@ def test_commit_of_a_job_that_is_fenced_too_late_does_not_count_as_newest(storag
         return storage.put_if_absent(name, data)
 
     storage.put_instead = put_late
-    save(old, 30)
+    with pytest.raises(CommitFailed, match="epoch 1.*epoch 2") as caught:
+        save(old, 30)
+    assert caught.value.committed == "unknown"
     assert [c.iteration for c in list_commits(storage)] == [20, 30, 10]
     assert newest_iteration(storage) == 20
+
+
+def test_sweep_removes_at_once_what_a_fenced_job_left_under_way(storage: HookedStorage) -> None:
+    old = Writer.claim(storage)
+    save_id = new_save_id()
+    old.announce(30, save_id)
+    write_files(storage, 30, save_id)
+    assert sweep(storage, grace_s=0) == []
+    Writer.claim(storage)
+    assert sweep(storage, grace_s=0)
+    assert list(storage.list("iter_0000030")) == []
 
 
 def test_power_cut_after_a_claim_cannot_bring_the_older_writer_back(storage: MemoryStorage) -> None:
