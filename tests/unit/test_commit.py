@@ -248,7 +248,7 @@ def test_fenced_writer_publishes_nothing(storage: MemoryStorage) -> None:
     assert (newest_iteration(storage), read_tracker(storage)) == (10, 10)
 
 
-def test_commit_of_a_job_that_is_fenced_too_late_is_not_newest_nor_reported_as_committed(storage: HookedStorage) -> None:
+def test_commit_of_a_job_fenced_too_late_is_neither_newest_nor_reported(storage: HookedStorage) -> None:
     old = Writer.claim(storage)
     save(old, 10)
 
@@ -258,7 +258,7 @@ def test_commit_of_a_job_that_is_fenced_too_late_is_not_newest_nor_reported_as_c
         return storage.put_if_absent(name, data)
 
     storage.put_instead = put_late
-    with pytest.raises(CommitFailed, match="epoch 1.*epoch 2") as caught:
+    with pytest.raises(CommitFailed, match=r"epoch 1.*epoch 2") as caught:
         save(old, 30)
     assert caught.value.committed == "unknown"
     assert [c.iteration for c in list_commits(storage)] == [20, 30, 10]
