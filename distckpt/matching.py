@@ -222,9 +222,22 @@ def _parent(path: str) -> str:
 
 
 def mismatch_error(
-    index: Index, missing: list[str], unexpected: list[str], mismatched: Mapping[str, str], strict: bool
+    index: Index,
+    missing: list[str],
+    unexpected: list[str],
+    mismatched: Mapping[str, str],
+    strict: bool,
+    passed_over: Sequence[str],
 ) -> MismatchError:
+    """passed_over: the damaged checkpoints that were tried before, and why; they may have been read in part."""
     lines = [f"iteration {index.iteration} is not what the state asks for. Nothing was changed."]
+    if passed_over:
+        lines = [
+            f"iteration {index.iteration}, to which this load fell back, is not what the state asks for; if tensors "
+            f"had been read, their values are now undefined.",
+            f"  {len(passed_over)} damaged:",
+            *(f"    {each}" for each in passed_over),
+        ]
     for title, keys in (
         ("differ", [f"{key}: {why}" for key, why in sorted(mismatched.items())]),
         ("in the state, but not stored", missing if strict else []),
