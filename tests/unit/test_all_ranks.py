@@ -1,0 +1,164 @@
+"""What goes wrong on one rank of a save or load is raised on every rank, and what one rank knows, all go by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from distckpt import Checkpointer, DistributedError, InvalidShardingError, MismatchError
+from distckpt.commit import Writer
+from distckpt.coordinator import Coordinator
+from distckpt.errors import CheckpointError, FencedError
+from distckpt.storage import Storage
+from distckpt.testing import CrashingStorage, MemoryStorage, run_ranks
+
+State = dict[str, object]
+
+
+def on_both(
+    storage: Storage, call: Callable[[Checkpointer, int], object], other: Storage | None = None
+) -> list[object]:
+    """call(checkpointer, rank) on two ranks; its results or errors. `other`: rank 1's storage, if it has its own."""
+
+    def run(coordinator: Coordinator) -> object:
+        own = storage if coordinator.rank == 0 or other is None else other
+        with Checkpointer(own, coordinator=coordinator, timeout_s=20) as checkpointer:
+            try:
+                return call(checkpointer, coordinator.rank)
+            except CheckpointError as error:
+                return error
+
+    return run_ranks(2, run)
+
+
+def check_raised(results: list[object], kind: type[CheckpointError], text: str) -> None:
+    for result in results:
+        assert type(result) is kind, repr(result)
+        assert text in str(result)
+    assert str(results[0]) == str(results[1])
+
+
+@pytest.fixture
+def storage() -> MemoryStorage:
+    """Iterations 10 and 20 of a state that is alike on two ranks."""
+    storage = MemoryStorage()
+
+    def save(checkpointer: Checkpointer, rank: int) -> None:
+        for iteration in (10, 20):
+            checkpointer.save(make_state(iteration), iteration=iteration)
+
+    assert on_both(storage, save) == [None, None]
+    return storage
+
+
+def make_state(version: int) -> State:
+    return {"a": torch.full((3,), version), "b": torch.full((3,), version)}
+
+
+def test_ranks_that_save_different_iterations_are_told(storage: MemoryStorage) -> None:
+    results = on_both(storage, lambda c, rank: c.save(make_state(1), iteration=30 + rank))
+    check_raised(results, InvalidShardingError, "rank 1 iteration 31")
+
+
+def test_ranks_that_save_different_metadata_are_told(storage: MemoryStorage) -> None:
+    results = on_both(storage, lambda c, rank: c.save(make_state(1), iteration=30, metadata=rank))
+    check_raised(results, InvalidShardingError, "rank 1 iteration 30 with b'1'")
+
+
+def test_state_of_one_rank_that_cannot_be_stored_is_raised_on_all(storage: MemoryStorage) -> None:
+    results = on_both(storage, lambda c, rank: c.save(make_state(1) | {"x": [1, object][rank]}, iteration=30))
+    check_raised(results, DistributedError, "rank 1 of 2: UnsupportedTypeError")
+
+
+def test_replicas_that_differ_are_raised_on_all(storage: MemoryStorage) -> None:
+    results = on_both(storage, lambda c, rank: c.save(make_state(1) | {"a": torch.full((3,), rank)}, iteration=30))
+    check_raised(results, InvalidShardingError, "'a'")
+
+
+def test_fenced_rank_0_stops_all(storage: MemoryStorage) -> None:
+    def save(checkpointer: Checkpointer, rank: int) -> object:
+        checkpointer.save(make_state(30), iteration=30)
+        if rank == 0:
+            Writer.claim(storage)
+        return checkpointer.save(make_state(40), iteration=40)
+
+    check_raised(on_both(storage, save), FencedError, "a newer job has claimed epoch 3")
+    assert on_both(storage, lambda c, rank: c.iterations()) == [[10, 20, 30]] * 2
+
+
+def test_ranks_that_load_different_iterations_are_told(storage: MemoryStorage) -> None:
+    results = on_both(storage, lambda c, rank: c.load(make_state(0), 10 + 10 * rank))
+    check_raised(results, CheckpointError, "the ranks ask for different iterations: 10, 20")
+
+
+def test_rank_that_cannot_see_the_checkpoints_goes_by_what_rank_0_resolved(storage: MemoryStorage) -> None:
+    """Then it cannot read them either, which is a damaged checkpoint for all."""
+    results = on_both(storage, lambda c, rank: c.load(make_state(0)), other=MemoryStorage())
+    for result in results:
+        assert isinstance(result, CheckpointError)
+        assert "rank 1: FileNotFoundError" in str(result)
+
+
+def test_key_that_one_rank_misses_is_raised_on_all_and_nothing_is_changed(storage: MemoryStorage) -> None:
+    states = [make_state(0), make_state(0) | {"only here": torch.zeros(1)}]
+    results = on_both(storage, lambda c, rank: c.load(states[rank]))
+    check_raised(results, MismatchError, "only here")
+    assert all(not torch.as_tensor(value).any() for state in states for value in state.values())
+
+
+def test_key_that_one_rank_takes_is_not_in_excess_for_the_other(storage: MemoryStorage) -> None:
+    states: list[State] = [{"a": torch.zeros(3, dtype=torch.int64)}, {"b": torch.zeros(3, dtype=torch.int64)}]
+    reports = on_both(storage, lambda c, rank: c.load(states[rank]).unexpected)
+    assert reports == [(), ()]
+
+
+def test_key_that_no_rank_takes_is_in_excess_for_all(storage: MemoryStorage) -> None:
+    results = on_both(storage, lambda c, rank: c.load({"a": torch.zeros(3, dtype=torch.int64)}))
+    check_raised(results, MismatchError, "b")
+    assert [error.unexpected for error in results if isinstance(error, MismatchError)] == [("b",), ("b",)]
+
+
+def test_object_of_one_rank_that_refuses_its_state_is_raised_on_all() -> None:
+    class Refuses:
+        def __init__(self, rank: int) -> None:
+            self.rank = rank
+
+        def state_dict(self) -> State:
+            return {"w": torch.ones(2)}
+
+        def load_state_dict(self, state: State) -> None:
+            if self.rank == 1:
+                raise ValueError("not like this")
+
+    storage = MemoryStorage()
+    on_both(storage, lambda c, rank: c.save({"model": Refuses(rank)}, iteration=10))
+    results = on_both(storage, lambda c, rank: c.load({"model": Refuses(rank)}))
+    check_raised(results, DistributedError, "rank 1 of 2: ValueError: not like this")
+
+
+def test_ranks_that_read_different_keys_get_them(storage: MemoryStorage) -> None:
+    results = on_both(storage, lambda c, rank: sorted(c.read(keys=[["a"], ["b"]][rank])))
+    assert results == [["a"], ["b"]]
+
+
+def test_key_that_one_rank_reads_and_is_not_there_is_raised_on_all(storage: MemoryStorage) -> None:
+    results = on_both(storage, lambda c, rank: c.read(keys=[["a"], ["a", "z"]][rank]))
+    check_raised(results, MismatchError, "z")
+
+
+def test_only_rank_0_looks_which_iterations_there_are(storage: MemoryStorage) -> None:
+    def ask(checkpointer: Checkpointer, rank: int) -> object:
+        return checkpointer.latest_iteration(), checkpointer.iterations()
+
+    other = CrashingStorage(storage)
+    assert on_both(storage, ask, other=other) == [(20, [10, 20])] * 2
+    assert other.calls == ()
+
+
+def test_rank_0_that_cannot_look_is_raised_on_all(storage: MemoryStorage) -> None:
+    failing = CrashingStorage(storage, fail_at=1)
+    check_raised(
+        on_both(failing, lambda c, rank: c.iterations(), other=storage), DistributedError, "rank 0 of 2: OSError"
+    )
