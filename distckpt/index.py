@@ -181,6 +181,9 @@ def _find_fault(index: Index) -> str | None:
         start, size = file.per_rank
         if not (8 <= file.header_bytes <= start and start + size <= file.checksum_start <= file.size_bytes):
             return f"{file.name}: its parts do not lie in order inside {file.size_bytes} bytes"
+    twice = sorted(index.tensors.keys() & index.values.keys())
+    if twice:
+        return f"{twice[0]!r} is a tensor and a value"
     for key, entry in index.tensors.items():
         fault = _find_tensor_fault(entry, table)
         if fault:

@@ -316,6 +316,7 @@ def test_chunk_table_names_that_a_save_does_not_write_are_refused(name: str) -> 
         (put("tensors", "w", "blocks", [0, 1]), "blocks \\(0, 1\\) do not divide"),
         (put("tensors", "w", "blocks", [-2, 1]), "blocks \\(-2, 1\\) do not divide"),
         (put("tensors", "w", "blocks", [3, 1]), "blocks \\(3, 1\\) do not divide"),
+        (put("values", "w", 1), "'w' is a tensor and a value"),
         (put("tensors", "w", "owner", 1), "owner"),
         (put("tensors", "w", "container", 1), "container"),
         (put("mesh", {"tp": "2"}), "mesh"),
