@@ -35,7 +35,7 @@ from distckpt.commit import (
     sweep,
     tracker_warning,
 )
-from distckpt.errors import CheckpointNotFoundError, CorruptionError, FencedError
+from distckpt.errors import CheckpointNotFoundError, CorruptionError, DistributedError, FencedError
 from distckpt.index import ChunkTable, Index, encode_index
 from distckpt.retention import superfluous
 from distckpt.shard_file import FORMAT, FORMAT_VERSION
@@ -387,6 +387,21 @@ def test_index_that_is_there_already_and_cannot_be_read_is_unknown(storage: Hook
         save(writer, 10)
     assert caught.value.committed == "unknown"
     assert newest_iteration(storage) == 10
+
+
+def test_files_of_a_save_that_may_be_committed_stay(storage: HookedStorage) -> None:
+    """The put may still take its effect: who cannot see the index now does not know that there will be none."""
+
+    def fail(name: str, data: bytes) -> bool:
+        storage.fail_next = "open"
+        raise io_error()
+
+    with Checkpointer(storage) as checkpointer:
+        storage.put_instead = fail
+        with pytest.raises(DistributedError) as caught:
+            checkpointer.save({"w": torch.zeros(3)}, iteration=10)
+    assert caught.value.committed == "unknown"
+    assert [name.partition("-")[0] for name in storage.list("iter_0000010")] == ["chunks", "pending", "shard"]
 
 
 @pytest.mark.parametrize("is_there", [True, False])
