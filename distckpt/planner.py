@@ -102,7 +102,7 @@ def plan_save(ranks: Sequence[RankShards]) -> SavePlan:
     rows = _gather_rows(ranks, specs)
     bytes_by_rank = np.zeros(len(ranks), np.int64)
     columns = tuple(_assign(r, specs, bytes_by_rank) for r in rows)
-    _check_tiling(specs, columns, rows)
+    _check_tiling(specs, columns, rows, len(ranks))
     return SavePlan(specs, columns, values, per_rank, mesh, bytes_by_rank)
 
 
@@ -294,7 +294,9 @@ def _assign(rows: _Rows, specs: Mapping[str, Spec], bytes_by_rank: Int64Array) -
     return ChunkColumns(tensor[first], boxes[first], rank[chosen], rows.shard[order][chosen])
 
 
-def _check_tiling(specs: Mapping[str, Spec], columns: Iterable[ChunkColumns], rows: Iterable[_Rows]) -> None:
+def _check_tiling(
+    specs: Mapping[str, Spec], columns: Iterable[ChunkColumns], rows: Iterable[_Rows], world_size: int
+) -> None:
     keys = list(specs)
     volumes = np.array([prod(s.global_shape) for s in specs.values()], np.int64)
     covered = np.zeros(len(keys), np.int64)
@@ -308,7 +310,7 @@ def _check_tiling(specs: Mapping[str, Spec], columns: Iterable[ChunkColumns], ro
             if overlap:
                 raise _overlap_error(keys[t], specs[keys[t]], chunks, start + overlap[0], start + overlap[1], group)
     for t in np.flatnonzero(covered != volumes):
-        raise _hole_error(keys[t], specs[keys[t]], int(t), columns, rows)
+        raise _hole_error(keys[t], specs[keys[t]], int(t), columns, rows, world_size)
 
 
 def _overlap_error(key: str, spec: Spec, chunks: ChunkColumns, i: int, j: int, rows: _Rows) -> InvalidShardingError:
@@ -325,20 +327,21 @@ def _overlap_error(key: str, spec: Spec, chunks: ChunkColumns, i: int, j: int, r
 
 
 def _hole_error(
-    key: str, spec: Spec, tensor: int, columns: Iterable[ChunkColumns], rows: Iterable[_Rows]
+    key: str, spec: Spec, tensor: int, columns: Iterable[ChunkColumns], rows: Iterable[_Rows], world_size: int
 ) -> InvalidShardingError:
     boxes: list[Box] = []
     given: set[int] = set()
-    world = 0
     for chunks, group in zip(columns, rows, strict=True):
         mine = chunks.boxes[chunks.tensor == tensor]
         ndim = chunks.boxes.shape[1] // 2
         boxes += boxes_of(mine[:, :ndim], mine[:, ndim:])
         given |= set(group.rank[group.tensor == tensor].tolist())
-        world = max(world, int(group.rank.max(initial=-1)) + 1)
     hole = first_hole(spec.global_shape, boxes) or Box.whole(spec.global_shape)
-    absent = sorted(set(range(world)) - given)
-    hint = f"is {_rank_list(absent)} missing it from its state?" if absent else "is a shard's offset or shape wrong?"
+    absent = sorted(set(range(world_size)) - given)
+    verb, whose = ("are", "their") if len(absent) > 1 else ("is", "its")
+    hint = f"{verb} {_rank_list(absent)} missing it from {whose} state?"
+    if not absent:
+        hint = "is a shard's offset or shape wrong?"
     return InvalidShardingError(
         f"{key!r} {spec.global_shape}: {_region(spec, hole)} are in no shard.\n"
         f"  {_rank_list(sorted(given), 'Rank') or 'No rank'} gave shards; {hint}"

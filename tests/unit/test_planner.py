@@ -1,0 +1,396 @@
+"""plan_save and plan_load as functions of plain records."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distckpt.chunk_table import Chunks
+from distckpt.errors import InvalidShardingError
+from distckpt.geometry import Box
+from distckpt.index import Spec
+from distckpt.json_value import encode_value
+from distckpt.planner import Copy, PerRankItem, RankShards, SavePlan, plan_load, plan_save
+
+
+@dataclass(frozen=True)
+class Piece:
+    key: str
+    box: Box
+    of: tuple[int, ...]
+    dtype: str = "float32"
+    sample: int = 0
+    partition: tuple[str | None, ...] | None = None
+    container: str | None = None
+
+
+def rows(key: str, start: int, stop: int, of: int, **options: object) -> Piece:
+    """Rows start..stop-1 of a tensor of shape (of, 4)."""
+    return Piece(key, Box((start, 0), (stop - start, 4)), (of, 4), **options)  # type: ignore[arg-type]
+
+
+def message(
+    *pieces: Piece,
+    values: Mapping[str, object] | None = None,
+    per_rank: Mapping[str, PerRankItem] | None = None,
+    mesh: Mapping[str, tuple[int, int]] | None = None,
+) -> RankShards:
+    specs: dict[str, Spec] = {}
+    for p in pieces:
+        specs.setdefault(p.key, Spec(dtype=p.dtype, global_shape=p.of, partition=p.partition, container=p.container))
+    number = {key: i for i, key in enumerate(specs)}
+    return RankShards(
+        specs=list(specs.items()),
+        tensor=np.array([number[p.key] for p in pieces], np.int32).tobytes(),
+        boxes=np.array([n for p in pieces for n in (*p.box.offset, *p.box.shape)], np.int64).tobytes(),
+        samples=np.array([p.sample for p in pieces], np.uint32).tobytes(),
+        values={key: encode_value(value, key) for key, value in (values or {}).items()},
+        per_rank=dict(per_rank or {}),
+        mesh=dict(mesh or {}),
+    )
+
+
+def written(plan: SavePlan) -> list[tuple[str, tuple[int, ...], int, int]]:
+    """key, box as numbers, writer, number of the shard in its message; of every chunk."""
+    keys = list(plan.specs)
+    return [
+        (keys[t], tuple(box), writer, shard)
+        for c in plan.columns
+        for t, box, writer, shard in zip(
+            c.tensor.tolist(), c.boxes.tolist(), c.writer.tolist(), c.shard.tolist(), strict=True
+        )
+    ]
+
+
+def fails(text: str, *messages: RankShards) -> None:
+    with pytest.raises(InvalidShardingError, match=re.escape(text)):
+        plan_save(messages)
+
+
+# Who writes.
+
+
+def test_every_box_is_written_by_the_rank_that_has_it() -> None:
+    plan = plan_save([message(rows("w", 0, 2, 5)), message(rows("w", 2, 5, 5), rows("b", 0, 1, 1))])
+    assert written(plan) == [("b", (0, 0, 1, 4), 1, 1), ("w", (0, 0, 2, 4), 0, 0), ("w", (2, 0, 3, 4), 1, 0)]
+    assert plan.shards_of(0).tolist() == [0]
+    assert plan.shards_of(1).tolist() == [0, 1]
+    assert plan.bytes_by_rank.tolist() == [2 * 16, 3 * 16 + 16]
+
+
+def test_replicas_are_written_once_by_the_least_loaded_rank_that_has_them() -> None:
+    own = [rows(f"own{r}", 0, n, n) for r, n in enumerate((10, 0, 3))]
+    big, small = rows("big", 0, 8, 8), rows("small", 0, 1, 1)
+    plan = plan_save([message(p, big, small) for p in own])
+    assert {(key, writer) for key, _, writer, _ in written(plan)} == {
+        ("own0", 0),
+        ("own2", 2),
+        ("big", 1),
+        ("small", 2),
+    }
+    assert plan.bytes_by_rank.tolist() == [160, 128, 64]
+
+
+def test_replicas_spread_evenly() -> None:
+    pieces = [rows(f"k{i}", 0, 1 + i % 3, 1 + i % 3) for i in range(12)]
+    plan = plan_save([message(*pieces)] * 4)
+    assert plan.bytes_by_rank.tolist() == [6 * 16] * 4
+    assert sorted(n for r in range(4) for n in plan.shards_of(r).tolist()) == list(range(12))
+
+
+def test_a_box_given_twice_by_one_rank_is_written_once() -> None:
+    plan = plan_save([message(rows("tied", 0, 3, 3), rows("tied", 0, 3, 3))])
+    assert written(plan) == [("tied", (0, 0, 3, 4), 0, 0)]
+
+
+@given(st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=6), min_size=1, max_size=4))
+def test_each_box_has_one_writer_that_holds_it(held: list[list[int]]) -> None:
+    """Row n of "w" is held by the ranks that list it; row 0 to 5 by rank 0 too, so that nothing is missing."""
+    held = [[*held[0], *range(6)], *held[1:]]
+    messages = [message(*(rows("w", n, n + 1, 6) for n in numbers)) for numbers in held]
+    plan = plan_save(messages)
+    chunks = written(plan)
+    assert [box[0] for _, box, _, _ in chunks] == list(range(6))
+    for _, box, writer, shard in chunks:
+        assert held[writer][shard] == box[0]
+    assert plan.bytes_by_rank.tolist() == [16 * len(plan.shards_of(r)) for r in range(len(held))]
+
+
+def test_tensors_without_dimensions_or_elements_and_empty_shards() -> None:
+    scalar = Piece("step", Box((), ()), (), "int64")
+    hollow = Piece("hollow", Box((0, 0), (0, 4)), (0, 4))
+    plan = plan_save(
+        [
+            message(scalar, rows("w", 0, 0, 3), hollow),
+            message(scalar, rows("w", 0, 3, 3), rows("w", 3, 3, 3)),
+            message(),
+        ]
+    )
+    assert [(key, box) for key, box, _, _ in written(plan)] == [("step", ()), ("w", (0, 0, 3, 4))]
+    assert list(plan.specs) == ["hollow", "step", "w"]
+    assert plan.bytes_by_rank.tolist() == [8, 48, 0]
+    assert plan.shards_of(2).tolist() == []
+
+
+def test_a_state_of_nothing() -> None:
+    plan = plan_save([message(), message()])
+    assert written(plan) == []
+    assert plan.bytes_by_rank.tolist() == [0, 0]
+
+
+def test_tensors_of_different_numbers_of_dimensions_share_the_load() -> None:
+    flat = Piece("flat", Box((0,), (8,)), (8,), "float64")
+    cube = Piece("cube", Box((0, 0, 0), (2, 2, 2)), (2, 2, 2), "float64")
+    plan = plan_save([message(flat, cube)] * 2)
+    assert plan.bytes_by_rank.tolist() == [64, 64]
+
+
+def test_specs_are_joined_over_the_ranks_and_a_key_keeps_its_innermost_common_container() -> None:
+    plan = plan_save(
+        [
+            message(rows("w", 0, 1, 2, container="model/layers/0"), rows("v", 0, 1, 1, container="model")),
+            message(rows("w", 1, 2, 2, container="model/layers/1")),
+        ]
+    )
+    assert {key: spec.container for key, spec in plan.specs.items()} == {"w": "model/layers", "v": "model"}
+
+
+# Errors of tensors.
+
+
+def test_a_hole_names_the_rows_and_the_ranks_that_gave_nothing() -> None:
+    fails(
+        "'w' (8, 4): rows 2-5 are in no shard.\n  Ranks 0, 3 gave shards; are ranks 1, 2 missing it from their state?",
+        message(rows("w", 0, 2, 8)),
+        message(),
+        message(),
+        message(rows("w", 6, 8, 8)),
+    )
+
+
+def test_a_hole_at_the_end_names_the_last_rank_too() -> None:
+    fails(
+        "'w' (8, 4): rows 4-7 are in no shard.\n  Rank 0 gave shards; is rank 1 missing it from its state?",
+        message(rows("w", 0, 4, 8)),
+        message(),
+    )
+
+
+def test_a_hole_although_all_ranks_gave_shards() -> None:
+    fails(
+        "'w' (8, 4): rows 4-4 are in no shard.\n  Ranks 0, 1 gave shards; is a shard's offset or shape wrong?",
+        message(rows("w", 0, 4, 8)),
+        message(rows("w", 5, 8, 8)),
+    )
+
+
+def test_a_hole_that_is_not_of_whole_rows() -> None:
+    fails(
+        "'w' (3, 4): elements [1:3, 2:4] are in no shard",
+        message(rows("w", 0, 1, 3), Piece("w", Box((1, 0), (2, 2)), (3, 4))),
+    )
+
+
+def test_a_tensor_of_which_all_shards_are_empty() -> None:
+    fails("'w' (3, 4): rows 0-2 are in no shard.\n  No rank gave shards", message(rows("w", 0, 0, 3)))
+
+
+def test_an_overlap_names_both_boxes_and_their_ranks() -> None:
+    fails(
+        "'w' (8, 4): [0:5, 0:4] of ranks 0, 2 and [4:8, 0:4] of rank 1 overlap: rows 4-4 are in both",
+        message(rows("w", 0, 5, 8)),
+        message(rows("w", 4, 8, 8)),
+        message(rows("w", 0, 5, 8)),
+    )
+
+
+def test_an_overlap_that_makes_up_for_a_hole_is_still_one() -> None:
+    fails(
+        "'w' (6, 4): [0:3, 0:4] of rank 0 and [2:5, 0:4] of rank 1 overlap",
+        message(rows("w", 0, 3, 6)),
+        message(rows("w", 2, 5, 6)),
+    )
+
+
+def test_two_shapes_of_one_key() -> None:
+    fails(
+        "'w' is float32 (4, 4) on rank 0 but float32 (8, 4) on rank 1",
+        message(rows("w", 0, 4, 4)),
+        message(rows("w", 4, 8, 8)),
+    )
+
+
+def test_two_dtypes_of_one_key() -> None:
+    fails(
+        "'w' is float32 (4, 4) on rank 0 but bfloat16 (4, 4) on rank 2",
+        message(rows("w", 0, 4, 4)),
+        message(),
+        message(rows("w", 0, 4, 4, dtype="bfloat16")),
+    )
+
+
+def test_two_partitions_of_one_key() -> None:
+    fails(
+        "'w' is float32 (4, 4), partition=('tp', None) on rank 0 but float32 (4, 4), partition=None on rank 1",
+        message(rows("w", 0, 2, 4, partition=("tp", None))),
+        message(rows("w", 2, 4, 4)),
+    )
+
+
+def test_replicas_whose_samples_differ() -> None:
+    fails(
+        "'w' (8, 4): rows 2-7 differ between rank 0 and rank 2",
+        message(rows("w", 0, 2, 8, sample=1), rows("w", 2, 8, 8, sample=5)),
+        message(rows("w", 2, 8, 8, sample=5)),
+        message(rows("w", 2, 8, 8, sample=6)),
+    )
+
+
+def test_equal_samples_of_different_boxes_are_no_matter() -> None:
+    plan = plan_save([message(rows("w", 0, 1, 2, sample=1)), message(rows("w", 1, 2, 2, sample=2))])
+    assert len(written(plan)) == 2
+
+
+# Values.
+
+
+def test_values_are_joined_and_sorted() -> None:
+    plan = plan_save([message(values={"b": 1, "a": [2]}), message(values={"c": None, "b": 1})])
+    assert list(plan.values.items()) == [("a", b"[2]"), ("b", b"1"), ("c", b"null")]
+
+
+def test_values_that_differ() -> None:
+    fails(
+        "value 'lr' is 0.1 on rank 0 but 0.2 on rank 2",
+        message(values={"lr": 0.1}),
+        message(),
+        message(values={"lr": 0.2}),
+    )
+
+
+def test_values_of_equal_numbers_of_different_types_differ() -> None:
+    fails("value 'n' is 1 on rank 0 but 1.0 on rank 1", message(values={"n": 1}), message(values={"n": 1.0}))
+
+
+def test_a_tensor_on_one_rank_and_a_value_on_another() -> None:
+    fails(
+        "'w' is a tensor on one rank and the value 3 on rank 1", message(rows("w", 0, 1, 1)), message(values={"w": 3})
+    )
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [message(values={"a": 1}), message(values={"a/b": 2})],
+        [message(values={"a/b/c": 1}), message(rows("a/b", 0, 1, 1))],
+        [message(rows("a", 0, 1, 1)), message(rows("a/b/c/d", 0, 1, 1))],
+    ],
+    ids=["value in value", "value in tensor", "tensor in tensor"],
+)
+def test_a_leaf_on_one_rank_and_a_container_on_another(messages: Sequence[RankShards]) -> None:
+    for order in (messages, messages[::-1]):
+        with pytest.raises(InvalidShardingError, match="is a leaf of the state on one rank and the container of 'a/b"):
+            plan_save(order)
+
+
+def test_the_own_key_of_a_sharded_tensor_is_no_path() -> None:
+    plan = plan_save([message(rows("a/b", 0, 1, 1, container="x"), values={"a": 1})])
+    assert list(plan.specs) == ["a/b"]
+
+
+def test_the_marker_of_a_list_that_other_ranks_have_longer() -> None:
+    one, two = message(), message()
+    one.values["l"], two.values["l"] = b'{"%list":1}', b'{"%list":2}'
+    fails('value \'l\' is {"%list":1} on rank 0 but {"%list":2} on rank 1', one, two)
+
+
+# Meshes and PerRank.
+
+
+def test_meshes_of_different_sizes_or_names() -> None:
+    one = message(mesh={"tp": (0, 2)})
+    fails("mesh is {'tp': 2} on rank 0 but {'tp': 4} on rank 1", one, message(mesh={"tp": (1, 4)}))
+    fails("mesh is {'tp': 2} on rank 0 but {'dp': 2} on rank 1", one, message(mesh={"dp": (1, 2)}))
+    fails("mesh is {'tp': 2} on rank 0 but {} on rank 1", one, message())
+
+
+def test_a_coordinate_outside_the_mesh() -> None:
+    fails("rank 1: mesh coordinates {'tp': 2} are outside", message(mesh={"tp": (0, 2)}), message(mesh={"tp": (2, 2)}))
+
+
+def per_rank_message(
+    tp: int, dp: int, digest: int, axes: tuple[str, ...] = ("tp",), change: str = "exact"
+) -> RankShards:
+    return message(mesh={"tp": (tp, 2), "dp": (dp, 2)}, per_rank={"rng": PerRankItem(axes, change, digest)})
+
+
+def test_per_rank_values_are_written_once_for_each_combination_of_coordinates() -> None:
+    plan = plan_save([per_rank_message(tp, dp, 10 + tp) for dp in range(2) for tp in range(2)])
+    assert plan.per_rank["rng"].axes == (("tp", 2),)
+    assert plan.per_rank["rng"].holders == (((0,), 0), ((1,), 1))
+    assert [plan.per_rank_keys_of(r) for r in range(4)] == [["rng"], ["rng"], [], []]
+
+
+def test_per_rank_values_that_differ_at_the_same_coordinates() -> None:
+    fails(
+        "PerRank 'rng' differs between ranks 1 and 3, which share the coordinates {'tp': 1}; add the axis",
+        *(per_rank_message(tp, dp, 10 * tp * dp) for dp in range(2) for tp in range(2)),
+    )
+
+
+@pytest.mark.parametrize("other", [{"axes": ("dp",)}, {"change": "skip"}], ids=str)
+def test_per_rank_values_of_two_kinds(other: dict[str, object]) -> None:
+    second = per_rank_message(1, 1, 1, **other)  # type: ignore[arg-type]
+    fails("PerRank 'rng' has axes", per_rank_message(0, 0, 1), second)
+
+
+# Loading.
+
+
+def chunks(*boxes: Box) -> Chunks:
+    """Chunk i lies in file i % 2 from byte 100 * i on."""
+    ndim = len(boxes[0].shape)
+    return Chunks(
+        np.array([b.offset for b in boxes], np.int64).reshape(len(boxes), ndim),
+        np.array([b.shape for b in boxes], np.int64).reshape(len(boxes), ndim),
+        np.arange(len(boxes)) % 2,
+        100 * np.arange(len(boxes)),
+    )
+
+
+def test_a_target_is_filled_from_all_chunks_it_meets_and_no_other() -> None:
+    stored = chunks(Box((0, 0), (2, 4)), Box((2, 0), (2, 4)), Box((4, 0), (2, 4)))
+    common = {"chunk_shape": (2, 4), "target": 0, "shape": (1, 2)}
+    assert plan_load([(Box((1, 1), (2, 2)), stored)]) == [
+        Copy(file=0, chunk_start=0, chunk_origin=(0, 0), chunk_offset=(1, 1), target_offset=(0, 0), **common),
+        Copy(file=1, chunk_start=100, chunk_origin=(2, 0), chunk_offset=(0, 1), target_offset=(1, 0), **common),
+    ]
+
+
+def test_copies_come_in_order_of_file_and_position() -> None:
+    stored = chunks(*(Box((n,), (1,)) for n in range(5)))
+    copies = plan_load([(Box((3,), (2,)), stored), (Box((0,), (4,)), stored)])
+    assert [(c.file, c.chunk_start, c.target) for c in copies] == [
+        (0, 0, 1),
+        (0, 200, 1),
+        (0, 400, 0),
+        (1, 100, 1),
+        (1, 300, 0),
+        (1, 300, 1),
+    ]
+
+
+def test_a_target_without_dimensions() -> None:
+    (copy,) = plan_load([(Box((), ()), chunks(Box((), ())))])
+    assert (copy.file, copy.chunk_start, copy.target) == (0, 0, 0)
+    assert copy.chunk_shape == copy.chunk_offset == copy.target_offset == copy.shape == ()
+
+
+def test_a_target_without_elements_needs_nothing() -> None:
+    assert plan_load([(Box((1, 0), (0, 4)), chunks(Box((0, 0), (2, 4))))]) == []
