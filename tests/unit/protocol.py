@@ -1,0 +1,127 @@
+"""The commit protocol without tensors: saves of two tiny files, on storage in memory that fails when told."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+
+import msgspec
+
+from distckpt.commit import (
+    Writer,
+    iteration_directory,
+    list_commits,
+    new_save_id,
+    read_tracker,
+    retire,
+    sweep,
+)
+from distckpt.index import ChunkTable, Index
+from distckpt.retention import superfluous
+from distckpt.shard_file import FORMAT, FORMAT_VERSION
+from distckpt.storage import Storage
+from distckpt.storage.contract import read_all, write_all
+from distckpt.storage.memory import MemoryReadFile
+from distckpt.testing import MemoryStorage
+
+GRACE_S = 60.0
+
+
+class Clock:
+    """Stands still until told."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class HookedStorage(MemoryStorage):
+    """For failures in the middle of a commit.
+
+    put_instead: called once in place of the next put_if_absent of an index. fail_next: method whose next call fails.
+    """
+
+    put_instead: Callable[[str, bytes], bool] | None = None
+    fail_next: str | None = None
+
+    def open(self, name: str) -> MemoryReadFile:
+        self._fail("open")
+        return super().open(name)
+
+    def sync_directory(self, directory: str) -> None:
+        self._fail("sync_directory")
+        super().sync_directory(directory)
+
+    def _fail(self, method: str) -> None:
+        if self.fail_next == method:
+            self.fail_next = None
+            raise io_error()
+
+    def put_if_absent(self, name: str, data: bytes) -> bool:
+        if self.put_instead is not None and "/index-" in name:
+            instead, self.put_instead = self.put_instead, None
+            return instead(name, data)
+        return super().put_if_absent(name, data)
+
+
+def io_error(code: int = errno.EIO) -> OSError:
+    return OSError(code, os.strerror(code), "injected")
+
+
+def file_names(save_id: str) -> list[str]:
+    return [f"chunks-{save_id}.bin", f"shard-00000-of-00001-{save_id}.safetensors"]
+
+
+def make_index(writer: Writer, iteration: int, save_id: str) -> Index:
+    return Index(
+        format=FORMAT,
+        version=FORMAT_VERSION,
+        save_id=save_id,
+        epoch=writer.epoch,
+        commit_seq=writer.commit_seq,
+        iteration=iteration,
+        parent=None,
+        created_unix_s=0.0,
+        world_size=1,
+        mesh={},
+        tensors={},
+        values={},
+        metadata=msgspec.Raw(b"null"),
+        per_rank={},
+        files=(),
+        chunk_table=ChunkTable(name=f"chunks-{save_id}.bin", size_bytes=0, records_bytes=0, trailer_crc=0),
+    )
+
+
+def write_files(storage: Storage, iteration: int, save_id: str) -> None:
+    for name in file_names(save_id):
+        write_all(storage, f"{iteration_directory(iteration)}/{name}", save_id.encode())
+
+
+def save(writer: Writer, iteration: int) -> str:
+    """One save up to its commit; its marker is left for the sweep, as a real save leaves it."""
+    save_id = new_save_id()
+    writer.announce(iteration, save_id)
+    write_files(writer.storage, iteration, save_id)
+    writer.publish(make_index(writer, iteration, save_id))
+    return save_id
+
+
+def clean_up(storage: Storage, keep_last: int | None = None, grace_s: float = GRACE_S) -> list[str]:
+    retire(storage, superfluous(list_commits(storage), keep_last=keep_last, tracked=read_tracker(storage)))
+    return sweep(storage, grace_s=grace_s)
+
+
+def tree(storage: Storage, directory: str = "") -> dict[str, bytes]:
+    """Every file below the directory, with its content."""
+    found: dict[str, bytes] = {}
+    for name in storage.list(directory):
+        path = f"{directory}/{name}" if directory else name
+        try:
+            found[path] = read_all(storage, path)
+        except IsADirectoryError:
+            found |= tree(storage, path)
+    return found
