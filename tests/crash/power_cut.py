@@ -102,9 +102,7 @@ def record_command(command: Sequence[str], root: Path, tmp: Path) -> list[Op]:
         "RECORD_LOG": str(log),
         "PYTHONPATH": os.pathsep.join([str(SOURCE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
-    done = subprocess.run(
-        command, env=environment, cwd=SOURCE_ROOT, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, env=environment, cwd=SOURCE_ROOT, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"the recorded program failed:\n{done.stdout}{done.stderr}")
     ops += _parse(log.read_bytes() if log.exists() else b"")
@@ -309,9 +307,7 @@ def _parse(log: bytes) -> Iterator[Op]:
             fields.append(log[position : position + length])
             position += length
         path, path2, data = fields
-        yield Op(
-            kind.decode(), os.fsdecode(path), os.fsdecode(path2), int(inode), int(offset), int(size), data
-        )
+        yield Op(kind.decode(), os.fsdecode(path), os.fsdecode(path2), int(inode), int(offset), int(size), data)
 
 
 def _check_replay(ops: Sequence[Op], root: Path) -> None:
@@ -319,9 +315,7 @@ def _check_replay(ops: Sequence[Op], root: Path) -> None:
     for op in ops:
         model.apply(op)
     replayed = dict(model.root.survivors(_keep_all))
-    real = {
-        str(path.relative_to(root)): None if path.is_dir() else path.read_bytes() for path in root.rglob("*")
-    }
+    real = {str(path.relative_to(root)): None if path.is_dir() else path.read_bytes() for path in root.rglob("*")}
     different = sorted(
         name
         for name in replayed.keys() | real.keys()
