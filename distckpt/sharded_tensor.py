@@ -50,6 +50,7 @@ class ShardedTensor:
         blocks: Sequence[int] | None = None,
         allow_shape_mismatch: bool = False,
     ) -> None:
+        _check_tensor(key, data)
         shape = tuple(int(n) for n in global_shape)
         prepended = len(shape) - data.dim()
         if prepended < 0 or len(global_offset) != len(shape):
@@ -58,7 +59,10 @@ class ShardedTensor:
                 f"{tuple(global_offset)}; a global shape and offset need one number per dimension"
             )
         self._set(key, data, shape, replica_id, allow_shape_mismatch)
-        box = Box(tuple(int(n) for n in global_offset), (1,) * prepended + tuple(data.shape))
+        offset = tuple(int(n) for n in global_offset)
+        if any(n < 0 for n in offset):
+            raise InvalidShardingError(f"{key!r}: global_offset {offset} has a negative number")
+        box = Box(offset, (1,) * prepended + tuple(data.shape))
         if not box.is_inside(shape):
             raise InvalidShardingError(f"{key!r}: the shard {box} is not inside the global shape {shape}")
         for name, labels in (("partition", partition), ("blocks", blocks)):
@@ -89,8 +93,6 @@ class ShardedTensor:
             raise UnsupportedTypeError(f"{key!r}: a key with a lone surrogate is not text")
         if len(shape) > MAX_DIMS:
             raise UnsupportedTypeError(f"{key!r}: {len(shape)} dimensions, at most {MAX_DIMS} can be stored")
-        if not isinstance(data, Tensor):
-            raise UnsupportedTypeError(f"{key!r}: data is a {type(data).__name__}, expected a torch.Tensor")
         self.key = key
         self.data = data
         self.global_shape = shape
@@ -113,6 +115,7 @@ class ShardedTensor:
         """An even grid, by Megatron-core's convention: each (axis, rank_offset, fragments) says that `axis` is cut into
         `fragments` equal parts, of which data is number rank_offset. Axes count after prepend_axis_num leading
         ones have been added, of which data holds one slice each; other axes are not cut."""
+        _check_tensor(key, data)
         shape = [1] * prepend_axis_num + list(data.shape)
         offset = [0] * len(shape)
         seen: set[int] = set()
@@ -153,6 +156,7 @@ class ShardedTensor:
         flattened one after the other (the halves of a SwiGLU weight). flat (1-d) holds elements flat_range of
         that. Its elements lie, in C order, in a few boxes of the global tensor.
         """
+        _check_tensor(key, flat)
         parts = [of] if isinstance(of, ShardedTensor) else list(of)
         if not parts or any(p.global_shape != parts[0].global_shape for p in parts):
             shapes = [p.global_shape for p in parts]
@@ -199,6 +203,11 @@ class ShardedTensor:
     def __repr__(self) -> str:
         boxes = ", ".join(map(str, self.boxes()))
         return f"ShardedTensor({self.key!r}, {boxes} of {self.global_shape}, {self.data.dtype})"
+
+
+def _check_tensor(key: str, data: object) -> None:
+    if not isinstance(data, Tensor):
+        raise UnsupportedTypeError(f"{key!r}: data is a {type(data).__name__}, expected a torch.Tensor")
 
 
 def _flat_pieces(boxes: Sequence[Box], start: int, stop: int) -> Iterator[tuple[Box, int]]:
