@@ -159,12 +159,15 @@ def _match_tensor(leaf: TensorLeaf, index: Index, request: Request) -> None:
         leaf.allow_shape_mismatch and len(entry.global_shape) == len(leaf.spec.global_shape)
     ):
         request.mismatched[leaf.key] = f"the state has {leaf.spec.global_shape}, stored is {entry.global_shape}"
-    elif any(
-        n > 1 and s == 0 for shard in leaf.shards for n, s in zip(shard.data.shape, shard.data.stride(), strict=True)
-    ):
+    elif any(_shares_elements(shard.data) for shard in leaf.shards):
         request.mismatched[leaf.key] = "the target is an expanded tensor, whose elements share memory; pass a real one"
     else:
         request.tensors.append((leaf, entry))
+
+
+def _shares_elements(tensor: Tensor) -> bool:
+    strides = zip(tensor.shape, tensor.stride(), strict=True)
+    return tensor.numel() > 0 and any(n > 1 and stride == 0 for n, stride in strides)
 
 
 def _match_per_rank(per_rank: PerRankLeaf, index: Index, mesh: Mesh, request: Request) -> None:

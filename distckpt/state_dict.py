@@ -387,6 +387,8 @@ def _to_value(value: object, key: str, depth: int) -> object:
         raw = data.reshape(-1).view(torch.uint8).numpy().tobytes() if data.numel() else b""
         return ArrayValue(dtype_name(value.dtype, key), tuple(value.shape), raw)
     if isinstance(value, np.ndarray):
+        if type(value) is not np.ndarray:
+            raise UnsupportedTypeError(f"{key!r}: a PerRank may not hold a {type(value).__qualname__}")
         native = value.astype(value.dtype.newbyteorder("="), order="C")
         if native.dtype.name not in DTYPES or native.ndim > MAX_DIMS:
             raise UnsupportedTypeError(f"{key!r}: {value.ndim}-d arrays of dtype {value.dtype} cannot be stored")
