@@ -63,7 +63,7 @@ class HangingStorage(AlteredStorage):
             time.sleep(60)
         return self._inner.create(name, size_hint=size_hint)
 
-checkpointer = Checkpointer(HangingStorage(root, lambda name, content: None), timeout_s=4)
+checkpointer = Checkpointer(HangingStorage(root, lambda name, content: None), timeout_s=3)
 checkpointer.save(make_state(1), iteration=1)
 started = time.monotonic()
 pending = checkpointer.async_save(make_state(2), iteration=2)
@@ -95,6 +95,36 @@ def test_rank_killed_during_an_async_save_is_named_and_the_previous_checkpoint_l
         report = checkpointer.load({"model": {"split": target, "shared": torch.zeros(7)}})
     assert report.iteration == 1
     assert torch.equal(target.data, whole)
+
+
+JOB = """
+import sys
+import torch.distributed as dist
+from distckpt import Checkpointer
+from tests.unit.megatron_states import Layout, rank_state
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+before, after = Layout(tp=2, pp=2), Layout(pp=1, tp=1, dp=4, ep=2)
+saved = rank_state(before, rank).fill()
+with Checkpointer(sys.argv[1], mesh=before.place(rank).mesh, timeout_s=20) as checkpointer:
+    checkpointer.save(saved.state, iteration=7)
+shapes = [None] * 4
+dist.all_gather_object(shapes, {part.key: part.global_shape for part in saved.parts})
+found = rank_state(after, rank)
+with Checkpointer(sys.argv[1], mesh=after.place(rank).mesh, timeout_s=20) as checkpointer:
+    checkpointer.load(found.state)
+found.check({key: shape for each in shapes for key, shape in each.items()})
+print(len(found.parts), "parts are right")
+dist.destroy_process_group()
+"""
+
+
+def test_four_processes_turn_tensor_and_pipeline_into_data_and_expert_parallelism(tmp_path: Path) -> None:
+    for result in launch(JOB, 4, args=[str(tmp_path)]):
+        count, _, rest = result.stdout.partition(" ")
+        assert rest == "parts are right\n"
+        assert int(count) > 90
 
 
 MPI = """

@@ -7,7 +7,7 @@ from math import prod
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distckpt.geometry import (
@@ -22,6 +22,7 @@ from distckpt.geometry import (
     subtract,
 )
 
+PATIENT = settings(deadline=None)
 Elements = set[tuple[int, ...]]
 
 
@@ -102,6 +103,7 @@ def test_inside_means_every_dimension_and_their_number() -> None:
 # Two boxes
 
 
+@PATIENT
 @given(st.data())
 def test_intersect_is_what_both_have(data: st.DataObject) -> None:
     shape = data.draw(shapes)
@@ -112,6 +114,7 @@ def test_intersect_is_what_both_have(data: st.DataObject) -> None:
     assert intersect(b, a) == common
 
 
+@PATIENT
 @given(st.data())
 def test_subtract_is_disjoint_complete_and_in_order(data: st.DataObject) -> None:
     shape = data.draw(shapes)
@@ -127,6 +130,7 @@ def test_subtract_is_disjoint_complete_and_in_order(data: st.DataObject) -> None
 # Holes and overlaps
 
 
+@PATIENT
 @given(many_boxes())
 def test_first_hole_starts_at_the_first_element_that_is_not_covered(case: tuple[tuple[int, ...], list[Box]]) -> None:
     shape, boxes = case
@@ -154,11 +158,13 @@ def check_overlap(shape: tuple[int, ...], boxes: list[Box]) -> None:
     assert found is None or found in pairs
 
 
+@PATIENT
 @given(many_boxes())
 def test_overlaps_of_any_boxes_are_found(case: tuple[tuple[int, ...], list[Box]]) -> None:
     check_overlap(*case)
 
 
+@PATIENT
 @given(grids_with_missing_cells(), st.data())
 def test_cells_of_a_grid_do_not_overlap_unless_one_comes_twice(
     case: tuple[tuple[int, ...], list[Box]], data: st.DataObject
@@ -170,12 +176,14 @@ def test_cells_of_a_grid_do_not_overlap_unless_one_comes_twice(
     check_overlap(shape, [*cells[:at], cells[twice], *cells[at:]])
 
 
+@PATIENT
 @given(grids_with_missing_cells(), st.data())
 def test_a_box_among_cells_of_a_grid_is_found(case: tuple[tuple[int, ...], list[Box]], data: st.DataObject) -> None:
     shape, cells = case
     check_overlap(shape, [*cells, data.draw(boxes_in(shape, empty=False))])
 
 
+@PATIENT
 @given(st.data())
 def test_boxes_of_flat_ranges_overlap_where_the_ranges_do(data: st.DataObject) -> None:
     shape = data.draw(shapes)
@@ -184,6 +192,7 @@ def test_boxes_of_flat_ranges_overlap_where_the_ranges_do(data: st.DataObject) -
     check_overlap(shape, [box for start, stop in ranges for box in flat_range_boxes(shape, start, stop)])
 
 
+@PATIENT
 @given(grids_with_missing_cells())
 def test_boxes_of_any_flat_cuts_of_a_grid_tile_it(case: tuple[tuple[int, ...], list[Box]]) -> None:
     shape, cells = case
@@ -200,6 +209,7 @@ def test_boxes_of_any_flat_cuts_of_a_grid_tile_it(case: tuple[tuple[int, ...], l
 # Grids
 
 
+@PATIENT
 @given(grids_with_missing_cells())
 def test_cells_of_a_grid_have_cuts(case: tuple[tuple[int, ...], list[Box]]) -> None:
     shape, cells = case
@@ -211,6 +221,7 @@ def test_cells_of_a_grid_have_cuts(case: tuple[tuple[int, ...], list[Box]]) -> N
     assert cuts is not None or not complete
 
 
+@PATIENT
 @given(many_boxes().filter(lambda case: len(case[1]) > 0))
 def test_boxes_with_cuts_lie_between_them(case: tuple[tuple[int, ...], list[Box]]) -> None:
     shape, boxes = case
@@ -232,6 +243,7 @@ def test_uneven_cells_have_cuts_and_two_lengths_from_one_start_have_none() -> No
     assert grid_cuts(*columns([Box((0,), (1,)), Box((0,), (2,)), Box((2,), (1,))], 1)) is None
 
 
+@PATIENT
 @given(many_boxes())
 def test_boxes_of_gives_the_boxes_back(case: tuple[tuple[int, ...], list[Box]]) -> None:
     shape, boxes = case
@@ -241,6 +253,7 @@ def test_boxes_of_gives_the_boxes_back(case: tuple[tuple[int, ...], list[Box]]) 
 # Flat ranges
 
 
+@PATIENT
 @given(flat_ranges())
 def test_a_flat_range_is_few_boxes_in_its_own_order(case: tuple[tuple[int, ...], int, int]) -> None:
     shape, start, stop = case
@@ -264,6 +277,7 @@ def test_a_flat_range_outside_the_tensor_is_refused(start: int, stop: int) -> No
 # Runs
 
 
+@PATIENT
 @given(st.lists(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)).map(sorted), max_size=3), max_size=3))
 def test_runs_place_every_local_element_at_its_index(ranges: list[list[list[int]]]) -> None:
     """Runs of a dimension may touch but not overlap: shift each behind the ones before it."""

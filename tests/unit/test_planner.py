@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distckpt.chunk_table import Chunks
@@ -17,6 +17,8 @@ from distckpt.geometry import Box
 from distckpt.index import Spec
 from distckpt.json_value import encode_value
 from distckpt.planner import Copy, PerRankItem, RankShards, SavePlan, plan_load, plan_save
+
+PATIENT = settings(deadline=None)
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ def test_a_box_given_twice_by_one_rank_is_written_once() -> None:
     assert written(plan) == [("tied", (0, 0, 3, 4), 0, 0)]
 
 
+@PATIENT
 @given(st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=6), min_size=1, max_size=4))
 def test_each_box_has_one_writer_that_holds_it(held: list[list[int]]) -> None:
     """Row n of "w" is held by the ranks that list it; row 0 to 5 by rank 0 too, so that nothing is missing."""
