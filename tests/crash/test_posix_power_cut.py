@@ -87,6 +87,26 @@ def test_promises_hold_after_a_power_cut_at_any_moment(tmp_path: Path) -> None:
     assert all_broken_promises(ops) == set()
 
 
+def test_root_that_another_process_has_just_made_is_made_durable(tmp_path: Path) -> None:
+    """The other one may die before its own fsync."""
+    script = """
+import os, sys
+from distckpt.storage import PosixStorage
+from tests.crash.power_cut import mark
+
+os.mkdir(sys.argv[1] + "/root")
+storage = PosixStorage(sys.argv[1] + "/root", io_backend="threads")
+storage.make_directory("")
+mark("made")
+"""
+    root = tmp_path / "recorded"
+    root.mkdir()
+    ops = record(script, root, tmp_path)
+    for position, tree in crash_states(ops, seed=0):
+        assert isinstance(tree, CrashTree)
+        assert "root" in tree.entries or not marks_before(ops, position)
+
+
 def test_nothing_temporary_is_left_once_a_call_has_returned(tmp_path: Path) -> None:
     ops = record_without("", tmp_path)
     for position, tree in crash_states(ops, seed=0):

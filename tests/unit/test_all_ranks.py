@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
-from distckpt import Checkpointer, DistributedError, InvalidShardingError, MismatchError
+from distckpt import Checkpointer, DistributedError, InvalidShardingError, MismatchError, saving
 from distckpt.commit import Writer
 from distckpt.coordinator import Coordinator
 from distckpt.errors import CheckpointError, FencedError
@@ -75,6 +77,22 @@ def test_state_of_one_rank_that_cannot_be_stored_is_raised_on_all(storage: Memor
 def test_replicas_that_differ_are_raised_on_all(storage: MemoryStorage) -> None:
     results = on_both(storage, lambda c, rank: c.save(make_state(1) | {"a": torch.full((3,), rank)}, iteration=30))
     check_raised(results, InvalidShardingError, "'a'")
+
+
+def test_copy_of_the_state_that_fails_on_one_rank_is_raised_on_all(
+    storage: MemoryStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = saving.stage
+
+    def fail_on_rank_1(*arguments: Any, **options: Any) -> Any:
+        if threading.current_thread().name == "rank 1":
+            raise MemoryError("no room for the copy")
+        return stage(*arguments, **options)
+
+    monkeypatch.setattr(saving, "stage", fail_on_rank_1)
+    results = on_both(storage, lambda c, rank: c.save(make_state(1), iteration=30))
+    check_raised(results, DistributedError, "rank 1 of 2: MemoryError: no room for the copy")
+    assert on_both(storage, lambda c, rank: c.iterations()) == [[10, 20]] * 2
 
 
 def test_fenced_rank_0_stops_all(storage: MemoryStorage) -> None:

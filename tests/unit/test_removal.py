@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 import pytest
@@ -23,6 +23,7 @@ from distckpt.commit import (
     pending_marker,
     read_index,
     read_tracker,
+    retire,
     sweep,
 )
 from distckpt.index import encode_index
@@ -137,6 +138,15 @@ def test_index_is_removed_first_then_the_directory_synced_then_the_files_removed
     removed = [c.removeprefix(f"remove {directory}/") for c in calls[3:] if c.startswith("remove ")]
     assert removed == [*file_names(save_id), f"retired-{save_id}"]
     assert calls[-2:] == [f"sync_directory {directory}", f"remove_directory {directory}"]
+
+
+def test_retired_checkpoint_does_not_come_back(storage: MemoryStorage) -> None:
+    writer = Writer.claim(storage)
+    save(writer, 10)
+    save(writer, 20)
+    retire(storage, list_commits(storage)[1:])
+    for seed in range(10):
+        assert [c.iteration for c in list_commits(storage.power_cut(seed))] == [20]
 
 
 def test_files_of_a_retired_checkpoint_stay_for_the_grace_period(storage: MemoryStorage, clock: Clock) -> None:
@@ -257,6 +267,25 @@ def test_files_go_only_when_the_absence_of_their_index_is_durable(clock: Clock) 
                 assert set(file_names(save_id)) <= set(after.list(commit.directory))
 
 
+def test_job_that_is_fenced_right_after_its_commit_removes_nothing() -> None:
+    """The root is the newer job's, which may count on what it has seen there."""
+
+    class Claimed(MemoryStorage):
+        """Another job claims the root when the tracker is about to name iteration 20."""
+
+        def replace(self, name: str, data: bytes) -> None:
+            super().replace(name, data)
+            if data == b"20":
+                Writer.claim(self)
+
+    storage = Claimed()
+    with Checkpointer(storage, keep_last=1, removal_grace_s=0) as checkpointer:
+        checkpointer.save({"w": torch.zeros(3)}, iteration=10)
+        checkpointer.save({"w": torch.zeros(3)}, iteration=20)
+        assert checkpointer.iterations() == [10, 20]
+        assert checkpointer.load({"w": torch.ones(3)}, 10).iteration == 10
+
+
 # Sweep and discard
 
 
@@ -293,6 +322,27 @@ def test_sweep_spares_a_save_that_is_under_way(storage: MemoryStorage, clock: Cl
         assert sweep(storage, grace_s=0) == []
         assert tree(storage) == before
         discard(storage, iteration, save_id)
+
+
+def test_sweep_that_lists_a_directory_during_a_commit_spares_it(clock: Clock) -> None:
+    """A listing is no snapshot: of a save that commits meanwhile, it may show neither marker nor index."""
+
+    class Torn(MemoryStorage):
+        is_torn = False
+
+        def list(self, directory: str) -> Sequence[str]:
+            names = super().list(directory)
+            if self.is_torn and directory:
+                self.is_torn = False
+                names = [name for name in names if not name.startswith(("pending-", "index-"))]
+            return names
+
+    storage = Torn(clock=clock)
+    save_id = save(Writer.claim(storage), 10)
+    storage.is_torn = True
+    assert sweep(storage, grace_s=0) == []
+    assert not storage.is_torn
+    assert set(file_names(save_id)) < set(storage.list("iter_0000010"))
 
 
 def test_sweep_removes_a_save_that_died(storage: MemoryStorage, clock: Clock) -> None:
