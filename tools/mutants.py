@@ -1,0 +1,643 @@
+"""Takes one safeguard away at a time and looks whether a test turns red.
+
+    python tools/mutants.py [--only NAME] [--list]
+
+One mutant stands below for every fsync, every comparison of checksums, every agreement and every check of fence or
+path in the Python sources. Each is applied to a scratch copy of the tree, the tests named with it are run there, and
+a mutant that they do not notice has SURVIVED: a test is missing, or the safeguard does nothing. Two more results mean
+that this file is out of date: "text not found" (or found twice), and "broken" (the tests could not be run, or fail
+without the mutant too).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = ("distckpt", "tests", "examples", "pyproject.toml", "README.md")
+TIMEOUT_S = 300.0
+KILLED = "killed"
+
+POWER_CUT = ("tests/crash/test_posix_power_cut.py",)
+STORAGE = ("tests/unit/test_storage.py",)
+COMMIT = ("tests/unit/test_commit.py",)
+REMOVAL = ("tests/unit/test_removal.py",)
+DAMAGE = ("tests/unit/test_damage.py",)
+ALL_RANKS = ("tests/unit/test_all_ranks.py",)
+AGREEMENT = ("tests/unit/test_agreement.py",)
+INDEX = ("tests/unit/test_index.py",)
+CHUNK_TABLE = ("tests/unit/test_chunk_table.py",)
+PLANNER = ("tests/unit/test_planner.py",)
+SAVE_POWER_CUT = ("tests/crash/test_save_power_cut.py",)
+
+# What is left of an agreement when nobody is asked: a rank decides on its own data alone.
+ALONE = """
+
+def _alone(coordinator, phase, local, decide, **options):
+    return decide([local()])[0]
+"""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`text`, which stands once in `file`, becomes `replacement`; `appended` goes to the end of the file."""
+
+    name: str
+    file: str
+    text: str
+    replacement: str
+    tests: tuple[str, ...]
+    appended: str = ""
+
+
+POSIX = "distckpt/storage/posix.py"
+MUTANTS = (
+    # Files and directories of the file system
+    Mutant("no fsync of small files", POSIX, "            os.fsync(descriptor)\n", "", POWER_CUT),
+    Mutant("no fsync of shard files", POSIX, "            file.sync()\n", "", POWER_CUT),
+    Mutant("no fsync of any directory", POSIX, "        _C.sync_directory(path)\n", "        pass\n", POWER_CUT),
+    Mutant(
+        "no fsync of the parent of a new directory",
+        POSIX,
+        "            _make_one_directory(path)\n            _sync_directory(parent)\n",
+        "            _make_one_directory(path)\n",
+        POWER_CUT,
+    ),
+    Mutant(
+        "no fsync in sync_directory",
+        POSIX,
+        "        _sync_directory(self._directory_path(directory))\n",
+        "        pass\n",
+        POWER_CUT,
+    ),
+    Mutant(
+        "no fsync of the directory after put_if_absent",
+        POSIX,
+        "        if linked:\n            _sync_directory(os.path.dirname(path))\n",
+        "",
+        POWER_CUT,
+    ),
+    Mutant(
+        "no fsync of the directory after replace",
+        POSIX,
+        "            raise\n        _sync_directory(os.path.dirname(path))\n",
+        "            raise\n",
+        POWER_CUT,
+    ),
+    Mutant(
+        "no fsync of the parent of a root that is there",
+        POSIX,
+        "        with suppress(PermissionError):\n            _sync_directory(os.path.dirname(path))\n",
+        "",
+        POWER_CUT + STORAGE,
+    ),
+    Mutant(
+        "no fsync of the parent of a new root",
+        POSIX,
+        "            _make_one_directory(path)\n            _sync_directory(os.path.dirname(path))\n",
+        "            _make_one_directory(path)\n",
+        POWER_CUT + STORAGE,
+    ),
+    Mutant(
+        "path is not compared with the open file",
+        POSIX,
+        "            if not file.is_named(file.path):\n",
+        "            if False:\n",
+        STORAGE,
+    ),
+    Mutant(
+        "lost reply of link() is not recognised",
+        POSIX,
+        "            if os.path.samestat(written, os.lstat(path)):\n",
+        "            if False:\n",
+        STORAGE,
+    ),
+    Mutant(
+        "names may lead outside the root",
+        "distckpt/storage/names.py",
+        'segment in ("", ".", "..")',
+        'segment in ("", ".")',
+        STORAGE,
+    ),
+    # The commit protocol
+    Mutant(
+        "no fence before a save is announced",
+        "distckpt/commit.py",
+        "        self.check_fence()\n        directory = iteration_directory(iteration)\n",
+        "        directory = iteration_directory(iteration)\n",
+        COMMIT,
+    ),
+    Mutant(
+        "no fence before the commit",
+        "distckpt/commit.py",
+        "            self.storage.sync_directory(commit.directory)\n            self.check_fence()\n",
+        "            self.storage.sync_directory(commit.directory)\n",
+        COMMIT,
+    ),
+    Mutant(
+        "fence is looked at before the files are durable",
+        "distckpt/commit.py",
+        "            self.storage.sync_directory(commit.directory)\n            self.check_fence()\n",
+        "            self.check_fence()\n            self.storage.sync_directory(commit.directory)\n",
+        COMMIT,
+    ),
+    Mutant(
+        "no fence after the commit",
+        "distckpt/commit.py",
+        "        try:\n            self.check_fence()\n        except (FencedError, OSError) as error:\n",
+        "        try:\n            pass\n        except (FencedError, OSError) as error:\n",
+        COMMIT,
+    ),
+    Mutant(
+        "no fence before cleaning up",
+        "distckpt/checkpointer.py",
+        "                writer.check_fence()\n",
+        "                pass\n",
+        REMOVAL,
+    ),
+    Mutant(
+        "no sync of the files before the commit",
+        "distckpt/commit.py",
+        "            self.storage.sync_directory(commit.directory)\n            self.check_fence()\n",
+        "            self.check_fence()\n",
+        COMMIT,
+    ),
+    Mutant(
+        "no sync of the files before the commit, by power cuts",
+        "distckpt/commit.py",
+        "            self.storage.sync_directory(commit.directory)\n            self.check_fence()\n",
+        "            self.check_fence()\n",
+        SAVE_POWER_CUT,
+    ),
+    Mutant(
+        "an index that can be seen counts as durable",
+        "distckpt/commit.py",
+        "            self.storage.sync_directory(commit.directory)  # What can be seen can still be lost.\n",
+        "",
+        COMMIT,
+    ),
+    Mutant(
+        "another's index under our name counts as ours",
+        "distckpt/commit.py",
+        "            if read_index(self.storage, commit)[0].save_id != save_id:\n",
+        "            if False:\n",
+        COMMIT,
+    ),
+    Mutant(
+        "number of a failed commit is used again",
+        "distckpt/commit.py",
+        "        self.commit_seq += 1\n        try:\n            self._put_index(commit, index)\n",
+        "        try:\n            self._put_index(commit, index)\n            self.commit_seq += 1\n",
+        COMMIT,
+    ),
+    Mutant(
+        "an index counts under any name",
+        "distckpt/commit.py",
+        "    if found != commit:\n",
+        "    if False:\n",
+        COMMIT,
+    ),
+    Mutant(
+        "a committed save is discarded",
+        "distckpt/commit.py",
+        "    if committed is None or save_id in committed:\n",
+        "    if committed is None:\n",
+        REMOVAL,
+    ),
+    Mutant(
+        "a save that may be committed is discarded",
+        "distckpt/commit.py",
+        "    if committed is None or save_id in committed:\n",
+        "    if committed is not None and save_id in committed:\n",
+        REMOVAL,
+    ),
+    Mutant(
+        "no sync after an index is removed, nor before its files go",
+        "distckpt/commit.py",
+        "        storage.remove(commit.name)\n        storage.sync_directory(commit.directory)\n",
+        "        storage.remove(commit.name)\n",
+        REMOVAL,
+    ),
+    Mutant(
+        "no sync before files of a removed index go",
+        "distckpt/commit.py",
+        "            storage.sync_directory(directory)\n        for name in garbage:\n",
+        "        for name in garbage:\n",
+        REMOVAL,
+    ),
+    Mutant(
+        "no sync after a sweep",
+        "distckpt/commit.py",
+        "            storage.sync_directory(directory)\n            storage.remove_directory(directory)\n",
+        "            storage.remove_directory(directory)\n",
+        REMOVAL,
+    ),
+    Mutant(
+        "no sync after a sweep of temporaries beside the tracker",
+        "distckpt/commit.py",
+        '        storage.sync_directory("")\n',
+        "        pass\n",
+        REMOVAL,
+    ),
+    Mutant(
+        "a sweep lists a directory once",
+        "distckpt/commit.py",
+        "            confirmed = set(_garbage(storage, iteration, grace_s))\n",
+        "            confirmed = set(garbage)\n",
+        REMOVAL,
+    ),
+    Mutant(
+        "a sweep takes a save under way for dead",
+        "distckpt/commit.py",
+        "        is_under_way = save_id in groups.pending and not _is_dead(storage, pending)\n",
+        "        is_under_way = False\n",
+        REMOVAL,
+    ),
+    Mutant(
+        "a sweep takes the save of a fenced job for alive",
+        "distckpt/commit.py",
+        "    return is_fenced or _is_older(storage, marker, STALE_AFTER_S)\n",
+        "    return _is_older(storage, marker, STALE_AFTER_S)\n",
+        COMMIT,
+    ),
+    Mutant(
+        "no grace for readers",
+        "distckpt/commit.py",
+        "        has_grace = save_id in groups.retired and not _is_older(storage, retired, grace_s)\n",
+        "        has_grace = False\n",
+        REMOVAL,
+    ),
+    Mutant(
+        "retention forgets the tracker",
+        "distckpt/retention.py",
+        "if c.iteration == tracked]",
+        "if False]",
+        REMOVAL,
+    ),
+    # Checksums and what belongs to them
+    Mutant("index: no checksum", "distckpt/index.py", "    if found != stated:\n", "    if False:\n", INDEX),
+    Mutant(
+        "index: file names are not looked at",
+        "distckpt/index.py",
+        "        if not _FILE_NAME.fullmatch(name) or index.save_id not in name:\n",
+        "        if False:\n",
+        INDEX,
+    ),
+    Mutant(
+        "index: files of another save are taken",
+        "distckpt/index.py",
+        "        if not _FILE_NAME.fullmatch(name) or index.save_id not in name:\n",
+        "        if not _FILE_NAME.fullmatch(name):\n",
+        INDEX,
+    ),
+    Mutant(
+        "shard file: no length",
+        "distckpt/reader.py",
+        "        if file.size_bytes != expected.size_bytes:\n",
+        "        if False:\n",
+        DAMAGE,
+    ),
+    Mutant(
+        "shard file: no checksum of header and table",
+        "distckpt/reader.py",
+        "        if found != crc:\n",
+        "        if False:\n",
+        DAMAGE,
+    ),
+    Mutant(
+        "shard file: no checksum of the header",
+        "distckpt/reader.py",
+        "        if found != crc:\n",
+        '        if found != crc and what != "header":\n',
+        DAMAGE,
+    ),
+    Mutant(
+        "shard file: no checksum of the checksum table",
+        "distckpt/reader.py",
+        "        if found != crc:\n",
+        '        if found != crc and what == "header":\n',
+        DAMAGE,
+    ),
+    Mutant(
+        "shard file: no checksum of blocks",
+        "distckpt/reader.py",
+        "        if len(bad):\n",
+        "        if False:\n",
+        DAMAGE,
+    ),
+    Mutant(
+        "shard file: only the first block of a run is checked",
+        "distckpt/reader.py",
+        "        bad = np.flatnonzero(found != self._table[first:stop])\n",
+        "        bad = np.flatnonzero(found[:1] != self._table[first : first + 1])\n",
+        DAMAGE,
+    ),
+    Mutant(
+        "shard file: header and index may disagree about a tensor",
+        "distckpt/reader.py",
+        "            _check_entries(file, index, regions, entries)\n",
+        "",
+        ("tests/unit/test_hostile_checkpoint.py",),
+    ),
+    Mutant(
+        "shard file: header and index may disagree about per-rank values",
+        "distckpt/reader.py",
+        "        if entry is None or (self.header.start_of(PER_RANK_ENTRY), *entry.shape) != expected.per_rank:\n",
+        "        if False:\n",
+        ("tests/unit/test_hostile_checkpoint.py",),
+    ),
+    Mutant(
+        "chunk table: no length",
+        "distckpt/reader.py",
+        "            if self._file.size_bytes != table.size_bytes:\n",
+        "            if False:\n",
+        DAMAGE,
+    ),
+    Mutant(
+        "chunk table: no checksum of the trailer",
+        "distckpt/reader.py",
+        "            if crc32c(trailer) != table.trailer_crc or len",
+        "            if len",
+        DAMAGE,
+    ),
+    Mutant(
+        "chunk table: no checksum of pages",
+        "distckpt/reader.py",
+        "            check_pages(bytes(pages), first, self._trailer, where=self._file.name)\n",
+        "",
+        DAMAGE,
+    ),
+    Mutant(
+        "chunk table: pages are compared with nothing",
+        "distckpt/chunk_table.py",
+        "    bad = np.flatnonzero(found != expected)\n",
+        "    bad = []\n",
+        CHUNK_TABLE,
+    ),
+    Mutant(
+        "chunk table: chunks may lie anywhere",
+        "distckpt/reader.py",
+        "        check_locations(self._index, key, chunks)\n",
+        "",
+        ("tests/unit/test_hostile_checkpoint.py",),
+    ),
+    Mutant(
+        "plan: replicas may differ",
+        "distckpt/planner.py",
+        "    differs = np.flatnonzero(sample != sample[first][group])\n",
+        "    differs = np.zeros(0, np.int64)\n",
+        ALL_RANKS,
+    ),
+    Mutant(
+        "plan: shared values may differ",
+        "distckpt/planner.py",
+        "            if known != value:\n",
+        "            if False:\n",
+        PLANNER,
+    ),
+    Mutant(
+        "plan: per-rank values of the same coordinates may differ",
+        "distckpt/planner.py",
+        "            if digest != item.digest:\n",
+        "            if False:\n",
+        PLANNER,
+    ),
+    # Agreements in use
+    Mutant(
+        "save: nobody agrees on the plan",
+        "distckpt/saving.py",
+        "            self._order = agree(\n",
+        "            self._order = _alone(\n",
+        ALL_RANKS,
+        ALONE,
+    ),
+    Mutant(
+        "save: nobody agrees on the commit",
+        "distckpt/saving.py",
+        "                outcome = agree(\n",
+        "                outcome = _alone(\n",
+        ALL_RANKS,
+        ALONE,
+    ),
+    Mutant(
+        "save: a failed copy of the state is not reported",
+        "distckpt/saving.py",
+        "        if self._stage_error is not None:\n",
+        "        if False:\n",
+        ALL_RANKS,
+    ),
+    Mutant(
+        "save: a commit that may have been made is discarded",
+        "distckpt/saving.py",
+        '            if getattr(error, "committed", "no") == "no":\n',
+        "            if True:\n",
+        COMMIT,
+    ),
+    Mutant(
+        "load: every rank resolves for itself",
+        "distckpt/loading.py",
+        'self._agree("resolve", local, self._decide_commit, _Wanted, _Resolved)',
+        "self._decide_commit([local()])[0]",
+        ALL_RANKS,
+    ),
+    Mutant(
+        "load: ranks may ask for different iterations",
+        "distckpt/loading.py",
+        "        if any(w != wanted[0] for w in wanted):\n",
+        "        if False:\n",
+        ALL_RANKS,
+    ),
+    Mutant(
+        "load: every rank matches for itself",
+        "distckpt/loading.py",
+        'self._agree("match", local, decide, _Match, _Differences)',
+        "decide([local()])[0]",
+        ALL_RANKS,
+    ),
+    Mutant(
+        "load: every rank falls back by itself",
+        "distckpt/loading.py",
+        'self._agree("read", local, decide, _ReadOutcome, _ReadOutcome).why',
+        "decide([local()])[0].why",
+        DAMAGE,
+    ),
+    Mutant(
+        "load: a rank that cannot apply what it read is alone with it",
+        "distckpt/loading.py",
+        '        self._agree(\n            "apply", lambda: self._apply(index, request), '
+        "lambda done: [None] * len(done), type(None), type(None)\n        )\n",
+        "        self._apply(index, request)\n",
+        ALL_RANKS,
+    ),
+    Mutant(
+        "read: every rank selects for itself",
+        "distckpt/loading.py",
+        'self._agree("select", lambda: missing, decide, list, type(None))',
+        "decide([missing])",
+        ALL_RANKS,
+    ),
+    Mutant(
+        "every rank looks for itself which iterations there are",
+        "distckpt/checkpointer.py",
+        "        self._settle()\n        return agree(\n            self._coordinator,\n",
+        "        self._settle()\n        return question()\n        return agree(\n            self._coordinator,\n",
+        ALL_RANKS,
+    ),
+    # Agreement itself
+    Mutant(
+        "agree: ranks may be in different phases",
+        "distckpt/coordinator/agreement.py",
+        "        self._check_phases(reports)\n",
+        "",
+        AGREEMENT,
+    ),
+    Mutant(
+        "agree: failures of other ranks are not looked at",
+        "distckpt/coordinator/agreement.py",
+        "        if failures:\n            raise self._failed(failures, self.before)\n",
+        "",
+        AGREEMENT,
+    ),
+    Mutant(
+        "agree: a rank acts before all hold their decision",
+        "distckpt/coordinator/agreement.py",
+        "    second.run(partial(matter.take, body), matter.confirm)\n",
+        "    matter.take(body)\n",
+        AGREEMENT,
+    ),
+    Mutant(
+        "agree: rank 0 confirms however late",
+        "distckpt/coordinator/agreement.py",
+        "        if held_up_s > 1.5 * self._timeout_s:\n",
+        "        if False:\n",
+        AGREEMENT,
+    ),
+    Mutant(
+        "agree: a message of the wrong type leaves its rank",
+        "distckpt/coordinator/agreement.py",
+        "        _decode(body, self._message)  # here",
+        "        # here",
+        AGREEMENT,
+    ),
+    Mutant(
+        "agree: decide may forget a rank",
+        "distckpt/coordinator/agreement.py",
+        "        if len(decisions) != len(bodies):\n",
+        "        if False:\n",
+        AGREEMENT,
+    ),
+    Mutant(
+        "agree: the answer of a lost rank 0 counts as no",
+        "distckpt/coordinator/agreement.py",
+        "_failed(lost.failures, self.after)\n            error.__cause__ = lost\n            return",
+        '_failed(lost.failures, "no")\n            error.__cause__ = lost\n            return',
+        AGREEMENT,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    verdict: str
+    seconds: float
+    detail: str
+
+
+def copy_tree(target: Path) -> None:
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, target / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+        else:
+            shutil.copy(source, target / name)
+
+
+def run_python(tree: Path, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=tree,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+
+
+def run_tests(tree: Path, tests: Sequence[str]) -> Result:
+    """Run the tests in the tree until one fails."""
+    started = time.monotonic()
+    arguments = ["-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", *tests]
+    try:
+        done = run_python(tree, arguments)
+    except subprocess.TimeoutExpired:
+        return Result(KILLED, time.monotonic() - started, "by a hang")
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    verdict = {0: "SURVIVED", 1: KILLED}.get(done.returncode, "broken")
+    detail = failed[0].split(" ")[1].partition("::")[2] if failed else done.stdout[-300:] + done.stderr[-300:]
+    return Result(verdict, time.monotonic() - started, detail if verdict != "SURVIVED" else "")
+
+
+def run_mutant(tree: Path, mutant: Mutant) -> Result:
+    """Apply it, run its tests, take it back."""
+    path = tree / mutant.file
+    source = path.read_text()
+    if source.count(mutant.text) != 1:
+        return Result("text not found", 0.0, f"{source.count(mutant.text)} times in {mutant.file}")
+    path.write_text(source.replace(mutant.text, mutant.replacement) + mutant.appended)
+    try:
+        return run_tests(tree, mutant.tests)
+    finally:
+        path.write_text(source)
+
+
+def main(
+    only: Annotated[str, typer.Option(help="Only mutants whose name contains this.")] = "",
+    list_: Annotated[bool, typer.Option("--list", help="List the mutants and stop.")] = False,
+) -> None:
+    """Run the mutants; exit code 1 unless every one is killed."""
+    console = Console()
+    chosen = [mutant for mutant in MUTANTS if only in mutant.name]
+    if list_ or not chosen:
+        for mutant in chosen:
+            console.print(f"{mutant.name}  [dim]{mutant.file}[/dim]", highlight=False)
+        raise typer.Exit(0 if chosen else 2)
+    table = Table("mutant", "result", "s", "by", title=f"{len(chosen)} mutants")
+    survivors = 0
+    with tempfile.TemporaryDirectory(prefix="mutants-") as scratch:
+        tree = Path(scratch).resolve()
+        copy_tree(tree)
+        where = run_python(tree, ["-c", "import distckpt; print(distckpt.__file__)"]).stdout.strip()
+        if not where.startswith(str(tree)):
+            console.print(f"the tests would import {where or 'nothing'} instead of the copy in {tree}")
+            raise typer.Exit(2)
+        unchanged = {tests: run_tests(tree, tests) for tests in dict.fromkeys(mutant.tests for mutant in chosen)}
+        for mutant in chosen:
+            passes = unchanged[mutant.tests].verdict == "SURVIVED"
+            result = run_mutant(tree, mutant) if passes else Result("broken", 0.0, "fails without any mutant")
+            survivors += result.verdict != KILLED
+            color = "green" if result.verdict == KILLED else "red"
+            row = (mutant.name, f"[{color}]{result.verdict}[/{color}]", f"{result.seconds:.0f}")
+            table.add_row(*row, result.detail.replace("[", "\\["))
+            console.print(f"{mutant.name}: {result.verdict}", highlight=False)
+    console.print(table)
+    console.print(f"{len(chosen) - survivors} of {len(chosen)} killed", highlight=False)
+    raise typer.Exit(1 if survivors else 0)
+
+
+if __name__ == "__main__":
+    typer.run(main)
