@@ -10,9 +10,19 @@ from torch import Tensor
 
 from distckpt.errors import CheckpointError, MismatchError
 from distckpt.index import Index, Mesh, TensorEntry
-from distckpt.planner import is_container
+from distckpt.planner import is_container, is_empty_list
 from distckpt.sharded_tensor import torch_dtype
-from distckpt.state_dict import FlatState, ObjectLeaf, PerRankLeaf, TensorLeaf, decode_leaf, unflatten
+from distckpt.state_dict import (
+    LIST_MARKER,
+    TUPLE_MARKER,
+    FlatState,
+    ObjectLeaf,
+    PerRankLeaf,
+    TensorLeaf,
+    ValueLeaf,
+    decode_leaf,
+    unflatten,
+)
 
 _SHOWN = 20
 
@@ -94,13 +104,7 @@ def match_state(flat: FlatState, index: Index, mesh: Mesh) -> Request:
     for value in flat.values:
         if id(value) in left_out:
             continue
-        request.asked.add(value.key)
-        if value.key in index.values:
-            request.values.append((value.key, value.replace))
-        elif value.key in index.tensors:
-            request.mismatched[value.key] = "the state has a value, stored is a tensor"
-        else:
-            request.missing.add(value.key)
+        _match_value(value, index, request)
     for key, marker in flat.lists.items():
         request.asked.add(key)
         stored = index.values.get(key)
@@ -143,6 +147,24 @@ def _holds_sharded_parameters(owner: object) -> bool:
     return isinstance(owner, torch.optim.Optimizer) and any(
         type(p) not in (Tensor, torch.nn.Parameter) for group in owner.param_groups for p in group["params"]
     )
+
+
+def _match_value(leaf: ValueLeaf, index: Index, request: Request) -> None:
+    request.asked.add(leaf.key)
+    stored = bytes(index.values.get(leaf.key, b""))
+    if stored.startswith((LIST_MARKER, TUPLE_MARKER)):
+        request.mismatched[leaf.key] = f"the state has {leaf.encoded.decode()[:80]}, stored is a list of tensors"
+    elif stored:
+        request.values.append((leaf.key, leaf.replace))
+    elif leaf.key in index.tensors:
+        request.mismatched[leaf.key] = "the state has a value, stored is a tensor"
+    elif not (is_empty_list(leaf.encoded) and _is_home(leaf.key, index)):
+        request.missing.add(leaf.key)
+
+
+def _is_home(path: str, index: Index) -> bool:
+    """Whether stored tensors with keys of their own stood at or below this path."""
+    return any(entry.container is not None and _is_below(entry.container, path) for entry in index.tensors.values())
 
 
 def _match_tensor(leaf: TensorLeaf, index: Index, request: Request) -> None:
@@ -205,7 +227,7 @@ def named_keys(flat: FlatState, index: Index, stored: Sequence[str]) -> set[str]
     homes = {_parent(t.key) if t.spec.container is None else t.spec.container for t in flat.tensors}
     homes |= {_parent(v.key) for v in flat.values} | {_parent(p.key) for p in flat.per_rank}
     named: set[str] = set()
-    known = {"": "" in homes}
+    known = {"": "" in homes} | {v.key: True for v in flat.values if is_empty_list(v.encoded)}
 
     def is_named(path: str) -> bool:
         if path not in known:

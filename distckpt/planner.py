@@ -173,6 +173,11 @@ def _join_values(ranks: Sequence[RankShards], specs: Mapping[str, Spec]) -> dict
         twice = [key for key in message.per_rank if key in specs or key in first]
         if twice:
             raise InvalidShardingError(f"{twice[0]!r} is a PerRank on rank {rank} and something else on another")
+    homes = {
+        home for spec in specs.values() if spec.container for home in (spec.container, *_ancestors(spec.container))
+    }
+    # A rank may have none of the shards of a list; where that is, the others' shards say.
+    first = {key: known for key, known in first.items() if not (key in homes and is_empty_list(known[0]))}
     paths = [key for key, spec in specs.items() if spec.container is None] + list(first)
     leaves = {key for key in paths if key not in first or not is_container(first[key][0])}
     for key in paths:
@@ -193,6 +198,11 @@ def _ancestors(key: str) -> Iterator[str]:
 def is_container(value: bytes) -> bool:
     """Whether an encoded value only marks an empty dict, or a list that has tensors in it."""
     return value.startswith((b"{}", b'{"%list":', b'{"%tuple_of":'))
+
+
+def is_empty_list(value: bytes) -> bool:
+    """Whether an encoded value is a list or tuple of nothing."""
+    return value in (b"[]", b'{"%tuple":[]}')
 
 
 def _shorten(value: bytes) -> str:

@@ -243,7 +243,7 @@ def check_a_fresh_optimizer_of_sharded_parameters_is_an_error(root: Path) -> Non
     fresh = torch.optim.AdamW(other.parameters())
     with Checkpointer(root / "sharded-optimizer") as checkpointer:
         checkpointer.save({"optim": optimizer}, iteration=1)
-        _expect_mismatch(checkpointer, {"optim": fresh}, "optim: the optimizer has sharded parameters but no state")
+        _expect_mismatch(checkpointer, {"optim": fresh}, "optim: the ", "no state for")
         _expect_mismatch(checkpointer, {"optim": fresh.state_dict()}, "optim/state/", "exp_avg")
         assert not fresh.state
         train(other, fresh, 1)  # its state exists now

@@ -238,6 +238,40 @@ def test_several_shards_of_a_key_on_one_rank() -> None:
         ]
 
 
+def owned(rank: int, owner: int, *, filled: bool) -> dict[str, object]:
+    """Optimizer shards, all of which one rank owns: the lists of the others are empty."""
+    data = value_at("m", (3,)) if filled else torch.zeros(3)
+    shard = ShardedTensor("m", data, global_shape=(3,), global_offset=(0,))
+    return {"optimizer": {"moments": [shard] if rank == owner else []}, "iteration": 1}
+
+
+def test_ranks_whose_lists_of_shards_are_empty() -> None:
+    storage = MemoryStorage()
+    save(storage, 3, lambda c: owned(c.rank, 1, filled=True))
+    for world_size, owner in ((1, 0), (2, 1), (4, 0)):
+        found = load(storage, world_size, lambda c, owner=owner: owned(c.rank, owner, filled=False))
+        assert torch.equal(found[owner]["optimizer"]["moments"][0].data, value_at("m", (3,)))
+        assert all(found[r]["optimizer"]["moments"] == [] for r in range(world_size) if r != owner)
+    with Checkpointer(storage) as checkpointer:
+        state: Any = checkpointer.read()
+    assert torch.equal(state["optimizer"]["moments"]["m"], value_at("m", (3,)))
+
+
+def test_lists_of_shards_that_are_empty_on_every_rank_are_an_error() -> None:
+    storage = MemoryStorage()
+    save(storage, 2, lambda c: owned(c.rank, 0, filled=True))
+    with pytest.raises(MismatchError) as caught:
+        load(storage, 2, lambda c: owned(c.rank, -1, filled=False))
+    assert (caught.value.missing, caught.value.unexpected) == ((), ("m",))
+
+
+def test_an_empty_list_for_a_stored_list_of_tensors_is_an_error() -> None:
+    storage = MemoryStorage()
+    save(storage, 1, lambda _: {"losses": [torch.ones(2)], "iteration": 1})
+    with pytest.raises(MismatchError, match=r"losses: the state has \[\], stored is a list of tensors"):
+        load(storage, 1, lambda _: {"losses": [], "iteration": 0})
+
+
 def test_another_global_shape_is_refused_and_nothing_changes() -> None:
     storage = MemoryStorage()
     save(storage, 2, uneven([4, 5], filled=True))

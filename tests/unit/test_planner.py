@@ -313,6 +313,14 @@ def test_the_marker_of_a_list_that_other_ranks_have_longer() -> None:
     fails('value \'l\' is {"%list":1} on rank 0 but {"%list":2} on rank 1', one, two)
 
 
+@pytest.mark.parametrize("nothing", [[], ()], ids=["list", "tuple"])
+def test_an_empty_list_where_other_ranks_have_shards_is_no_value(nothing: object) -> None:
+    shard = rows("w", 0, 1, 1, container="optimizer/moments")
+    values = {"optimizer/moments": nothing, "optimizer/other": nothing}
+    plan = plan_save([message(shard), message(values=values)])
+    assert list(plan.values) == ["optimizer/other"]
+
+
 # Meshes and PerRank.
 
 

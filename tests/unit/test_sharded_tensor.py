@@ -223,16 +223,17 @@ def test_a_conjugated_view_is_saved_as_what_it_shows() -> None:
 
 def test_an_expanded_tensor_is_saved_but_no_target() -> None:
     storage = save({"w": torch.ones(1, 3).expand(4, 3)})
-    with pytest.raises(MismatchError, match="w: the target is an expanded tensor, whose elements share memory"):
+    with pytest.raises(MismatchError, match=r"w: .*share memory"):
         load(storage, {"w": torch.zeros(1, 3).expand(4, 3)})
     assert torch.equal(load(storage, {"w": torch.zeros(4, 3)})["w"], torch.ones(4, 3))
 
 
 def test_only_the_view_of_a_large_storage_is_stored() -> None:
-    storage = MemoryStorage()
-    with Checkpointer(storage) as checkpointer:
-        report = checkpointer.save({"w": torch.zeros(1_000_000)[:10]}, iteration=1)
-    assert report.size_bytes < 20_000
+    storage = save({"w": torch.zeros(1_000_000)[:10]})
+    (name,) = (name for name in storage.list("iter_0000001") if name.endswith(".safetensors"))
+    file = storage.open(f"iter_0000001/{name}")
+    assert file.size_bytes < 20_000
+    file.close()
 
 
 def test_a_tensor_on_the_meta_device_gets_data_by_loading_and_cannot_be_saved() -> None:
