@@ -151,6 +151,34 @@ def find_overlap(offsets: Int64Array, shapes: Int64Array) -> tuple[int, int] | N
     return None
 
 
+def is_tiling(offsets: Int64Array, shapes: Int64Array, global_shape: Sequence[int]) -> bool:
+    """Whether every element of a tensor is in exactly one of the boxes: (n, ndim) arrays of non-empty boxes inside it.
+
+    By corners: those of a box, with signs that alternate along each dimension, are the mixed difference of its
+    indicator function, which determines that function. So the boxes tile the tensor if and only if the sums of
+    their signed corners are those of the tensor. Time is n log n whatever the boxes are, 2 ** d corners a box.
+    """
+    whole = np.array(global_shape, np.int64)
+    if not len(offsets):
+        return prod(global_shape) == 0
+    cut = np.flatnonzero(((offsets != 0) | (shapes != whole)).any(axis=0)).tolist()
+    if len(cut) > _MAX_CORNER_DIMS:
+        return int(shapes.prod(axis=1).sum()) == prod(global_shape) and find_overlap(offsets, shapes) is None
+    corner, sign = np.zeros(1, np.int64), np.ones(1, np.int64)
+    corner, sign = np.tile(corner, len(offsets) + 1), np.append(np.tile(sign, len(offsets)), -1)
+    for d in cut:
+        low, high = np.append(offsets[:, d], 0), np.append(offsets[:, d] + shapes[:, d], whole[d])
+        repeats = len(corner) // len(low)
+        position = np.concatenate([np.tile(low, repeats), np.tile(high, repeats)])
+        _, position = np.unique(position, return_inverse=True)
+        _, corner = np.unique(np.tile(corner, 2) * (int(position.max()) + 1) + position, return_inverse=True)
+        sign = np.concatenate([sign, -sign])
+    return not np.bincount(corner, weights=sign).any()
+
+
+_MAX_CORNER_DIMS = 8
+
+
 def grid_cuts(offsets: Int64Array, shapes: Int64Array) -> list[Int64Array] | None:
     """The start offsets per dimension when every box is one cell of the grid they span, else None.
 

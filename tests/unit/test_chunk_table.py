@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from distckpt import CorruptionError
 from distckpt.chunk_table import PAGE_BYTES, Chunks, check_pages, decode_record, encode_record, page_checksums
+from distckpt.geometry import is_tiling
 
 Shape = tuple[int, ...]
 
@@ -59,6 +60,7 @@ def partitions(draw: st.DrawFn) -> tuple[Shape, list[tuple[Shape, Shape]]]:
     return shape, boxes
 
 
+@settings(deadline=None)
 @given(grids() | partitions())
 def test_records_round_trip(tensor: tuple[Shape, list[tuple[Shape, Shape]]]) -> None:
     shape, boxes = tensor
@@ -67,6 +69,7 @@ def test_records_round_trip(tensor: tuple[Shape, list[tuple[Shape, Shape]]]) -> 
     assert described(decode_record(record, shape, where="t")) == described(chunks)
 
 
+@settings(deadline=None)
 @given(grids())
 def test_grids_take_few_bytes_a_chunk(tensor: tuple[Shape, list[tuple[Shape, Shape]]]) -> None:
     shape, boxes = tensor
@@ -229,6 +232,54 @@ def test_hostile_record(data: bytes, shape: Shape, why: str) -> None:
         decode_record(data, shape, where="t")
 
 
+@settings(deadline=None)
+@given(st.data())
+def test_boxes_are_good_exactly_when_each_element_is_in_one_of_them(data: st.DataObject) -> None:
+    shape = tuple(data.draw(st.lists(st.integers(1, 3), max_size=3)))
+    corner = st.tuples(
+        *(st.integers(0, n - 1).flatmap(lambda a, n=n: st.tuples(st.just(a), st.integers(1, n - a))) for n in shape)
+    )
+    tiles = [
+        (tuple(a for a, _ in c), tuple(n for _, n in c)) for c in data.draw(st.lists(corner, min_size=1, max_size=5))
+    ]
+    covered = np.zeros(shape, np.int64)
+    for offset, size in tiles:
+        covered[tuple(slice(a, a + n) for a, n in zip(offset, size, strict=True))] += 1
+    assert is_tiling(
+        *(np.array([t[i] for t in tiles], np.int64).reshape(len(tiles), len(shape)) for i in (0, 1)), shape
+    ) == bool((covered == 1).all())
+
+
+def test_very_many_boxes_that_all_meet_in_one_dimension_are_checked_without_comparing_pairs() -> None:
+    columns = np.arange(50_000)
+    cut = 1 + columns % 97
+    offsets = np.concatenate([np.stack([0 * cut, columns], 1), np.stack([cut, columns], 1)])
+    shapes = np.concatenate([np.stack([cut, 0 * cut + 1], 1), np.stack([100 - cut, 0 * cut + 1], 1)])
+    count = len(offsets)
+    chunks = Chunks(offsets, shapes, np.zeros(count, np.int64), np.zeros(count, np.int64))
+    data = encode_record(chunks, (100, 50_000))
+    assert data[0] == 1
+    assert len(decode_record(data, (100, 50_000), where="t")) == count
+    shapes[0, 0] += 1
+    with pytest.raises(CorruptionError, match="do not tile"):
+        decode_record(encode_record(chunks, (100, 50_000)), (100, 50_000), where="t")
+
+
+def test_boxes_cut_in_very_many_dimensions_are_checked_too() -> None:
+    shape = (2,) * 12
+    half = [
+        ((0,) * 12, (1, *shape[1:])),
+        ((1, *(0,) * 11), (1, 1, *shape[2:])),
+        ((1, 1, *(0,) * 10), (1, 1, *shape[2:])),
+    ]
+    for d in range(2, 11):
+        offset, size = half.pop()
+        half += [((*offset[:d], at, *offset[d + 1 :]), (*size[:d], 1, *size[d + 1 :])) for at in (0, 1)]
+    assert len(decode_record(boxes(*half), shape, where="t")) == len(half)
+    with pytest.raises(CorruptionError, match="do not tile"):
+        decode_record(boxes(*half[:-1]), shape, where="t")
+
+
 HUGE = [
     record(0, 1, 2, 2**32 - 1, lengths=(65535, 65537), numbers=[0] * 100, places=0),
     record(0, 1, 2, 4, lengths=(2**63, 2**63), numbers=[0], places=0),
@@ -252,7 +303,7 @@ def test_huge_counts_are_refused_before_anything_is_allocated_for_them(data: byt
         tracemalloc.stop()
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(partitions() | grids(), st.data())
 def test_random_changes_of_a_record_are_refused_or_tile(
     tensor: tuple[Shape, list[tuple[Shape, Shape]]], data: st.DataObject

@@ -109,6 +109,7 @@ NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8
 NATURALS = st.integers(0, 2**63 - 1)
 
 
+@settings(deadline=None)
 @given(
     st.dictionaries(NAMES, st.sampled_from([b"1", b'{"%tuple":[]}', b'"a"']).map(msgspec.Raw), max_size=3),
     st.dictionaries(NAMES, st.integers(1, 2**40), max_size=3),
@@ -404,7 +405,7 @@ def test_an_index_that_is_too_large_is_not_parsed(monkeypatch: pytest.MonkeyPatc
         decode_index(GOLDEN, name="index")
 
 
-@settings(max_examples=500)
+@settings(max_examples=500, deadline=None)
 @given(st.data())
 def test_random_changes_of_the_text_are_refused_or_give_a_sound_index(data: st.DataObject) -> None:
     body = bytearray(BODY[:-1])

@@ -82,11 +82,13 @@ def described(value: object) -> object:
     return (type(value), value)
 
 
+@settings(deadline=None)
 @given(VALUES)
 def test_values_come_back_as_they_were(value: object) -> None:
     assert described(round_trip(value)) == described(value)
 
 
+@settings(deadline=None)
 @given(VALUES)
 def test_encoding_is_plain_json_and_the_same_every_time(value: object) -> None:
     encoded = encode_value(value, "v")
@@ -300,7 +302,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=500)
+@settings(max_examples=500, deadline=None)
 @given(JSON)
 def test_random_json_is_a_value_or_refused(text: object) -> None:
     try:

@@ -66,6 +66,7 @@ def read_back(layout: FileLayout) -> Any:
 # What is written
 
 
+@settings(deadline=None)
 @given(chunk_lists(), st.integers(0, 9), st.dictionaries(KEYS, KEYS, max_size=2))
 def test_layout_round_trips_aligned_and_without_holes(
     chunks: list[Chunk], per_rank_bytes: int, metadata: dict[str, str]
@@ -107,6 +108,7 @@ def test_checksum_table_counts_the_blocks_of_a_file_that_ends_near_a_block(past_
     read_back(layout)
 
 
+@settings(deadline=None)
 @given(KEYS, st.booleans())
 def test_entry_names_give_the_key_back(key: str, whole: bool) -> None:
     entry = Chunk(key, "int8", (3, 14), (1, 1), whole).entry
@@ -419,7 +421,7 @@ def test_entry_that_comes_twice_leaves_a_hole() -> None:
         decode(sealed(text[:-1] + again))
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_random_changes_of_a_header_are_refused_or_harmless(data: st.DataObject) -> None:
     header = bytearray(LAYOUT.header)
