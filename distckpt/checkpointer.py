@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
+import operator
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike, fspath
 from typing import Literal, TypeAlias, TypeVar
 
@@ -13,9 +15,10 @@ import torch
 from distckpt.adapters import ADAPTERS
 from distckpt.commit import list_commits, newest_iteration, read_tracker, retire, sweep
 from distckpt.coordinator import Coordinator, agree, default_coordinator
-from distckpt.errors import CheckpointError, FencedError, InvalidShardingError
+from distckpt.errors import CheckpointError, FencedError
 from distckpt.index import Mesh
 from distckpt.loading import Load, LoadContext, read_all
+from distckpt.planner import check_places
 from distckpt.report import LoadReport, SaveReport
 from distckpt.retention import superfluous
 from distckpt.saving import Save, SaveContext
@@ -26,6 +29,7 @@ from distckpt.storage import PosixStorage, Storage
 logger = logging.getLogger("distckpt")
 State: TypeAlias = dict[str, object]
 T = TypeVar("T")
+TIMEOUT_S = 1800.0
 PREPARE_SLACK_BYTES = 16 << 20  # headers, checksum table, PerRank values
 
 
@@ -41,6 +45,7 @@ class PendingSave:
         self._has_ended = False
         self._work = work
         self._thread = threading.Thread(target=self._run, name="distckpt-save")
+        atexit.register(self._report_unseen_error)
 
     def start(self) -> None:
         self._thread.start()
@@ -54,6 +59,11 @@ class PendingSave:
             self._has_ended = True
         for callback in self._callbacks:
             callback()
+
+    def _report_unseen_error(self) -> None:
+        """At the end of the program, which has waited for the thread: a failed save must not pass in silence."""
+        if self._error is not None and not self._is_known:
+            logger.error("an async save failed, and nothing waited for it: %s", self._error)
 
     def add_done_callback(self, callback: Callable[[], None]) -> None:
         """Have it called when the save has ended, well or not, in the save's thread; at once if it has."""
@@ -81,12 +91,12 @@ class PendingSave:
         assert self._report is not None
         return self._report
 
-    def raise_once(self) -> None:
-        """Wait, and raise the save's error unless somebody has seen it."""
+    def take_unseen_error(self) -> BaseException | None:
+        """Wait for the end of the save. Its error, unless somebody has seen it; now somebody has."""
         self._thread.join()
-        if self._error is not None and not self._is_known:
-            self._is_known = True
-            raise self._error
+        error = None if self._is_known else self._error
+        self._is_known = True
+        return error
 
 
 class Checkpointer:
@@ -96,7 +106,8 @@ class Checkpointer:
 
     root: directory, or a Storage. mesh: axis -> (this rank's coordinate, size); names are the caller's; without
     it the mesh is {"rank": (rank, world size)}. coordinator: default_coordinator() if None; closed by the caller.
-    keep_last: number of newest iterations to keep, all if None. timeout_s: how long a rank may be silent, in one
+    keep_last: number of newest iterations to keep, all if None; what earlier jobs saved is kept until this one has
+    loaded from here. timeout_s: how long a rank may be silent, in one
     phase of a save or load, before the others give up on it. removal_grace_s: how long the files of a removed
     checkpoint stay for readers that have it open.
     """
@@ -108,7 +119,7 @@ class Checkpointer:
         mesh: Mapping[str, tuple[int, int]] | None = None,
         coordinator: Coordinator | None = None,
         keep_last: int | None = None,
-        timeout_s: float = 1800.0,
+        timeout_s: float = TIMEOUT_S,
         removal_grace_s: float = 60.0,
         io_backend: str = "",
     ) -> None:
@@ -116,13 +127,8 @@ class Checkpointer:
             raise ValueError(f"keep_last={keep_last}: at least the newest checkpoint is kept; None keeps all")
         self._owns_coordinator = coordinator is None
         self._coordinator = default_coordinator() if coordinator is None else coordinator
-        if isinstance(root, (str, PathLike)):
-            storage: Storage = PosixStorage(fspath(root), io_backend=io_backend)
-        else:
-            storage = root
-        rank, world_size = self._coordinator.rank, self._coordinator.world_size
-        self._mesh: Mesh = {"rank": (rank, world_size)} if mesh is None else dict(mesh)
-        self._check_mesh()
+        own_place = {"rank": (self._coordinator.rank, self._coordinator.world_size)} if mesh is None else mesh
+        self._mesh, storage = agree_on_place(self._coordinator, root, own_place, io_backend, timeout_s)
         self._storage = storage
         self._keep_last = keep_last
         self._grace_s = removal_grace_s
@@ -132,18 +138,15 @@ class Checkpointer:
             mesh=self._mesh,
             arena=Arena(),
             timeout_s=timeout_s,
-            io_backend=getattr(storage, "io_backend", type(storage).__name__),
+            backend=getattr(storage, "io_backend", type(storage).__name__),
+            removal_grace_s=removal_grace_s,
         )
         self._load_context = LoadContext(storage, self._coordinator, self._mesh, timeout_s)
         self._pending: PendingSave | None = None
         self._calls = 0
+        self._has_resumed = False
         self._closed = False
         self._guards: list[torch.utils.hooks.RemovableHandle] = []
-
-    def _check_mesh(self) -> None:
-        for axis, (at, size) in self._mesh.items():
-            if not 0 <= at < size:
-                raise InvalidShardingError(f"mesh axis {axis!r}: coordinate {at} is outside its size {size}")
 
     def save(self, state: State, *, iteration: int, metadata: object = None) -> SaveReport:
         """Save; durable, and a checkpoint, on return. metadata: JSON values kept in the index.
@@ -173,8 +176,8 @@ class Checkpointer:
         return self._pending
 
     def _begin(self, state: State, iteration: int, metadata: object) -> Save:
-        self._settle()
-        save = Save(self._save_context, state, iteration, metadata, self._label("save"))
+        label = self._label("save")
+        save = Save(self._save_context, state, iteration, metadata, label, unseen=self._settle())
         save.plan()
         save.stage()
         return save
@@ -187,7 +190,7 @@ class Checkpointer:
             logger.info(
                 "saved iteration %d: %.1f MB in %.2f s, training stood still for %.3f s",
                 report.iteration,
-                report.size_bytes / 1e6,
+                report.bytes / 1e6,
                 report.total_s,
                 report.stall_s,
             )
@@ -196,13 +199,14 @@ class Checkpointer:
     def _clean_up(self) -> None:
         """Retention and sweep, after a commit. What fails is tried again after the next one."""
         writer = self._save_context.writer
+        assert writer is not None
+        first_epoch = 0 if self._has_resumed else writer.epoch
         try:
-            if writer is not None:
-                writer.check_fence()
-            commits = list_commits(self._storage)
+            writer.check_fence()
+            commits, tracked = list_commits(self._storage), read_tracker(self._storage)
             retire(
                 self._storage,
-                superfluous(commits, keep_last=self._keep_last, tracked=read_tracker(self._storage)),
+                superfluous(commits, keep_last=self._keep_last, tracked=tracked, first_epoch=first_epoch),
             )
             sweep(self._storage, grace_s=self._grace_s)
         except FencedError:
@@ -227,15 +231,17 @@ class Checkpointer:
         Raises, the same on every rank: CheckpointNotFoundError, MismatchError (nothing was changed), CorruptionError
         (nothing good is left to fall back to; the state is undefined), DistributedError.
         """
-        self._settle()
-        load = Load(self._load_context, state, iteration, strict, torch.device(device), self._label("load"))
+        label = self._label("load")
+        unseen = self._settle()
+        load = Load(self._load_context, state, iteration, strict, torch.device(device), label, unseen=unseen)
         report, index = load.run()
+        self._has_resumed = True
         self._save_context.parent = index.save_id
         if self._coordinator.rank == 0:
             logger.info(
                 "loaded iteration %d: %.1f MB in %.2f s",
                 report.iteration,
-                report.size_bytes / 1e6,
+                report.bytes / 1e6,
                 report.total_s,
             )
         return report
@@ -246,9 +252,8 @@ class Checkpointer:
         keys: keys, or paths of containers, to read; all if None. A ShardedTensor stands under its key in the
         container in which it was saved. Raises what load raises; MismatchError for keys that are not there.
         """
-        self._settle()
-        wanted = None if keys is None else list(keys)
-        return read_all(self._load_context, iteration, wanted, self._label("read"))
+        label = self._label("read")
+        return read_all(self._load_context, iteration, keys, label, unseen=self._settle())
 
     def latest_iteration(self) -> int | None:
         """The iteration that load() would take first; None if there is no committed one. Collective."""
@@ -261,11 +266,17 @@ class Checkpointer:
 
     def _ask_leader(self, phase: str, question: Callable[[], list[T]]) -> list[T]:
         """Every rank gets rank 0's answer."""
-        self._settle()
+        label = self._label("ask")
+        unseen = self._settle()
+
+        def local() -> None:
+            if unseen is not None:
+                raise unseen
+
         return agree(
             self._coordinator,
-            f"{self._label('ask')}: {phase}",
-            lambda: None,
+            f"{label}: {phase}",
+            local,
             lambda ranks: [question()] * len(ranks),
             message=type(None),
             decision=list,
@@ -274,12 +285,14 @@ class Checkpointer:
 
     def prepare(self, state: State) -> None:
         """Populate staging memory for a state like this now, so that the first save stalls no longer than the next."""
+        self._check_open("prepare")
         flat = flatten(state, ADAPTERS)
         size = sum(shard.data.nbytes for leaf in flat.tensors for shard in leaf.shards)
         self._save_context.arena.reserve(size + PREPARE_SLACK_BYTES)
 
     def guard(self, optimizer: torch.optim.Optimizer) -> None:
         """Call before_mutation() ahead of every step of this optimizer."""
+        self._check_open("guard")
         self._guards.append(optimizer.register_step_pre_hook(lambda *_: self.before_mutation()))
 
     def before_mutation(self) -> None:
@@ -288,21 +301,28 @@ class Checkpointer:
             self._pending.wait_staged()
 
     def _label(self, verb: str) -> str:
-        if self._closed:
-            raise CheckpointError(f"{verb}: this Checkpointer is closed")
+        self._check_open(verb)
         self._calls += 1
         return f"{verb} {self._calls}"
 
-    def _settle(self) -> None:
-        """Wait for the save under way and raise its failure if nobody has seen it."""
+    def _check_open(self, verb: str) -> None:
+        if self._closed:
+            raise CheckpointError(f"{verb}: this Checkpointer is closed")
+
+    def _settle(self) -> BaseException | None:
+        """Wait for the save under way; returns its failure if nobody has seen it on this rank.
+
+        It is not raised here, but where all ranks agree next: whether it was seen may differ between them.
+        """
         pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.raise_once()
+        return None if pending is None else pending.take_unseen_error()
 
     def close(self) -> None:
         """Wait for the save under way, raise its failure if nobody has seen it, free memory and connections."""
         try:
-            self._settle()
+            unseen = self._settle()
+            if unseen is not None:
+                raise unseen
         finally:
             self.release()
 
@@ -320,3 +340,29 @@ class Checkpointer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def agree_on_place(
+    coordinator: Coordinator,
+    root: str | PathLike[str] | Storage,
+    mesh: Mapping[str, tuple[int, int]],
+    io_backend: str,
+    timeout_s: float,
+) -> tuple[Mesh, Storage]:
+    """Open the root and check the mesh, on all ranks or on none."""
+    opened: list[Storage] = []
+
+    def local() -> dict[str, tuple[int, int]]:
+        if isinstance(root, (str, PathLike)):
+            opened.append(PosixStorage(fspath(root), io_backend=io_backend))
+        else:
+            opened.append(root)
+        return {axis: (operator.index(at), operator.index(size)) for axis, (at, size) in mesh.items()}
+
+    def decide(ranks: Sequence[dict[str, tuple[int, int]]]) -> list[None]:
+        check_places(ranks)
+        return [None] * len(ranks)
+
+    message = dict[str, tuple[int, int]]
+    agree(coordinator, "open", local, decide, message=message, decision=type(None), timeout_s=timeout_s)
+    return {axis: (operator.index(at), operator.index(size)) for axis, (at, size) in mesh.items()}, opened[0]

@@ -131,12 +131,19 @@ def decode_index_of(commit: Commit, data: bytes) -> Index:
 
 
 def newest_iteration(storage: Storage) -> int | None:
-    """The iteration of the newest commit whose index is sound; None if there is none."""
+    """The iteration of the newest commit whose index is sound; None if there is no commit at all.
+
+    Raises CorruptionError if all indexes are damaged, OSError if one cannot be read: "nothing there" would make
+    a job start afresh beside its checkpoints.
+    """
+    damaged: list[str] = []
     for commit in list_commits(storage):
         try:
             return read_index(storage, commit)[0].iteration
-        except (OSError, CorruptionError):
-            continue
+        except (CorruptionError, FileNotFoundError) as error:
+            damaged.append(str(error))
+    if damaged:
+        raise CorruptionError(f"{storage.location}: no index is sound: {'; '.join(damaged)}")
     return None
 
 
@@ -222,10 +229,17 @@ class Writer:
             self.check_fence()
         except OSError as error:
             raise CommitFailed(str(error), "no") from error
+        data = encode_index(index)
+        if len(data) > MAX_INDEX_BYTES:
+            raise CommitFailed(
+                f"the index has {len(data)} bytes, readers take {MAX_INDEX_BYTES}. Large values fit in tensors: "
+                f"{_largest_values(index)}",
+                "no",
+            )
         # Now, not after success: of a failed commit it may never be known whether it took its number.
         self.commit_seq += 1
         try:
-            self._put_index(commit, index)
+            self._put_index(commit, index.save_id, data)
         except OSError as error:
             raise CommitFailed(str(error), self._is_committed(commit, index.save_id)) from error
         try:
@@ -239,10 +253,10 @@ class Writer:
                 f"the checkpoint is committed, but the tracker is not updated: {error}", "yes"
             ) from error
 
-    def _put_index(self, commit: Commit, index: Index) -> None:
-        if self.storage.put_if_absent(commit.name, encode_index(index)):
+    def _put_index(self, commit: Commit, save_id: str, data: bytes) -> None:
+        if self.storage.put_if_absent(commit.name, data):
             return
-        committed = self._is_committed(commit, index.save_id)
+        committed = self._is_committed(commit, save_id)
         if committed == "unknown":
             raise CommitFailed(f"{commit.name} is there already, and whose it is cannot be read", committed)
         if committed == "no":
@@ -259,6 +273,11 @@ class Writer:
             return "no"
         except (OSError, CheckpointError):
             return "unknown"
+
+
+def _largest_values(index: Index) -> str:
+    largest = sorted(index.values.items(), key=lambda item: -len(bytes(item[1])))[:3]
+    return ", ".join(f"{key!r} ({len(bytes(value))} bytes)" for key, value in largest)
 
 
 def _writers(storage: Storage) -> list[int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from math import prod
-from typing import Annotated, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 import numpy as np
@@ -26,7 +26,7 @@ MAX_BYTES = 1 << 62
 
 Natural: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 UInt32: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
-OnChange: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^(exact|reseed|skip)\Z")]
+OnChange: TypeAlias = Literal["exact", "reseed", "skip"]
 SaveId: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
 MeshCoordinates: TypeAlias = dict[str, int]
 Mesh: TypeAlias = Mapping[str, tuple[int, int]]  # axis -> (a rank's coordinate, size)
@@ -40,6 +40,7 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     partition: mesh axis that splits each dimension, None where none does. owner: mesh axis whose coordinate holds
     it. blocks: number of sub-blocks of each dimension that are split one by one (fused QKV, SwiGLU).
     container: escaped path of the container in which the ShardedTensor stood; None when the key is its own path.
+    given_as: what the leaf was; tells a reader without a template what to make of it.
     """
 
     dtype: str
@@ -48,6 +49,7 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     owner: str | None = None
     blocks: tuple[int, ...] | None = None
     container: str | None = None
+    given_as: Literal["tensor", "sharded", "numpy"] = "tensor"
 
     @property
     def size_bytes(self) -> int:

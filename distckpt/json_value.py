@@ -29,6 +29,21 @@ _NUMPY_SCALARS = frozenset(
 )  # Not long double, whose bytes are another machine's noise.
 
 
+EMPTY_DICT = b"{}"
+# In place of a list or tuple that has tensors in it, and leaves of its own: its length. Not values.
+LIST_MARKER, TUPLE_MARKER = b'{"%list":', b'{"%tuple_of":'
+
+
+def is_container(value: bytes) -> bool:
+    """Whether an encoded value only marks an empty dict, or a list that has tensors in it."""
+    return value.startswith((EMPTY_DICT, LIST_MARKER, TUPLE_MARKER))
+
+
+def is_empty_list(value: bytes) -> bool:
+    """Whether an encoded value is a list or tuple of nothing."""
+    return value in (b"[]", b'{"%tuple":[]}')
+
+
 @dataclass(frozen=True, slots=True)
 class ArrayValue:
     """A small tensor inside a value: dtype by its table name, shape, little-endian C-order bytes."""

@@ -5,6 +5,7 @@ A checkpoint that is damaged for any rank is passed over by all of them; every t
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import time
@@ -23,6 +24,7 @@ from distckpt.coordinator import Coordinator, agree
 from distckpt.errors import CheckpointError, CorruptionError, MismatchError
 from distckpt.geometry import Box, intersect
 from distckpt.index import Index, Mesh, TensorEntry
+from distckpt.leaf_value import decode_leaf
 from distckpt.matching import (
     Request,
     empty_tensors,
@@ -33,18 +35,12 @@ from distckpt.matching import (
     stored_keys,
     subtree,
 )
+from distckpt.meta import is_meta_module, make_module_real
 from distckpt.planner import plan_load
 from distckpt.reader import ChunkTableReader, fill_targets, read_per_rank
 from distckpt.report import LoadReport
 from distckpt.sharded_tensor import Shard
-from distckpt.state_dict import (
-    FlatState,
-    ObjectLeaf,
-    PerRankLeaf,
-    decode_leaf,
-    flatten,
-    set_per_rank,
-)
+from distckpt.state_dict import FlatState, PerRankLeaf, flatten, set_per_rank
 from distckpt.storage import Storage
 
 logger = logging.getLogger("distckpt")
@@ -53,7 +49,10 @@ D = TypeVar("D")
 
 
 class _Wanted(msgspec.Struct, frozen=True):
+    """What a rank was called with; all must have been called alike."""
+
     iteration: int | None
+    strict: bool
 
 
 class _ReadOutcome(msgspec.Struct, frozen=True):
@@ -119,7 +118,9 @@ class Load:
     strict: bool
     device: torch.device
     label: str
+    unseen: BaseException | None = None  # of an earlier save: raised everywhere if any rank has not seen it
     _flat: FlatState = field(default_factory=FlatState)
+    _request: Request = field(default_factory=Request)
     _failed: dict[Commit, str] = field(default_factory=dict)
     _bytes_read: int = 0
     _size_bytes: int = 0
@@ -130,16 +131,14 @@ class Load:
         started = time.perf_counter()
         while True:
             resolved, index = self._resolve()
-            request, differences = self._compare(index)
+            differences = self._compare(index)
             read_started = time.perf_counter()
-            why = self._read(resolved, index, request)
+            why = self._read(resolved, index)
             if why is None:
                 break
             self._failed[Commit(resolved.epoch, resolved.commit_seq, resolved.iteration)] = why
         read_s = time.perf_counter() - read_started
-        self._agree(
-            "apply", lambda: self._apply(index, request), lambda done: [None] * len(done), type(None), type(None)
-        )
+        self._agree("apply", lambda: self._apply(index), lambda done: [None] * len(done), type(None), type(None))
         if self.context.coordinator.rank == 0:
             for iteration, reason in resolved.fell_back_from.items():
                 logger.warning("iteration %d is damaged and was passed over: %s", iteration, reason)
@@ -148,15 +147,15 @@ class Load:
         report = LoadReport(
             iteration=index.iteration,
             save_id=index.save_id,
-            size_bytes=self._size_bytes,
+            bytes=self._size_bytes,
             bytes_read=self._bytes_read,
             read_s=read_s,
             total_s=time.perf_counter() - started,
             missing=tuple(differences.missing),
             unexpected=tuple(differences.unexpected),
             fell_back_from=resolved.fell_back_from,
-            reseeded=tuple(sorted(leaf.key for leaf in request.reseed)),
-            skipped=tuple(sorted(leaf.key for leaf in request.skip)),
+            reseeded=tuple(sorted(leaf.key for leaf in self._request.reseed)),
+            skipped=tuple(sorted(leaf.key for leaf in self._request.skip)),
             warnings=(resolved.warning,) if resolved.warning else (),
         )
         return report, index
@@ -181,8 +180,10 @@ class Load:
 
     def _resolve(self) -> tuple[_Resolved, Index]:
         def local() -> _Wanted:
+            if self.unseen is not None:
+                raise self.unseen
             self._flat = flatten(self.state, ADAPTERS)
-            return _Wanted(self.iteration)
+            return _Wanted(self.iteration, self.strict)
 
         resolved = self._agree("resolve", local, self._decide_commit, _Wanted, _Resolved)
         commit = Commit(resolved.epoch, resolved.commit_seq, resolved.iteration)
@@ -191,8 +192,8 @@ class Load:
     def _decide_commit(self, wanted: Sequence[_Wanted]) -> list[_Resolved]:
         """Rank 0: the best commit that has not failed, whose index is sound."""
         if any(w != wanted[0] for w in wanted):
-            asked = sorted({str(w.iteration) for w in wanted})
-            raise CheckpointError(f"the ranks ask for different iterations: {', '.join(asked)}")
+            asked = sorted({f"iteration={w.iteration}, strict={w.strict}" for w in wanted})
+            raise CheckpointError(f"the ranks ask for different loads: {'; '.join(asked)}")
         storage = self.context.storage
         commits = find_commits(storage, self.iteration)
         for commit in commits:
@@ -201,9 +202,14 @@ class Load:
             try:
                 _, data = read_index(storage, commit)
             except (CorruptionError, OSError) as error:
+                if not _is_damage(error):
+                    raise
                 self._failed[commit] = str(error)
                 continue
-            fell_back_from = {c.iteration: why for c, why in self._failed.items()}
+            fell_back_from: dict[int, str] = {}
+            for failed, why in self._failed.items():
+                earlier = fell_back_from.get(failed.iteration)
+                fell_back_from[failed.iteration] = why if earlier is None else f"{earlier}; {why}"
             warning = tracker_warning(storage, commits[0]) if self.iteration is None else None
             found = _Resolved(commit.epoch, commit.commit_seq, commit.iteration, data, fell_back_from, warning)
             return [found] * len(wanted)
@@ -214,14 +220,12 @@ class Load:
             + f"; if tensors had been read, their values are now undefined. Tried:{reasons}"
         )
 
-    def _compare(self, index: Index) -> tuple[Request, _Differences]:
+    def _compare(self, index: Index) -> _Differences:
         """Match this rank's state, and agree on what is missing or in excess over all ranks."""
         stored = stored_keys(index)
-        request = Request()
 
         def local() -> _Match:
-            nonlocal request
-            request = match_state(self._flat, index, self.context.mesh)
+            self._request = request = match_state(self._flat, index, self.context.mesh)
             named = named_keys(self._flat, index, stored)
             return _Match(
                 missing=sorted(request.missing),
@@ -242,12 +246,16 @@ class Load:
                 raise mismatch_error(index, missing, unexpected, mismatched, self.strict, passed_over)
             return [_Differences(missing, unexpected)] * len(ranks)
 
-        differences = self._agree("match", local, decide, _Match, _Differences)
-        return request, differences
+        return self._agree("match", local, decide, _Match, _Differences)
 
     def select(self, index: Index, keys: Iterable[str] | None) -> set[str]:
         """The stored keys that `keys` mean; agreed, as the ranks may ask for different ones."""
-        wanted, missing = select_keys(index, keys)
+        wanted: set[str] = set()
+
+        def local() -> list[str]:
+            nonlocal wanted
+            wanted, missing = select_keys(index, keys)
+            return missing
 
         def decide(ranks: Sequence[list[str]]) -> list[None]:
             absent = sorted({key for rank in ranks for key in rank})
@@ -259,17 +267,19 @@ class Load:
                 )
             return [None] * len(ranks)
 
-        self._agree("select", lambda: missing, decide, list, type(None))
+        self._agree("select", local, decide, list, type(None))
         return wanted
 
-    def _read(self, resolved: _Resolved, index: Index, request: Request) -> str | None:
+    def _read(self, resolved: _Resolved, index: Index) -> str | None:
         """Fill all targets on all ranks; None, or why this checkpoint must be passed over (agreed)."""
         directory = Commit(resolved.epoch, resolved.commit_seq, resolved.iteration).directory
 
         def local() -> _ReadOutcome:
             try:
-                self._read_own(directory, index, request)
+                self._read_own(directory, index)
             except (CorruptionError, OSError) as error:
+                if not _is_damage(error):
+                    raise
                 return _ReadOutcome(f"{type(error).__name__}: {error}")
             return _ReadOutcome(None)
 
@@ -280,8 +290,9 @@ class Load:
 
         return self._agree("read", local, decide, _ReadOutcome, _ReadOutcome).why
 
-    def _read_own(self, directory: str, index: Index, request: Request) -> None:
-        storage = self.context.storage
+    def _read_own(self, directory: str, index: Index) -> None:
+        self._make_modules_real(index)
+        storage, request = self.context.storage, self._request
         targets = self._targets(index, request)
         buffers = [_host_buffer(t.data) for t in targets]
         with ChunkTableReader(storage, directory, index) as table:
@@ -294,12 +305,27 @@ class Load:
         for target, buffer in zip(targets, buffers, strict=True):
             if buffer is not target.data:
                 target.data.copy_(buffer)
+            else:  # Filled behind autograd's back: a backward through the old values must fail.
+                torch.autograd.graph.increment_version(target.data)
         self._size_bytes = sum(t.data.nbytes for t in targets)
-        stored = {number: read_per_rank(storage, directory, index, number) for _, number in request.per_rank}
+        numbers = {number for _, number in request.per_rank}
+        stored = {number: read_per_rank(storage, directory, index, number) for number in numbers}
         for leaf, number in request.per_rank:
             if leaf.key not in stored[number]:
                 raise CorruptionError(f"{index.files[number].name}: per-rank value {leaf.key!r} is not in it")
-            request.per_rank_values[leaf.key] = bytes(stored[number][leaf.key])
+            request.per_rank_values[leaf.key] = decode_leaf(bytes(stored[number][leaf.key]), leaf.key)
+        for key, _ in request.values:
+            request.decoded[key] = decode_leaf(bytes(index.values[key]), key)
+
+    def _make_modules_real(self, index: Index) -> None:
+        """Give modules on the meta device real tensors, and match anew what then stands in the state."""
+        owners = [leaf.owner for leaf in self._flat.objects]
+        modules = [owner for owner in owners if isinstance(owner, torch.nn.Module) and is_meta_module(owner)]
+        for module in modules:
+            make_module_real(module, self.device)
+        if modules:
+            self._flat = flatten(self.state, ADAPTERS)
+            self._request = match_state(self._flat, index, self.context.mesh)
 
     def _targets(self, index: Index, request: Request) -> list[_Target]:
         targets: list[_Target] = []
@@ -316,9 +342,10 @@ class Load:
                 targets.append(_Target(key, Box.whole(tensor.shape), tensor))
         return targets
 
-    def _apply(self, index: Index, request: Request) -> None:
+    def _apply(self, index: Index) -> None:
+        request = self._request
         for key, replace in request.values:
-            replace(decode_leaf(bytes(index.values[key]), key))
+            replace(request.decoded[key])
         for leaf, _ in request.tensors:
             if leaf.loaded is not None:
                 leaf.loaded()
@@ -331,9 +358,9 @@ class Load:
         fresh = {item.path for item in request.fresh}
         for item in self._flat.objects:
             if item.path in fresh:
-                _load_object(item, subtree(index, request.whole_tensors, item.path))
+                item.owner.load_state_dict(subtree(index, request.whole_tensors, item.path))
             elif not any(item.path.startswith(f"{path}/") for path in fresh):
-                _load_object(item, item.state)
+                item.owner.load_state_dict(item.state)
 
     def _seed(self, index: Index, per_rank: PerRankLeaf) -> int:
         axes = self.context.mesh if per_rank.leaf.axes is None else per_rank.leaf.axes
@@ -341,18 +368,28 @@ class Load:
         return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
-def read_all(context: LoadContext, iteration: int | None, keys: Iterable[str] | None, label: str) -> dict[str, object]:
+def read_all(
+    context: LoadContext, iteration: int | None, keys: Iterable[str] | None, label: str, unseen: BaseException | None
+) -> dict[str, object]:
     """Full tensors and values of a checkpoint as a nested state on the CPU; see Checkpointer.read."""
-    load = Load(context, {}, iteration, True, torch.device("cpu"), label)
+    load = Load(context, {}, iteration, True, torch.device("cpu"), label, unseen=unseen)
     while True:
         resolved, index = load._resolve()
         wanted = load.select(index, keys)
-        request = Request(whole=wanted)
-        why = load._read(resolved, index, request)
+        load._request = Request(whole=wanted)
+        why = load._read(resolved, index)
         if why is None:
             break
         load._failed[Commit(resolved.epoch, resolved.commit_seq, resolved.iteration)] = why
-    return subtree(index, request.whole_tensors, "", wanted)
+    return subtree(index, load._request.whole_tensors, "", wanted)
+
+
+_DAMAGE = (errno.ENOENT, errno.ESTALE, errno.EIO, errno.ENODATA)
+
+
+def _is_damage(error: CorruptionError | OSError) -> bool:
+    """Whether it is the checkpoint that is at fault, and not this process or its rights (EMFILE, EACCES, ...)."""
+    return isinstance(error, CorruptionError) or error.errno in _DAMAGE
 
 
 def _clip(shard: Shard, entry: TensorEntry) -> tuple[Box, Tensor] | None:
@@ -369,10 +406,3 @@ def _host_buffer(target: Tensor) -> Tensor:
     if target.device.type == "cpu" and not target.is_conj() and not target.is_neg():
         return target
     return torch.empty(target.shape, dtype=target.dtype)
-
-
-def _load_object(leaf: ObjectLeaf, state: dict[str, object]) -> None:
-    if isinstance(leaf.owner, torch.nn.Module) and any(p.is_meta for p in leaf.owner.parameters()):
-        leaf.owner.load_state_dict(state, assign=True)
-    else:
-        leaf.owner.load_state_dict(state)

@@ -5,26 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from distckpt.errors import CheckpointError, MismatchError
 from distckpt.index import Index, Mesh, TensorEntry
-from distckpt.planner import is_container, is_empty_list
+from distckpt.json_value import LIST_MARKER, TUPLE_MARKER, is_container, is_empty_list
+from distckpt.leaf_value import decode_leaf
 from distckpt.sharded_tensor import torch_dtype
-from distckpt.state_dict import (
-    LIST_MARKER,
-    TUPLE_MARKER,
-    FlatState,
-    ObjectLeaf,
-    PerRankLeaf,
-    TensorLeaf,
-    ValueLeaf,
-    decode_leaf,
-    unflatten,
-)
+from distckpt.state_dict import FlatState, ObjectLeaf, PerRankLeaf, TensorLeaf, ValueLeaf, unflatten
 
 _SHOWN = 20
+_LOOKED_AT = 1 << 20  # elements; of more, strides that may overlap are taken to do so
 
 
 @dataclass(slots=True)
@@ -42,7 +35,8 @@ class Request:
     missing: set[str] = field(default_factory=set)
     mismatched: dict[str, str] = field(default_factory=dict)
     asked: set[str] = field(default_factory=set)
-    per_rank_values: dict[str, bytes] = field(default_factory=dict)  # encoded, by key, once read
+    per_rank_values: dict[str, object] = field(default_factory=dict)  # by key, once read
+    decoded: dict[str, object] = field(default_factory=dict)  # the values, by key, once read
 
 
 def select_keys(index: Index, keys: Iterable[str] | None) -> tuple[set[str], list[str]]:
@@ -52,7 +46,7 @@ def select_keys(index: Index, keys: Iterable[str] | None) -> tuple[set[str], lis
         return stored, []
     wanted: set[str] = set()
     missing: list[str] = []
-    for key in keys:
+    for key in [keys] if isinstance(keys, str) else keys:
         below = {k for k in stored if k == key or _home_path(index, k).startswith(f"{key}/")}
         wanted |= below
         missing += [] if below else [key]
@@ -73,7 +67,11 @@ def subtree(
     below = below if wanted is None else below & wanted
     values = {k: v for k, v in index.values.items() if k in below or k == path}
     markers = {k: bytes(v) for k, v in values.items() if is_container(bytes(v))}
-    leaves: dict[str, object] = {k: tensors[k] for k in index.tensors if k in below}
+    leaves: dict[str, object] = {
+        k: tensors[k].numpy() if index.tensors[k].given_as == "numpy" else tensors[k]
+        for k in index.tensors
+        if k in below
+    }
     leaves |= {k: decode_leaf(bytes(v), k) for k, v in values.items() if k not in markers}
     return unflatten(leaves, {k: index.tensors[k].container for k in leaves if k in index.tensors}, markers, path)
 
@@ -105,7 +103,7 @@ def match_state(flat: FlatState, index: Index, mesh: Mesh) -> Request:
         if id(value) in left_out:
             continue
         _match_value(value, index, request)
-    for key, marker in flat.lists.items():
+    for key, marker in flat.fixed.items():
         request.asked.add(key)
         stored = index.values.get(key)
         if (
@@ -124,23 +122,41 @@ def _is_below(key: str, path: str) -> bool:
 
 
 def _match_object(leaf: ObjectLeaf, index: Index, request: Request, left_out: set[int]) -> None:
-    """An object whose state lacks stored keys (a new optimizer) is given the whole stored subtree instead."""
+    """An object whose state lacks stored keys (a new optimizer) is given the whole stored subtree instead.
+
+    Not so a module, which knows all its keys: what it lacks is unexpected, as it is below a dict.
+    """
     stored = {k for k in (*index.tensors, *index.values) if _home_path(index, k).startswith(f"{leaf.path}/")}
     leaves = {k for k in stored if k in index.tensors or not is_container(bytes(index.values[k]))}
     own = {t.key for t in leaf.tensors} | {v.key for v in leaf.values}
+    if isinstance(leaf.owner, torch.nn.Module):
+        return
     request.asked |= stored
     if leaves <= own:
         return
-    if _holds_sharded_parameters(leaf.owner):
+    why = _why_not_whole(leaf, index, leaves - own)
+    if why is not None:
         request.mismatched[leaf.path] = (
-            f"the optimizer has sharded parameters but no state for {sorted(leaves - own)[:3]}...; "
-            f"initialise its state first (torch.distributed.checkpoint.state_dict.get_optimizer_state_dict does)"
+            f"the object has no state for {', '.join(sorted(leaves - own)[:3])}..., and cannot take what is stored: "
+            f"{why}. Initialise its state first (for an optimizer with sharded parameters "
+            f"torch.distributed.checkpoint.state_dict.get_optimizer_state_dict does)"
         )
         return
     request.fresh.append(leaf)
     request.missing |= own - leaves
     left_out |= {id(t) for t in leaf.tensors} | {id(v) for v in leaf.values}
     request.whole |= leaves
+
+
+def _why_not_whole(leaf: ObjectLeaf, index: Index, lacking: set[str]) -> str | None:
+    """Why an object cannot take what is stored below it as plain, full values; None if it can."""
+    sharded = sorted(key for key in lacking if key in index.tensors and index.tensors[key].given_as == "sharded")
+    if sharded:
+        return f"{sharded[0]!r} was saved as shards"
+    if _holds_sharded_parameters(leaf.owner):
+        return "its parameters are sharded"
+    per_rank = sorted(key for key in index.per_rank if _is_below(key, leaf.path))
+    return f"{per_rank[0]!r} is a PerRank" if per_rank else None
 
 
 def _holds_sharded_parameters(owner: object) -> bool:
@@ -182,14 +198,24 @@ def _match_tensor(leaf: TensorLeaf, index: Index, request: Request) -> None:
     ):
         request.mismatched[leaf.key] = f"the state has {leaf.spec.global_shape}, stored is {entry.global_shape}"
     elif any(_shares_elements(shard.data) for shard in leaf.shards):
-        request.mismatched[leaf.key] = "the target is an expanded tensor, whose elements share memory; pass a real one"
+        request.mismatched[leaf.key] = (
+            "elements of the target share memory (it is expanded or overlaps); pass a real one"
+        )
     else:
         request.tensors.append((leaf, entry))
 
 
 def _shares_elements(tensor: Tensor) -> bool:
-    strides = zip(tensor.shape, tensor.stride(), strict=True)
-    return tensor.numel() > 0 and any(n > 1 and stride == 0 for n, stride in strides)
+    """Whether two elements lie in one place."""
+    reach = 0
+    for stride, size in sorted((s, n) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n > 1):
+        if stride == 0 or (stride <= reach and tensor.numel() > _LOOKED_AT):
+            return tensor.numel() > 0
+        if stride <= reach:  # A dimension steps over less than the smaller ones reach: look at every element.
+            places = sum(np.ogrid[tuple(map(slice, tensor.shape))][d] * s for d, s in enumerate(tensor.stride()))
+            return len(np.unique(places)) < tensor.numel()
+        reach += stride * (size - 1)
+    return False
 
 
 def _match_per_rank(per_rank: PerRankLeaf, index: Index, mesh: Mesh, request: Request) -> None:
@@ -211,6 +237,8 @@ def _match_per_rank(per_rank: PerRankLeaf, index: Index, mesh: Mesh, request: Re
             f"it was saved for mesh axes {dict(entry.axes)}, now they are {now}; "
             f"PerRank(..., on_change='reseed' or 'skip') allows the change"
         )
+    elif per_rank.leaf.on_change == "reseed" and not set(per_rank.leaf.axes or ()) <= mesh.keys():
+        request.mismatched[per_rank.key] = f"its axes {per_rank.leaf.axes} are not all in the mesh {list(mesh)}"
     elif per_rank.leaf.on_change == "reseed":
         request.reseed.append(per_rank)
     else:

@@ -10,7 +10,7 @@ from os import PathLike
 
 import torch
 
-from distckpt.checkpointer import Checkpointer, PendingSave, State
+from distckpt.checkpointer import TIMEOUT_S, Checkpointer, PendingSave, State
 from distckpt.coordinator import Coordinator
 from distckpt.index import Mesh
 from distckpt.report import LoadReport, SaveReport
@@ -19,18 +19,28 @@ Path = str | PathLike[str]
 
 
 def save(
-    state: State, directory: Path, *, mesh: Mesh | None = None, coordinator: Coordinator | None = None
+    state: State,
+    directory: Path,
+    *,
+    mesh: Mesh | None = None,
+    coordinator: Coordinator | None = None,
+    timeout_s: float = TIMEOUT_S,
 ) -> SaveReport:
     """Checkpointer.save into a directory of its own. Collective."""
-    with Checkpointer(directory, mesh=mesh, coordinator=coordinator) as checkpointer:
+    with Checkpointer(directory, mesh=mesh, coordinator=coordinator, timeout_s=timeout_s) as checkpointer:
         return checkpointer.save(state, iteration=0)
 
 
 def async_save(
-    state: State, directory: Path, *, mesh: Mesh | None = None, coordinator: Coordinator | None = None
+    state: State,
+    directory: Path,
+    *,
+    mesh: Mesh | None = None,
+    coordinator: Coordinator | None = None,
+    timeout_s: float = TIMEOUT_S,
 ) -> PendingSave:
     """Checkpointer.async_save into a directory of its own. Collective; its failure is raised by wait() only."""
-    checkpointer = Checkpointer(directory, mesh=mesh, coordinator=coordinator)
+    checkpointer = Checkpointer(directory, mesh=mesh, coordinator=coordinator, timeout_s=timeout_s)
     pending = checkpointer.async_save(state, iteration=0)
     pending.add_done_callback(checkpointer.release)
     return pending
@@ -44,13 +54,20 @@ def load(
     device: torch.device | str = "cpu",
     mesh: Mesh | None = None,
     coordinator: Coordinator | None = None,
+    timeout_s: float = TIMEOUT_S,
 ) -> LoadReport:
     """Checkpointer.load from a directory that save wrote. Collective."""
-    with Checkpointer(directory, mesh=mesh, coordinator=coordinator) as checkpointer:
+    with Checkpointer(directory, mesh=mesh, coordinator=coordinator, timeout_s=timeout_s) as checkpointer:
         return checkpointer.load(state, strict=strict, device=device)
 
 
-def read(directory: Path, *, keys: Iterable[str] | None = None, coordinator: Coordinator | None = None) -> State:
+def read(
+    directory: Path,
+    *,
+    keys: Iterable[str] | None = None,
+    coordinator: Coordinator | None = None,
+    timeout_s: float = TIMEOUT_S,
+) -> State:
     """Checkpointer.read from a directory that save wrote. Collective."""
-    with Checkpointer(directory, coordinator=coordinator) as checkpointer:
+    with Checkpointer(directory, coordinator=coordinator, timeout_s=timeout_s) as checkpointer:
         return checkpointer.read(keys=keys)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
-
 from distckpt.errors import InvalidShardingError
-
-OnChange: TypeAlias = Literal["exact", "reseed", "skip"]
+from distckpt.index import OnChange
 
 
 class PerRank:

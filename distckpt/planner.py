@@ -18,7 +18,8 @@ import numpy.typing as npt
 from distckpt.chunk_table import Chunks
 from distckpt.errors import InvalidShardingError
 from distckpt.geometry import Box, Int64Array, boxes_of, find_overlap, first_hole, intersect
-from distckpt.index import MeshCoordinates, Spec
+from distckpt.index import Mesh, MeshCoordinates, OnChange, Spec
+from distckpt.json_value import is_container, is_empty_list
 from distckpt.shard_file import DTYPES
 
 
@@ -26,7 +27,7 @@ class PerRankItem(msgspec.Struct, frozen=True):
     """A value that differs by rank, as one rank announces it. `digest` is of its encoded value."""
 
     axes: tuple[str, ...]
-    on_change: str
+    on_change: OnChange
     digest: int
 
 
@@ -52,7 +53,7 @@ class PerRankPlan:
     """axes: (name, size); holders: (coordinates, writing rank)."""
 
     axes: tuple[tuple[str, int], ...]
-    on_change: str
+    on_change: OnChange
     holders: tuple[tuple[tuple[int, ...], int], ...]
 
 
@@ -95,7 +96,7 @@ def plan_save(ranks: Sequence[RankShards]) -> SavePlan:
     Every key has one spec; its boxes tile the global tensor; equal boxes are replicas, whose samples agree, and are
     written once, by the least loaded rank that has them. Raises InvalidShardingError naming key, rows and ranks.
     """
-    mesh = _join_mesh(ranks)
+    mesh = join_mesh([message.mesh for message in ranks])
     specs = _join_specs(ranks)
     values = _join_values(ranks, specs)
     per_rank = _join_per_rank(ranks)
@@ -106,26 +107,44 @@ def plan_save(ranks: Sequence[RankShards]) -> SavePlan:
     return SavePlan(specs, columns, values, per_rank, mesh, bytes_by_rank)
 
 
-def _join_mesh(ranks: Sequence[RankShards]) -> MeshCoordinates:
-    sizes = {axis: size for axis, (_, size) in ranks[0].mesh.items()}
-    for rank, message in enumerate(ranks):
-        found = {axis: size for axis, (_, size) in message.mesh.items()}
+def join_mesh(ranks: Sequence[Mesh]) -> MeshCoordinates:
+    """The sizes of the mesh of which every rank gave its place. Raises InvalidShardingError naming axis and ranks."""
+    sizes = {axis: size for axis, (_, size) in ranks[0].items()}
+    for rank, mesh in enumerate(ranks):
+        found = {axis: size for axis, (_, size) in mesh.items()}
         if found != sizes:
             raise InvalidShardingError(
                 f"mesh is {sizes} on rank 0 but {found} on rank {rank}; pass one mesh everywhere"
             )
-        outside = {a: c for a, (c, n) in message.mesh.items() if not 0 <= c < n}
+        outside = {axis: at for axis, (at, size) in mesh.items() if not 0 <= at < size}
         if outside:
             raise InvalidShardingError(f"rank {rank}: mesh coordinates {outside} are outside the sizes {sizes}")
     return sizes
 
 
+def check_places(ranks: Sequence[Mesh]) -> None:
+    """Raises InvalidShardingError for a mesh axis that has a coordinate at which no rank stands.
+
+    A single process may take any place: it may be a tool that looks at a job's checkpoint from there.
+    """
+    for axis, size in join_mesh(ranks).items() if len(ranks) > 1 else ():
+        absent = sorted(set(range(size)) - {mesh[axis][0] for mesh in ranks})
+        if absent:
+            raise InvalidShardingError(
+                f"mesh axis {axis!r} has size {size}, but no rank has coordinate {absent[0]}; each rank "
+                f"must give its own (coordinate, size)"
+            )
+
+
 def _join_specs(ranks: Sequence[RankShards]) -> dict[str, Spec]:
     first: dict[str, tuple[Spec, int]] = {}
     containers: dict[str, str | None] = {}
+    sharded: set[str] = set()
     for rank, message in enumerate(ranks):
         for key, spec in message.specs:
             known, by = first.setdefault(key, (spec, rank))
+            if spec.given_as == "sharded":
+                sharded.add(key)
             if known is spec:
                 containers[key] = spec.container
                 continue
@@ -136,7 +155,14 @@ def _join_specs(ranks: Sequence[RankShards]) -> dict[str, Spec]:
                     f"{key!r} is {_describe(known, differing)} on rank {by} but {_describe(spec, differing)} on rank "
                     f"{rank}. One key is one tensor: give shards their global shape, different tensors different keys."
                 )
-    return {key: msgspec.structs.replace(first[key][0], container=containers[key]) for key in sorted(first)}
+    return {
+        key: msgspec.structs.replace(
+            first[key][0],
+            container=containers[key],
+            given_as="sharded" if key in sharded else first[key][0].given_as,
+        )
+        for key in sorted(first)
+    }
 
 
 _SHARED_FIELDS = ("dtype", "global_shape", "partition", "owner", "blocks")
@@ -193,16 +219,6 @@ def _ancestors(key: str) -> Iterator[str]:
     while "/" in key:
         key = key.rpartition("/")[0]
         yield key
-
-
-def is_container(value: bytes) -> bool:
-    """Whether an encoded value only marks an empty dict, or a list that has tensors in it."""
-    return value.startswith((b"{}", b'{"%list":', b'{"%tuple_of":'))
-
-
-def is_empty_list(value: bytes) -> bool:
-    """Whether an encoded value is a list or tuple of nothing."""
-    return value in (b"[]", b'{"%tuple":[]}')
 
 
 def _shorten(value: bytes) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveReport:
-    """One committed save. Seconds are this rank's own; size_bytes is of all ranks' files.
+    """One committed save. Seconds are this rank's own; `bytes` is of all ranks' files.
 
     plan_s: agreeing on who writes what. stage_s: copying the state. stall_s: the time that training stood still,
     the call itself. write_s: checksums, writing, fsync. commit_s: waiting for all ranks and making the checkpoint
@@ -17,7 +17,7 @@ class SaveReport:
 
     iteration: int
     save_id: str
-    size_bytes: int
+    bytes: int
     plan_s: float
     stage_s: float
     stall_s: float
@@ -25,12 +25,12 @@ class SaveReport:
     commit_s: float
     total_s: float
     slowest: Mapping[str, tuple[int, float]]
-    io_backend: str
+    backend: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadReport:
-    """One load. size_bytes is what this rank's state took in, bytes_read what it read from storage for it.
+    """One load. `bytes` is what this rank's state took in, bytes_read what it read from storage for it.
 
     missing: keys the state has and the checkpoint has not; unexpected: stored keys below a container of the state
     that nobody asked for (both empty unless strict=False). fell_back_from: iteration -> why it was passed over.
@@ -39,7 +39,7 @@ class LoadReport:
 
     iteration: int
     save_id: str
-    size_bytes: int
+    bytes: int
     bytes_read: int
     read_s: float
     total_s: float

@@ -6,6 +6,7 @@ between saves.
 
 from __future__ import annotations
 
+import operator
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ import numpy as np
 
 from distckpt._C import crc32c
 from distckpt.adapters import ADAPTERS
-from distckpt.chunk_table import Chunks, encode_record, page_checksums
+from distckpt.assembling import Commitment, Written, chunk_table_of, index_of, raw_json
 from distckpt.commit import (
     HEARTBEAT_S,
     CommitFailed,
@@ -25,18 +26,20 @@ from distckpt.commit import (
     iteration_directory,
     new_save_id,
     pending_marker,
+    sweep,
 )
 from distckpt.coordinator import Coordinator, agree
 from distckpt.errors import CheckpointError, DistributedError, InvalidShardingError, UnsupportedTypeError
 from distckpt.geometry import Box
-from distckpt.index import ChunkTable, Index, Mesh, PerRankEntry, ShardFile, Spec, TensorEntry
-from distckpt.json_value import encode_value
-from distckpt.planner import ChunkColumns, PerRankItem, RankShards, SavePlan, plan_save
+from distckpt.index import Mesh, ShardFile, Spec
+from distckpt.json_value import EMPTY_DICT, encode_value
+from distckpt.leaf_value import encode_leaf
+from distckpt.planner import PerRankItem, RankShards, SavePlan, plan_save
 from distckpt.report import SaveReport
 from distckpt.shard_file import FORMAT, FORMAT_VERSION, Chunk, file_name, nested_json_bytes, split_into_files
 from distckpt.sharded_tensor import Shard
 from distckpt.staging import Arena, StagedFile, stage
-from distckpt.state_dict import EMPTY_DICT, FlatState, PerRankLeaf, encode_leaf, flatten
+from distckpt.state_dict import FlatState, PerRankLeaf, flatten
 from distckpt.storage import FreeSpace, Storage, WriteFile
 from distckpt.transport import sample_checksum
 
@@ -62,15 +65,6 @@ class _Order(msgspec.Struct, frozen=True):
     per_rank: list[str]
 
 
-class _Written(msgspec.Struct, frozen=True):
-    """A rank's message to the commit: its files, and where the shards of its order lie (file int32, start int64)."""
-
-    files: list[ShardFile]
-    file_of: bytes
-    start_of: bytes
-    seconds: dict[str, float]
-
-
 class _Outcome(msgspec.Struct, frozen=True):
     size_bytes: int
     slowest: dict[str, tuple[int, float]]
@@ -85,7 +79,8 @@ class SaveContext:
     mesh: Mesh
     arena: Arena
     timeout_s: float
-    io_backend: str
+    backend: str
+    removal_grace_s: float
     writer: Writer | None = None
     parent: str | None = None
 
@@ -99,6 +94,7 @@ class Save:
     iteration: int
     metadata: object
     label: str
+    unseen: BaseException | None = None  # of an earlier save: raised everywhere if any rank has not seen it
     _metadata: bytes = b"null"
     _shards: list[tuple[str, Spec, Shard]] = field(default_factory=list)
     _encoded: dict[str, bytes] = field(default_factory=dict)
@@ -127,12 +123,15 @@ class Save:
         self._seconds["plan"] = time.perf_counter() - started
 
     def _offer(self) -> _Offer:
+        if self.unseen is not None:
+            raise self.unseen
+        self.iteration = operator.index(self.iteration)
         if self.iteration < 0:
             raise ValueError(f"iteration {self.iteration} is negative")
         shards = self._describe_shards(flatten(self.state, ADAPTERS))
         self.state = {}
         self._metadata = encode_value(self.metadata, "metadata")
-        free = self.context.storage.free_space() or FreeSpace("", 2**62)
+        free = _free_space(self.context.storage)
         return _Offer(self.iteration, self._metadata, shards, free.filesystem_id, free.size_bytes)
 
     def _describe_shards(self, flat: FlatState) -> RankShards:
@@ -147,7 +146,7 @@ class Save:
         boxes = [n for _, _, shard in self._shards for n in (*shard.box.offset, *shard.box.shape)]
         self._encoded = {leaf.key: encode_leaf(leaf.leaf.value, leaf.key) for leaf in flat.per_rank}
         values = {leaf.key: leaf.encoded for leaf in flat.values}
-        values |= flat.lists | dict.fromkeys(flat.empty, EMPTY_DICT)
+        values |= flat.fixed | dict.fromkeys(flat.empty, EMPTY_DICT)
         return RankShards(
             specs=list(number),
             tensor=np.array(of_shard, np.int32).tobytes(),
@@ -174,10 +173,14 @@ class Save:
                     f"iteration {offer.iteration} with {offer.metadata!r}"
                 )
         plan = plan_save([offer.shards for offer in offers])
-        _check_free_space(offers, plan)
         context = self.context
         if context.writer is None:
             context.writer = Writer.claim(context.storage)
+        context.writer.check_fence()
+        # Before space is judged: what dead and retired saves left may be what fills the disk.
+        removed = sweep(context.storage, grace_s=context.removal_grace_s)
+        gained = max(0, _free_space(context.storage).size_bytes - offers[0].free_bytes) if removed else 0
+        _check_free_space(offers, plan, gained)
         save_id = new_save_id()
         self._plan = plan
         self._order = _Order(save_id, context.writer.epoch, b"", [])
@@ -197,7 +200,7 @@ class Save:
         started = time.perf_counter()
         try:
             self._files = self._stage()
-        except Exception as error:
+        except BaseException as error:  # Even an exit: the other ranks are waiting in finish().
             self._stage_error = error
         self._seconds["stage"] = time.perf_counter() - started
 
@@ -210,7 +213,7 @@ class Save:
             Chunk(key, spec.dtype, shard.box.offset, shard.box.shape, shard.box == Box.whole(spec.global_shape))
             for key, spec, shard in mine
         ]
-        per_rank = msgspec.json.encode(_raw({key: self._encoded[key] for key in order.per_rank}))
+        per_rank = msgspec.json.encode(raw_json({key: self._encoded[key] for key in order.per_rank}))
         if not chunks and not order.per_rank and rank != 0:
             return []
         shared = self._shared_metadata()
@@ -246,7 +249,8 @@ class Save:
         """The same, of what belongs to no tensor: in the first file of rank 0, unless it is too long for a header."""
         if self._plan is None:
             return {}
-        shared = {"values": msgspec.json.encode(_raw(self._plan.values)).decode(), "metadata": self._metadata.decode()}
+        values = msgspec.json.encode(raw_json(self._plan.values)).decode()
+        shared = {"values": values, "metadata": self._metadata.decode()}
         return shared if sum(map(len, shared.values())) <= MAX_SHARED_METADATA_BYTES else {}
 
     def finish(self, *, is_async: bool) -> SaveReport:
@@ -264,7 +268,7 @@ class Save:
                     f"{self.label}: commit {self.save_id}",
                     self._write,
                     self._decide_commit,
-                    message=_Written,
+                    message=Written,
                     decision=_Outcome,
                     timeout_s=context.timeout_s,
                     committed_if_lost="unknown",
@@ -276,7 +280,7 @@ class Save:
         self._seconds["commit"] = time.perf_counter() - started - self._seconds["write"]
         return self._report(outcome, is_async)
 
-    def _write(self) -> _Written:
+    def _write(self) -> Written:
         started = time.perf_counter()
         if self._stage_error is not None:
             raise self._stage_error
@@ -295,18 +299,26 @@ class Save:
             file_of[at], start_of[at] = number, staged.layout.starts
         self._files = []
         self._seconds["write"] = time.perf_counter() - started
-        return _Written(files, file_of.tobytes(), start_of.tobytes(), self._seconds)
+        return Written(files, file_of.tobytes(), start_of.tobytes(), self._seconds)
 
-    def _decide_commit(self, ranks: Sequence[_Written]) -> list[_Outcome]:
+    def _decide_commit(self, ranks: Sequence[Written]) -> list[_Outcome]:
         """Rank 0."""
         plan, writer = self._plan, self.context.writer
         assert plan is not None
         assert writer is not None
-        files, records = _join_files(plan, ranks)
+        who = Commitment(
+            save_id=self.save_id,
+            epoch=writer.epoch,
+            commit_seq=writer.commit_seq,
+            iteration=self.iteration,
+            parent=self.context.parent,
+            world_size=self.context.coordinator.world_size,
+            metadata=self._metadata,
+        )
         try:
-            table = self._write_chunk_table(records)
-            index = self._index(plan, writer, files, records, table)
-            writer.publish(index)
+            table, data, places = chunk_table_of(plan, ranks, self.save_id)
+            write_file(self.context.storage, f"{iteration_directory(self.iteration)}/{table.name}", data)
+            writer.publish(index_of(who, plan, ranks, table, places))
         except CommitFailed as error:
             raise DistributedError(
                 f"saving iteration {self.iteration}: {error}",
@@ -321,61 +333,8 @@ class Save:
             phase: max(((rank, w.seconds.get(phase, 0.0)) for rank, w in enumerate(ranks)), key=lambda item: item[1])
             for phase in ("plan", "stage", "write")
         }
-        total = sum(f.size_bytes for f in files) + table.size_bytes
+        total = sum(file.size_bytes for written in ranks for file in written.files) + table.size_bytes
         return [_Outcome(total, slowest)] * len(ranks)
-
-    def _write_chunk_table(self, records: Mapping[str, bytes]) -> ChunkTable:
-        body = b"".join(records.values())
-        trailer = page_checksums(body)
-        name = f"chunks-{self.save_id}.bin"
-        write_file(self.context.storage, f"{iteration_directory(self.iteration)}/{name}", body + trailer)
-        return ChunkTable(
-            name=name,
-            size_bytes=len(body) + len(trailer),
-            records_bytes=len(body),
-            trailer_crc=crc32c(trailer),
-        )
-
-    def _index(
-        self,
-        plan: SavePlan,
-        writer: Writer,
-        files: Sequence[ShardFile],
-        records: Mapping[str, bytes],
-        table: ChunkTable,
-    ) -> Index:
-        positions = np.cumsum([0] + [len(r) for r in records.values()]).tolist()
-        tensors = {
-            key: TensorEntry(**msgspec.structs.asdict(spec), record=(start, len(records[key])))
-            for (key, spec), start in zip(plan.specs.items(), positions, strict=False)
-        }
-        first_file = {f.rank: i for i, f in reversed(list(enumerate(files)))}
-        per_rank = {
-            key: PerRankEntry(
-                axes=entry.axes,
-                on_change=entry.on_change,
-                holders=tuple((at, first_file[rank]) for at, rank in entry.holders),
-            )
-            for key, entry in plan.per_rank.items()
-        }
-        return Index(
-            format=FORMAT,
-            version=FORMAT_VERSION,
-            save_id=self.save_id,
-            epoch=writer.epoch,
-            commit_seq=writer.commit_seq,
-            iteration=self.iteration,
-            parent=self.context.parent,
-            created_unix_s=time.time(),
-            world_size=self.context.coordinator.world_size,
-            mesh=plan.mesh,
-            tensors=tensors,
-            values=_raw(plan.values),
-            metadata=msgspec.Raw(self._metadata),
-            per_rank=per_rank,
-            files=tuple(files),
-            chunk_table=table,
-        )
 
     def _discard(self) -> None:
         """After a failure: rank 0 removes what was written, as far as it can; the next sweep takes the rest."""
@@ -390,7 +349,7 @@ class Save:
         return SaveReport(
             iteration=self.iteration,
             save_id=self.save_id,
-            size_bytes=outcome.size_bytes,
+            bytes=outcome.size_bytes,
             plan_s=s["plan"],
             stage_s=s["stage"],
             stall_s=s["plan"] + s["stage"] if is_async else sum(s.values()),
@@ -398,13 +357,8 @@ class Save:
             commit_s=s["commit"],
             total_s=sum(s.values()),
             slowest=outcome.slowest,
-            io_backend=self.context.io_backend,
+            backend=self.context.backend,
         )
-
-
-def _raw(encoded: Mapping[str, bytes]) -> dict[str, msgspec.Raw]:
-    """Values that are JSON already, to be put into a larger JSON as they are."""
-    return {key: msgspec.Raw(text) for key, text in encoded.items()}
 
 
 def write_file(storage: Storage, name: str, data: bytes | memoryview) -> None:
@@ -418,58 +372,28 @@ def write_file(storage: Storage, name: str, data: bytes | memoryview) -> None:
         raise
 
 
-def _check_free_space(offers: Sequence[_Offer], plan: SavePlan) -> None:
-    """Raises CheckpointError when the ranks of one file system are about to write more than it has room for."""
+def _free_space(storage: Storage) -> FreeSpace:
+    return storage.free_space() or FreeSpace("", 2**62)
+
+
+def _check_free_space(offers: Sequence[_Offer], plan: SavePlan, gained: int) -> None:
+    """Raises CheckpointError when the ranks of one file system are about to write more than it has room for.
+
+    gained: bytes that were freed since the offers.
+    """
     free: dict[str, int] = {}
     needed: dict[str, int] = {}
     for offer, size in zip(offers, plan.bytes_by_rank.tolist(), strict=True):
         free[offer.filesystem_id] = min(offer.free_bytes, free.get(offer.filesystem_id, offer.free_bytes))
         needed[offer.filesystem_id] = needed.get(offer.filesystem_id, 0) + size
     for filesystem_id, size in needed.items():
-        if size > free[filesystem_id]:
+        room = free[filesystem_id] + gained
+        if size > room:
             raise CheckpointError(
-                f"not enough space: the checkpoint takes {size} bytes on file system {filesystem_id}, which has "
-                f"{free[filesystem_id]} bytes free. Nothing was written; free space or lower keep_last."
+                f"not enough space: the checkpoint takes {size} bytes on file system {filesystem_id}, which has {room} "
+                f"bytes free. Nothing was written. Free space there; a checkpoint that keep_last gives up is removed "
+                f"at the first save after its grace period."
             )
-
-
-def _join_files(plan: SavePlan, ranks: Sequence[_Written]) -> tuple[list[ShardFile], dict[str, bytes]]:
-    """All files, and each tensor's chunk table record."""
-    files = [file for written in ranks for file in written.files]
-    first = np.cumsum([0] + [len(written.files) for written in ranks])
-    file_of = [np.frombuffer(w.file_of, np.int32) + base for w, base in zip(ranks, first[:-1], strict=True)]
-    start_of = [np.frombuffer(w.start_of, np.int64) for w in ranks]
-    records: dict[int, bytes] = {}
-    keys = list(plan.specs)
-    for columns in plan.columns:
-        place = _places(columns, plan, len(ranks))
-        file = np.array([file_of[r][i] for r, i in zip(columns.writer, place, strict=True)], np.int64)
-        start = np.array([start_of[r][i] for r, i in zip(columns.writer, place, strict=True)], np.int64)
-        ndim = columns.boxes.shape[1] // 2
-        tensors, at = np.unique(columns.tensor, return_index=True)
-        ends = np.append(at, len(columns.tensor))[1:]
-        for t, low, high in zip(tensors.tolist(), at, ends, strict=True):
-            boxes = columns.boxes[low:high]
-            chunks = Chunks(boxes[:, :ndim], boxes[:, ndim:], file[low:high], start[low:high])
-            records[t] = encode_record(chunks, plan.specs[keys[t]].global_shape)
-    for t, spec in enumerate(plan.specs.values()):
-        if t not in records:
-            records[t] = encode_record(_no_chunks(len(spec.global_shape)), spec.global_shape)
-    return files, {key: records[t] for t, key in enumerate(keys)}
-
-
-def _places(columns: ChunkColumns, plan: SavePlan, world_size: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """Where in its writer's order each chunk stands."""
-    place = np.zeros(len(columns.writer), np.int64)
-    for rank in range(world_size):
-        mine = columns.writer == rank
-        place[mine] = np.searchsorted(plan.shards_of(rank), columns.shard[mine])
-    return place
-
-
-def _no_chunks(ndim: int) -> Chunks:
-    empty = np.zeros((0, ndim), np.int64)
-    return Chunks(empty, empty, np.zeros(0, np.int64), np.zeros(0, np.int64))
 
 
 class _Heartbeat:
@@ -494,4 +418,4 @@ class _Heartbeat:
             try:
                 self._beat()
             except OSError:
-                return  # The save itself finds out what is wrong with the storage.
+                continue  # The save itself finds out what is wrong with the storage.

@@ -196,6 +196,11 @@ class ShardedTensor:
     def shards(self) -> list[Shard]:
         """The boxes of this part, each with the view of `data` that holds it."""
         data = self.data.detach()
+        if data.numel() != sum(box.size for box in self.boxes()):
+            raise InvalidShardingError(
+                f"{self.key!r}: data has been replaced by one of shape {tuple(data.shape)}, not of the size of its "
+                f"box; make a new ShardedTensor"
+            )
         if self._box is not None:
             return [Shard(self._box, data[(None,) * (len(self._box.shape) - data.dim())])]
         return [Shard(box, data.narrow(0, at, box.size).view(box.shape)) for box, at in self._pieces]

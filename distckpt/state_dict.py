@@ -10,8 +10,7 @@ import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
-from typing import Any, Protocol, TypeAlias, TypeGuard, runtime_checkable
+from typing import Any, TypeAlias, cast
 from urllib.parse import quote, unquote
 
 import msgspec
@@ -20,23 +19,22 @@ import torch
 from torch import Tensor
 
 from distckpt.errors import CheckpointError, CorruptionError, InvalidShardingError, UnsupportedTypeError
-from distckpt.geometry import MAX_DIMS, Box
+from distckpt.geometry import Box
 from distckpt.index import Spec
-from distckpt.json_value import MAX_DEPTH, ArrayValue, decode_value, encode_value
+from distckpt.json_value import LIST_MARKER, TUPLE_MARKER, decode_value, encode_value
+from distckpt.leaf_value import (
+    PLAIN_TENSOR_TYPES,
+    Stateful,
+    check_storable,
+    encode_leaf,
+    is_plain_value,
+    is_stateful,
+)
+from distckpt.meta import RealTensors
 from distckpt.per_rank import PerRank
-from distckpt.shard_file import DTYPES
-from distckpt.sharded_tensor import Shard, ShardedTensor, dtype_name, is_text, torch_dtype
+from distckpt.sharded_tensor import Shard, ShardedTensor, dtype_name, is_text
 
 Setter: TypeAlias = Callable[[object], None]
-
-
-@runtime_checkable
-class Stateful(Protocol):
-    """An object that keeps its own state: a module, an optimizer, a scheduler."""
-
-    def state_dict(self) -> Mapping[str, object]: ...
-
-    def load_state_dict(self, state_dict: Mapping[str, object]) -> object: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +103,8 @@ class ObjectLeaf:
 class FlatState:
     """The leaves of one state. `containers` are the paths of its dicts and lists, the root ("") left out.
 
-    `lists` holds the length marker of each list that has tensors in it, by key. `finish` runs, in order,
+    `fixed` holds what must be stored as it is here, by key: the length marker of each list that has tensors in it,
+    the context of each tensor subclass. `finish` runs, in order,
     once everything is loaded: it rebuilds tuples and merges. Inner ones come before outer ones.
     """
 
@@ -114,13 +113,9 @@ class FlatState:
     per_rank: list[PerRankLeaf] = field(default_factory=list)
     objects: list[ObjectLeaf] = field(default_factory=list)
     containers: set[str] = field(default_factory=set)
-    lists: dict[str, bytes] = field(default_factory=dict)
+    fixed: dict[str, bytes] = field(default_factory=dict)
     empty: list[str] = field(default_factory=list)
     finish: list[Callable[[], None]] = field(default_factory=list)
-
-
-EMPTY_DICT = b"{}"
-LIST_MARKER, TUPLE_MARKER = b'{"%list":', b'{"%tuple_of":'
 
 
 def segment(key: object, where: str) -> str:
@@ -142,6 +137,8 @@ def _key_of_segment(text: str) -> object:
         except TypeError as error:
             raise CorruptionError(f"path segment {text!r} is not the key of a dict") from error
         return key
+    if _LIST_ITEM.fullmatch(text):  # A position beside keys of other kinds: they stood in one list.
+        return int(text[2:])
     return unquote(text)
 
 
@@ -171,6 +168,7 @@ class _Flattener:
         self._flat = flat
         self._adapters = adapters
         self._open: set[int] = set()
+        self._real = RealTensors()
 
     def dictionary(self, state: dict[Any, object], path: str) -> None:
         """`state` is changed by the setters of its leaves, never here."""
@@ -207,7 +205,7 @@ class _Flattener:
                 self._flat.empty.append(path)
         elif type(value) in (list, tuple) and not is_plain_value(value):
             self._sequence(value, path, replace)  # type: ignore[arg-type]
-        elif _is_stateful(value):
+        elif is_stateful(value):
             self._object(value, path)
         else:
             self._flat.values.append(ValueLeaf(path, encode_value(value, path), replace))
@@ -233,18 +231,18 @@ class _Flattener:
         for part in parts:
             key = part.key if container is not None else path or part.key
             check_storable(part.data, key)
-            spec = msgspec.structs.replace(part.spec, container=container)
+            spec = msgspec.structs.replace(part.spec, container=container, given_as="sharded")
             materialize = _materialize_part(part) if part.data.is_meta else None
             self._flat.tensors.append(TensorLeaf(key, spec, part.shards(), part.allow_shape_mismatch, materialize))
 
     def _tensor(self, tensor: Tensor, path: str, replace: Setter) -> None:
-        if type(tensor) not in _PLAIN_TENSOR_TYPES:
+        if type(tensor) not in PLAIN_TENSOR_TYPES:
             self._subclass(tensor, path)
             return
         check_storable(tensor, path)
         spec = Spec(dtype=dtype_name(tensor.dtype, path), global_shape=tuple(tensor.shape))
         shard = Shard(Box.whole(tensor.shape), tensor.detach())
-        materialize = _materialize_tensor(tensor, replace) if tensor.is_meta else None
+        materialize = _materialize_tensor(tensor, self._real, replace) if tensor.is_meta else None
         self._flat.tensors.append(TensorLeaf(path, spec, [shard], materialize=materialize))
 
     def _subclass(self, tensor: Tensor, path: str) -> None:
@@ -255,8 +253,13 @@ class _Flattener:
                 f"{path!r}: a {type(tensor).__qualname__} has no __tensor_flatten__ and cannot be stored as it is; "
                 f"store the plain tensors it is made of"
             )
-        inner: dict[object, object] = {name: getattr(tensor, name) for name in names()[0]}
+        inner_names, context = names()
+        inner: dict[object, object] = {name: getattr(tensor, name) for name in inner_names}
+        if any(isinstance(part, Tensor) and part.is_meta for part in inner.values()):
+            raise UnsupportedTypeError(f"{path!r}: a {type(tensor).__qualname__} on the meta device; make it real")
         self.dictionary(inner, path)
+        # What is no tensor in it (a scale, a shape) cannot be filled in place: it must be what was stored.
+        self._flat.fixed[f"{path}/%c"] = encode_leaf(context, f"{path} (the context of a {type(tensor).__qualname__})")
 
     def _array(self, array: np.ndarray[tuple[int, ...], np.dtype[np.generic]], path: str, replace: Setter) -> None:
         if type(array) is not np.ndarray:
@@ -269,7 +272,7 @@ class _Flattener:
         except TypeError as error:
             raise UnsupportedTypeError(f"{path!r}: arrays of dtype {array.dtype} cannot be stored") from error
         check_storable(tensor, path)
-        spec = Spec(dtype=dtype_name(tensor.dtype, path), global_shape=tuple(array.shape))
+        spec = Spec(dtype=dtype_name(tensor.dtype, path), global_shape=tuple(array.shape), given_as="numpy")
 
         def loaded() -> None:
             if native is array:
@@ -291,7 +294,7 @@ class _Flattener:
         own_keyed = all(t.spec.container is not None for t in self._flat.tensors[before:])
         if not (own_keyed and len(self._flat.tensors) > before):
             # Stages may have lists of different lengths if all in them have keys of their own.
-            self._flat.lists[path] = marker + b"%d}" % len(items)
+            self._flat.fixed[path] = marker + b"%d}" % len(items)
         if isinstance(value, tuple):
             self._flat.finish.append(lambda: replace(tuple(items)))
         self._open.discard(id(value))
@@ -306,9 +309,6 @@ class _Flattener:
         flat.objects.append(ObjectLeaf(path, value, state, flat.tensors[tensors:], flat.values[values:]))
 
 
-_PLAIN_TENSOR_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
-
-
 def _item_setter(container: dict[Any, object] | list[object], key: Any) -> Setter:
     return lambda value: container.__setitem__(key, value)
 
@@ -321,121 +321,23 @@ def _materialize_part(part: ShardedTensor) -> Callable[[torch.device], list[Shar
     return materialize
 
 
-def _materialize_tensor(tensor: Tensor, replace: Setter) -> Callable[[torch.device], list[Shard]]:
+def _materialize_tensor(tensor: Tensor, real: RealTensors, replace: Setter) -> Callable[[torch.device], list[Shard]]:
     def materialize(device: torch.device) -> list[Shard]:
-        data = torch.empty_like(tensor, device=device, requires_grad=False)
-        is_parameter = isinstance(tensor, torch.nn.Parameter)
-        replace(torch.nn.Parameter(data, tensor.requires_grad) if is_parameter else data)
-        return [Shard(Box.whole(data.shape), data)]
+        made = real.make(tensor, device)
+        replace(made)
+        return [Shard(Box.whole(made.shape), made.detach())]
 
     return materialize
 
 
-def check_storable(tensor: Tensor, key: str) -> None:
-    """Raises UnsupportedTypeError for a tensor that is not a dense block of elements."""
-    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
-        kind = "quantized" if tensor.is_quantized else "nested" if tensor.is_nested else str(tensor.layout)
-        raise UnsupportedTypeError(f"{key!r}: a {kind} tensor cannot be stored; store the dense tensors it is made of")
-    if tensor.dim() > MAX_DIMS:
-        raise UnsupportedTypeError(f"{key!r}: {tensor.dim()} dimensions, at most {MAX_DIMS} can be stored")
-    if torch.nn.parameter.is_lazy(tensor):
-        raise UnsupportedTypeError(f"{key!r}: the parameter is not initialised; run one forward pass first")
-
-
-def is_plain_value(value: object) -> bool:
-    """Whether a list, tuple or dict holds nothing but what JSON values are made of."""
-    seen: set[int] = set()  # A container may hold itself, which is for those to refuse who store it.
-    pending = [value]
-    while pending:
-        item = pending.pop()
-        if isinstance(item, dict) or type(item) in (list, tuple):
-            if id(item) not in seen:
-                seen.add(id(item))
-                pending += item.values() if isinstance(item, dict) else item  # type: ignore[arg-type]
-        elif not (item is None or isinstance(item, _PLAIN_VALUE_TYPES)):
-            return False
-    return True
-
-
-_PLAIN_VALUE_TYPES = (bool, int, float, complex, str, bytes, bytearray, np.generic)
-
-
-def _is_stateful(value: object) -> TypeGuard[Stateful]:
-    return isinstance(value, Stateful) and not isinstance(value, type)
-
-
-def encode_leaf(value: object, key: str) -> bytes:
-    """The JSON of a value: plain, or of a PerRank with its tensors, arrays and objects' states."""
-    return encode_value(_to_value(value, key, 0), key)
-
-
-def decode_leaf(encoded: bytes, key: str) -> object:
-    """The value again. Raises CorruptionError for anything `encode_leaf` does not write."""
-    return _from_value(decode_value(encoded, key), key)
-
-
-def _to_value(value: object, key: str, depth: int) -> object:
-    if value is None or isinstance(value, _PLAIN_VALUE_TYPES):
-        return value
-    if depth > MAX_DEPTH:
-        raise UnsupportedTypeError(f"{key!r}: nested more than {MAX_DEPTH} deep (or containing itself)")
-    if isinstance(value, Tensor):
-        if type(value) not in _PLAIN_TENSOR_TYPES:
-            raise UnsupportedTypeError(f"{key!r}: a PerRank may not hold a {type(value).__qualname__}")
-        check_storable(value, key)
-        data = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
-        raw = data.reshape(-1).view(torch.uint8).numpy().tobytes() if data.numel() else b""
-        return ArrayValue(dtype_name(value.dtype, key), tuple(value.shape), raw)
-    if isinstance(value, np.ndarray):
-        if type(value) is not np.ndarray:
-            raise UnsupportedTypeError(f"{key!r}: a PerRank may not hold a {type(value).__qualname__}")
-        native = value.astype(value.dtype.newbyteorder("="), order="C")
-        if native.dtype.name not in DTYPES or native.ndim > MAX_DIMS:
-            raise UnsupportedTypeError(f"{key!r}: {value.ndim}-d arrays of dtype {value.dtype} cannot be stored")
-        return ArrayValue(_NUMPY + native.dtype.name, value.shape, native.tobytes())
-    if type(value) in (dict, OrderedDict):
-        return {k: _to_value(v, key, depth + 1) for k, v in value.items()}  # type: ignore[attr-defined]
-    if type(value) in (list, tuple):
-        return type(value)(_to_value(v, key, depth + 1) for v in value)  # type: ignore[call-arg,attr-defined]
-    if isinstance(value, (ShardedTensor, PerRank)):
-        raise UnsupportedTypeError(f"{key!r}: a PerRank may not hold a {type(value).__name__}")
-    if _is_stateful(value):
-        return _to_value(dict(value.state_dict()), key, depth + 1)
-    return value
-
-
-_NUMPY = "numpy."
-
-
-def set_per_rank(leaf: PerRankLeaf, encoded: bytes) -> None:
-    """Give a PerRank its stored value; raises CorruptionError if it cannot be decoded."""
-    stored = decode_leaf(encoded, leaf.key)
+def set_per_rank(leaf: PerRankLeaf, stored: object) -> None:
+    """Give a PerRank its stored value, decoded."""
     value = leaf.leaf.value
     leaf.leaf.seed = None
-    if _is_stateful(value):
-        value.load_state_dict(stored)  # type: ignore[arg-type]
+    if is_stateful(value):
+        value.load_state_dict(cast("dict[str, object]", stored))
     else:
         leaf.leaf.value = stored
-
-
-def _from_value(value: object, key: str) -> object:
-    if isinstance(value, ArrayValue):
-        name = value.dtype.removeprefix(_NUMPY)
-        if name not in DTYPES or prod(value.shape) * DTYPES[name].item_bytes != len(value.data):
-            raise CorruptionError(f"{key!r}: {value.dtype} {value.shape} in {len(value.data)} bytes")
-        if name != value.dtype:
-            if name not in np.sctypeDict:
-                raise CorruptionError(f"{key!r}: NumPy has no {name}")
-            return np.frombuffer(value.data, np.dtype(name)).reshape(value.shape).copy()
-        tensor = torch.empty(value.shape, dtype=torch_dtype(name, key))
-        if tensor.numel():
-            tensor.reshape(-1).view(torch.uint8).copy_(torch.frombuffer(bytearray(value.data), dtype=torch.uint8))
-        return tensor
-    if type(value) is dict:
-        return {k: _from_value(v, key) for k, v in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_from_value(v, key) for v in value)  # type: ignore[call-arg,attr-defined]
-    return value
 
 
 def unflatten(

@@ -13,6 +13,7 @@ from distckpt._C import crc32c
 
 _CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 _SAMPLES = 64
+_SMALL_BYTES = 64 << 10
 
 
 def carrier(tensor: Tensor) -> Tensor:
@@ -28,13 +29,13 @@ def copy_to_host(source: Tensor, target: Tensor) -> None:
 
 
 def sample_checksum(tensor: Tensor) -> int:
-    """CRC32C of up to 64 elements spread over the tensor, the first and the last among them.
+    """CRC32C of all elements of a tensor of up to 64 KiB, else of 64 spread over it, the first and the last among them.
 
     Equal tensors have equal samples, whatever their strides and devices.
     """
     elements = carrier(tensor)
     count = elements.numel()
-    if count > _SAMPLES:
+    if elements.nbytes > _SMALL_BYTES:
         flat = torch.linspace(0, count - 1, _SAMPLES, dtype=torch.float64, device=elements.device).long()
         elements = elements[torch.unravel_index(flat, elements.shape)]
     return crc32c(elements.cpu().contiguous().reshape(-1).numpy()) if count else 0

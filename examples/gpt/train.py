@@ -117,7 +117,7 @@ class Save:
         for name in ("plan", "stage", "write", "commit"):
             begin, end = end, end + getattr(report, f"{name}_s")
             phases[name] = [begin, end]
-        return {"save": self.iteration, "bytes": report.size_bytes, "stall_ms": stall_ms, "phases": phases}
+        return {"save": self.iteration, "bytes": report.bytes, "stall_ms": stall_ms, "phases": phases}
 
 
 def main() -> None:

@@ -1,0 +1,139 @@
+"""Assembling: what the ranks planned and wrote, as one index and one chunk table. Pure; writes nothing itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+
+from distckpt._C import crc32c
+from distckpt.chunk_table import Chunks, encode_record, page_checksums
+from distckpt.geometry import Int64Array
+from distckpt.index import ChunkTable, Index, PerRankEntry, ShardFile, TensorEntry
+from distckpt.planner import ChunkColumns, SavePlan
+from distckpt.shard_file import FORMAT, FORMAT_VERSION
+
+
+class Written(msgspec.Struct, frozen=True):
+    """What one rank wrote: its files, and where the shards of its order lie (file int32, start int64)."""
+
+    files: list[ShardFile]
+    file_of: bytes
+    start_of: bytes
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Commitment:
+    """Who saves what: the facts of an index that are in no plan. `metadata` is encoded JSON."""
+
+    save_id: str
+    epoch: int
+    commit_seq: int
+    iteration: int
+    parent: str | None
+    world_size: int
+    metadata: bytes
+
+
+def chunk_table_of(
+    plan: SavePlan, ranks: Sequence[Written], save_id: str
+) -> tuple[ChunkTable, bytes, dict[str, tuple[int, int]]]:
+    """The chunk table as the index names it, its bytes, and where each tensor's record lies in them."""
+    records = _records(plan, ranks)
+    positions = np.cumsum([0] + [len(record) for record in records.values()]).tolist()
+    body = b"".join(records.values())
+    trailer = page_checksums(body)
+    table = ChunkTable(
+        name=f"chunks-{save_id}.bin",
+        size_bytes=len(body) + len(trailer),
+        records_bytes=len(body),
+        trailer_crc=crc32c(trailer),
+    )
+    places = {key: (at, len(record)) for (key, record), at in zip(records.items(), positions, strict=False)}
+    return table, body + trailer, places
+
+
+def index_of(
+    who: Commitment,
+    plan: SavePlan,
+    ranks: Sequence[Written],
+    table: ChunkTable,
+    places: Mapping[str, tuple[int, int]],
+) -> Index:
+    """The index of a save whose files are all written."""
+    files = [file for written in ranks for file in written.files]
+    first_file = {file.rank: number for number, file in reversed(list(enumerate(files)))}
+    return Index(
+        format=FORMAT,
+        version=FORMAT_VERSION,
+        save_id=who.save_id,
+        epoch=who.epoch,
+        commit_seq=who.commit_seq,
+        iteration=who.iteration,
+        parent=who.parent,
+        created_unix_s=time.time(),
+        world_size=who.world_size,
+        mesh=plan.mesh,
+        tensors={
+            key: TensorEntry(**msgspec.structs.asdict(spec), record=places[key]) for key, spec in plan.specs.items()
+        },
+        values=raw_json(plan.values),
+        metadata=msgspec.Raw(who.metadata),
+        per_rank={
+            key: PerRankEntry(
+                axes=entry.axes,
+                on_change=entry.on_change,
+                holders=tuple((at, first_file[rank]) for at, rank in entry.holders),
+            )
+            for key, entry in plan.per_rank.items()
+        },
+        files=tuple(files),
+        chunk_table=table,
+    )
+
+
+def raw_json(encoded: Mapping[str, bytes]) -> dict[str, msgspec.Raw]:
+    """Values that are JSON already, to be put into a larger JSON as they are."""
+    return {key: msgspec.Raw(text) for key, text in encoded.items()}
+
+
+def _records(plan: SavePlan, ranks: Sequence[Written]) -> dict[str, bytes]:
+    """Each tensor's chunk table record, by key."""
+    first = np.cumsum([0] + [len(written.files) for written in ranks])
+    file_of = [np.frombuffer(w.file_of, np.int32) + base for w, base in zip(ranks, first[:-1], strict=True)]
+    start_of = [np.frombuffer(w.start_of, np.int64) for w in ranks]
+    records: dict[int, bytes] = {}
+    keys = list(plan.specs)
+    for columns in plan.columns:
+        place = _places(columns, plan, len(ranks))
+        file = np.array([file_of[r][i] for r, i in zip(columns.writer, place, strict=True)], np.int64)
+        start = np.array([start_of[r][i] for r, i in zip(columns.writer, place, strict=True)], np.int64)
+        ndim = columns.boxes.shape[1] // 2
+        tensors, at = np.unique(columns.tensor, return_index=True)
+        ends = np.append(at, len(columns.tensor))[1:]
+        for t, low, high in zip(tensors.tolist(), at, ends, strict=True):
+            boxes = columns.boxes[low:high]
+            chunks = Chunks(boxes[:, :ndim], boxes[:, ndim:], file[low:high], start[low:high])
+            records[t] = encode_record(chunks, plan.specs[keys[t]].global_shape)
+    for t, spec in enumerate(plan.specs.values()):
+        if t not in records:
+            records[t] = encode_record(_no_chunks(len(spec.global_shape)), spec.global_shape)
+    return {key: records[t] for t, key in enumerate(keys)}
+
+
+def _places(columns: ChunkColumns, plan: SavePlan, world_size: int) -> Int64Array:
+    """Where in its writer's order each chunk stands."""
+    place = np.zeros(len(columns.writer), np.int64)
+    for rank in range(world_size):
+        mine = columns.writer == rank
+        place[mine] = np.searchsorted(plan.shards_of(rank), columns.shard[mine])
+    return place
+
+
+def _no_chunks(ndim: int) -> Chunks:
+    empty = np.zeros((0, ndim), np.int64)
+    return Chunks(empty, empty, np.zeros(0, np.int64), np.zeros(0, np.int64))
