@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -180,3 +181,59 @@ def test_rank_0_that_cannot_look_is_raised_on_all(storage: MemoryStorage) -> Non
     check_raised(
         on_both(failing, lambda c, rank: c.iterations(), other=storage), DistributedError, "rank 0 of 2: OSError"
     )
+
+
+@pytest.mark.parametrize("verb", ["ask", "load", "read", "save"])
+def test_failed_async_save_that_one_rank_has_seen_is_raised_on_all_by_the_next_call(
+    storage: MemoryStorage, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    stage = saving.stage
+    failed: set[str] = set()
+
+    def fail_once_a_rank(*arguments: Any, **options: Any) -> Any:
+        name = threading.current_thread().name
+        if name not in failed:
+            failed.add(name)
+            raise MemoryError("no room for the copy")
+        return stage(*arguments, **options)
+
+    monkeypatch.setattr(saving, "stage", fail_once_a_rank)
+
+    def call(checkpointer: Checkpointer, rank: int) -> object:
+        pending = checkpointer.async_save(make_state(30), iteration=30)
+        if rank == 0:
+            with pytest.raises(DistributedError, match="no room"):
+                pending.wait()
+        match verb:
+            case "ask":
+                return checkpointer.iterations()
+            case "load":
+                return checkpointer.load(make_state(0))
+            case "read":
+                return checkpointer.read()
+        return checkpointer.save(make_state(40), iteration=40)
+
+    check_raised(on_both(storage, call), DistributedError, "no room for the copy")
+    assert on_both(storage, lambda c, rank: c.iterations()) == [[10, 20]] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ([{}, {"io_backend": "pigeon"}], "rank 1 of 2: ValueError"),
+        ([{"mesh": {"dp": (0, 2)}}, {"mesh": {"dp": (1, 3)}}], "mesh"),
+        ([{"mesh": {"dp": (0, 2)}}, {"mesh": {"tp": (1, 2)}}], "mesh"),
+        ([{"mesh": {"dp": (0, 2)}}, {"mesh": {"dp": (2, 2)}}], "mesh"),
+    ],
+)
+def test_rank_that_cannot_open_the_root_is_raised_on_all(tmp_path: Path, options: list[Any], text: str) -> None:
+    def run(coordinator: Coordinator) -> object:
+        try:
+            return Checkpointer(tmp_path, coordinator=coordinator, timeout_s=20, **options[coordinator.rank])
+        except CheckpointError as error:
+            return error
+
+    results = run_ranks(2, run)
+    for result in results:
+        assert isinstance(result, CheckpointError), repr(result)
+        assert text in str(result)
