@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from distckpt.chunk_table import Chunks
 from distckpt.errors import InvalidShardingError
-from distckpt.geometry import Box, Int64Array, boxes_of, find_overlap, first_hole, intersect
+from distckpt.geometry import Box, Int64Array, boxes_of, find_overlap, first_hole, intersect, is_tiling
 from distckpt.index import Mesh, MeshCoordinates, OnChange, Spec
 from distckpt.json_value import is_container, is_empty_list
 from distckpt.shard_file import DTYPES
@@ -332,6 +332,8 @@ def _check_tiling(
         tensors, starts, counts = np.unique(chunks.tensor, return_index=True, return_counts=True)
         for t, start, count in zip(tensors[counts > 1], starts[counts > 1], counts[counts > 1], strict=True):
             boxes = chunks.boxes[start : start + count]
+            if is_tiling(boxes[:, :ndim], boxes[:, ndim:], specs[keys[t]].global_shape):
+                continue
             overlap = find_overlap(boxes[:, :ndim], boxes[:, ndim:])
             if overlap:
                 raise _overlap_error(keys[t], specs[keys[t]], chunks, start + overlap[0], start + overlap[1], group)
