@@ -57,9 +57,7 @@ class MemoryStorage:
     does and raises ENOSPC.
     """
 
-    def __init__(
-        self, *, clock: Callable[[], float] = time.monotonic, capacity_bytes: int | None = None
-    ) -> None:
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic, capacity_bytes: int | None = None) -> None:
         self._clock = clock
         self._capacity_bytes = capacity_bytes
         self._lock = threading.RLock()

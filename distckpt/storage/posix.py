@@ -282,9 +282,7 @@ class _BlockIOPool:
         try:
             block_io = idle.pop()
         except IndexError:
-            block_io = _C.BlockIO(
-                self._backend, request_size=self._request_size, queue_depth=self._queue_depth
-            )
+            block_io = _C.BlockIO(self._backend, request_size=self._request_size, queue_depth=self._queue_depth)
         yield block_io
         # Not after an error: a BlockIO that failed half-way is not used again.
         idle.append(block_io)
