@@ -506,6 +506,35 @@ MUTANTS = (
         ALL_RANKS,
         ALONE,
     ),
+    Mutant(
+        "every rank opens the root for itself",
+        "distckpt/checkpointer.py",
+        '    agree(coordinator, "open", ',
+        '    _alone(coordinator, "open", ',
+        ALL_RANKS,
+        ALONE,
+    ),
+    Mutant(
+        "a failed save that some ranks have seen is asked about alone",
+        "distckpt/checkpointer.py",
+        "            if unseen is not None:\n                raise unseen\n\n        return agree(\n",
+        "            pass\n\n        if unseen is not None:\n            raise unseen\n        return agree(\n",
+        ALL_RANKS,
+    ),
+    Mutant(
+        "a failed save that some ranks have seen is not raised by a load",
+        "distckpt/loading.py",
+        "            if self.unseen is not None:\n",
+        "            if False:\n",
+        ALL_RANKS,
+    ),
+    Mutant(
+        "a failed save that some ranks have seen is not raised by a save",
+        "distckpt/saving.py",
+        "        if self.unseen is not None:\n",
+        "        if False:\n",
+        ALL_RANKS,
+    ),
     # Agreement itself
     Mutant(
         "agree: ranks may be in different phases",
