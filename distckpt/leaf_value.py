@@ -16,7 +16,7 @@ from distckpt.geometry import MAX_DIMS
 from distckpt.json_value import MAX_DEPTH, ArrayValue, decode_value, encode_value
 from distckpt.per_rank import PerRank
 from distckpt.shard_file import DTYPES
-from distckpt.sharded_tensor import ShardedTensor, dtype_name, torch_dtype
+from distckpt.sharded_tensor import PLAIN_TENSOR_TYPES, ShardedTensor, dtype_name, torch_dtype
 
 
 @runtime_checkable
@@ -28,7 +28,6 @@ class Stateful(Protocol):
     def load_state_dict(self, state_dict: Mapping[str, object]) -> object: ...
 
 
-PLAIN_TENSOR_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 PLAIN_VALUE_TYPES = (bool, int, float, complex, str, bytes, bytearray, np.generic)
 _NUMPY = "numpy."
 

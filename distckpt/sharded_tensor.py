@@ -13,6 +13,8 @@ from distckpt.geometry import MAX_DIMS, Box, flat_range_boxes
 from distckpt.index import Spec
 from distckpt.shard_file import DTYPES
 
+PLAIN_TENSOR_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:
@@ -34,7 +36,8 @@ class ShardedTensor:
         coordinate holds the tensor; the number of sub-blocks of each dimension that are split one by one.
     allow_shape_mismatch: load what the stored tensor and this one have in common (a padded vocabulary).
 
-    Raises InvalidShardingError when the part does not lie inside the global tensor.
+    Raises InvalidShardingError when the part does not lie inside the global tensor, UnsupportedTypeError when data
+    is a tensor subclass, of which no part is a box of plain elements.
     """
 
     def __init__(
@@ -195,6 +198,7 @@ class ShardedTensor:
 
     def shards(self) -> list[Shard]:
         """The boxes of this part, each with the view of `data` that holds it."""
+        _check_tensor(self.key, self.data)
         data = self.data.detach()
         if data.numel() != sum(box.size for box in self.boxes()):
             raise InvalidShardingError(
@@ -213,6 +217,10 @@ class ShardedTensor:
 def _check_tensor(key: str, data: object) -> None:
     if not isinstance(data, Tensor):
         raise UnsupportedTypeError(f"{key!r}: data is a {type(data).__name__}, expected a torch.Tensor")
+    if type(data) not in PLAIN_TENSOR_TYPES:
+        raise UnsupportedTypeError(
+            f"{key!r}: data is a {type(data).__qualname__}; give each plain tensor that it is made of a ShardedTensor"
+        )
 
 
 def _flat_pieces(boxes: Sequence[Box], start: int, stop: int) -> Iterator[tuple[Box, int]]:

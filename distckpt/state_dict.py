@@ -23,7 +23,6 @@ from distckpt.geometry import Box
 from distckpt.index import Spec
 from distckpt.json_value import LIST_MARKER, TUPLE_MARKER, decode_value, encode_value
 from distckpt.leaf_value import (
-    PLAIN_TENSOR_TYPES,
     Stateful,
     check_storable,
     encode_leaf,
@@ -32,7 +31,7 @@ from distckpt.leaf_value import (
 )
 from distckpt.meta import RealTensors
 from distckpt.per_rank import PerRank
-from distckpt.sharded_tensor import Shard, ShardedTensor, dtype_name, is_text
+from distckpt.sharded_tensor import PLAIN_TENSOR_TYPES, Shard, ShardedTensor, dtype_name, is_text
 
 Setter: TypeAlias = Callable[[object], None]
 
