@@ -14,7 +14,15 @@ from distckpt.index import Index, Mesh, TensorEntry
 from distckpt.json_value import LIST_MARKER, TUPLE_MARKER, is_container, is_empty_list
 from distckpt.leaf_value import decode_leaf
 from distckpt.sharded_tensor import torch_dtype
-from distckpt.state_dict import FlatState, ObjectLeaf, PerRankLeaf, TensorLeaf, ValueLeaf, unflatten
+from distckpt.state_dict import (
+    FlatState,
+    ObjectLeaf,
+    PerRankLeaf,
+    TensorLeaf,
+    ValueLeaf,
+    is_context,
+    unflatten,
+)
 
 _SHOWN = 20
 _LOOKED_AT = 1 << 20  # elements; of more, strides that may overlap are taken to do so
@@ -95,7 +103,7 @@ def match_state(flat: FlatState, index: Index, mesh: Mesh) -> Request:
     request = Request()
     left_out: set[int] = set()
     for leaf in flat.objects:
-        _match_object(leaf, index, request, left_out)
+        _match_object(leaf, flat.fixed, index, request, left_out)
     for tensor in flat.tensors:
         if id(tensor) not in left_out:
             _match_tensor(tensor, index, request)
@@ -106,11 +114,11 @@ def match_state(flat: FlatState, index: Index, mesh: Mesh) -> Request:
     for key, marker in flat.fixed.items():
         request.asked.add(key)
         stored = index.values.get(key)
-        if (
-            stored is not None
-            and bytes(stored) != marker
-            and not any(_is_below(key, leaf.path) for leaf in request.fresh)
-        ):
+        if any(_is_below(key, leaf.path) for leaf in request.fresh):
+            continue
+        if stored is None and is_context(key):  # What was stored there was no tensor subclass.
+            request.missing.add(key)
+        elif stored is not None and bytes(stored) != marker:
             request.mismatched[key] = f"the state has {marker.decode()}, stored is {bytes(stored).decode()}"
     for per_rank in flat.per_rank:
         _match_per_rank(per_rank, index, mesh, request)
@@ -121,7 +129,7 @@ def _is_below(key: str, path: str) -> bool:
     return key == path or key.startswith(f"{path}/")
 
 
-def _match_object(leaf: ObjectLeaf, index: Index, request: Request, left_out: set[int]) -> None:
+def _match_object(leaf: ObjectLeaf, fixed: Iterable[str], index: Index, request: Request, left_out: set[int]) -> None:
     """An object whose state lacks stored keys (a new optimizer) is given the whole stored subtree instead.
 
     Not so a module, which knows all its keys: what it lacks is unexpected, as it is below a dict.
@@ -129,6 +137,7 @@ def _match_object(leaf: ObjectLeaf, index: Index, request: Request, left_out: se
     stored = {k for k in (*index.tensors, *index.values) if _home_path(index, k).startswith(f"{leaf.path}/")}
     leaves = {k for k in stored if k in index.tensors or not is_container(bytes(index.values[k]))}
     own = {t.key for t in leaf.tensors} | {v.key for v in leaf.values}
+    own |= {key for key in fixed if is_context(key) and _is_below(key, leaf.path)}
     if isinstance(leaf.owner, torch.nn.Module):
         return
     request.asked |= stored
@@ -153,6 +162,9 @@ def _why_not_whole(leaf: ObjectLeaf, index: Index, lacking: set[str]) -> str | N
     sharded = sorted(key for key in lacking if key in index.tensors and index.tensors[key].given_as == "sharded")
     if sharded:
         return f"{sharded[0]!r} was saved as shards"
+    contexts = sorted(key for key in lacking if is_context(key))
+    if contexts:
+        return f"{_parent(contexts[0])!r} is a tensor subclass"
     if _holds_sharded_parameters(leaf.owner):
         return "its parameters are sharded"
     per_rank = sorted(key for key in index.per_rank if _is_below(key, leaf.path))

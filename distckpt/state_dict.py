@@ -117,6 +117,14 @@ class FlatState:
     finish: list[Callable[[], None]] = field(default_factory=list)
 
 
+_CONTEXT = "%c"
+
+
+def is_context(key: str) -> bool:
+    """Whether a key of a value is that of the context of a tensor subclass; no key of a dict looks so."""
+    return key.endswith(f"/{_CONTEXT}")
+
+
 def segment(key: object, where: str) -> str:
     """One dict key as a path segment. Different keys give different segments; strings are kept readable."""
     if isinstance(key, str) and type(key) is str:
@@ -258,7 +266,9 @@ class _Flattener:
             raise UnsupportedTypeError(f"{path!r}: a {type(tensor).__qualname__} on the meta device; make it real")
         self.dictionary(inner, path)
         # What is no tensor in it (a scale, a shape) cannot be filled in place: it must be what was stored.
-        self._flat.fixed[f"{path}/%c"] = encode_leaf(context, f"{path} (the context of a {type(tensor).__qualname__})")
+        self._flat.fixed[f"{path}/{_CONTEXT}"] = encode_leaf(
+            context, f"{path} (the context of a {type(tensor).__qualname__})"
+        )
 
     def _array(self, array: np.ndarray[tuple[int, ...], np.dtype[np.generic]], path: str, replace: Setter) -> None:
         if type(array) is not np.ndarray:
