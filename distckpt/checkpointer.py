@@ -34,7 +34,10 @@ PREPARE_SLACK_BYTES = 16 << 20  # headers, checksum table, PerRank values
 
 
 class PendingSave:
-    """An async save. Its failure is raised by wait(), or else by the next call on the Checkpointer, once."""
+    """An async save. Its failure is raised by wait(), or else by the next call on the Checkpointer, once.
+
+    A failure that the program ends without having met is logged as an error; the exit code is the program's own.
+    """
 
     def __init__(self, work: Callable[[], SaveReport]) -> None:
         self._report: SaveReport | None = None
@@ -43,18 +46,17 @@ class PendingSave:
         self._callbacks: list[Callable[[], None]] = []
         self._lock = threading.Lock()
         self._has_ended = False
-        self._work = work
-        self._thread = threading.Thread(target=self._run, name="distckpt-save")
-        atexit.register(self._report_unseen_error)
+        self._thread = threading.Thread(target=self._run, args=(work,), name="distckpt-save")
 
     def start(self) -> None:
         self._thread.start()
 
-    def _run(self) -> None:
+    def _run(self, work: Callable[[], SaveReport]) -> None:
         try:
-            self._report = self._work()
+            self._report = work()
         except BaseException as error:
             self._error = error
+            atexit.register(self._report_unseen_error)
         with self._lock:
             self._has_ended = True
         for callback in self._callbacks:
@@ -62,7 +64,7 @@ class PendingSave:
 
     def _report_unseen_error(self) -> None:
         """At the end of the program, which has waited for the thread: a failed save must not pass in silence."""
-        if self._error is not None and not self._is_known:
+        if not self._is_known:
             logger.error("an async save failed, and nothing waited for it: %s", self._error)
 
     def add_done_callback(self, callback: Callable[[], None]) -> None:
@@ -86,7 +88,7 @@ class PendingSave:
         if self._thread.is_alive():
             raise TimeoutError(f"the save is still under way after {timeout_s} s")
         if self._error is not None:
-            self._is_known = True
+            self._mark_known()
             raise self._error
         assert self._report is not None
         return self._report
@@ -95,8 +97,12 @@ class PendingSave:
         """Wait for the end of the save. Its error, unless somebody has seen it; now somebody has."""
         self._thread.join()
         error = None if self._is_known else self._error
-        self._is_known = True
+        self._mark_known()
         return error
+
+    def _mark_known(self) -> None:
+        self._is_known = True
+        atexit.unregister(self._report_unseen_error)
 
 
 class Checkpointer:
