@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import logging
+import operator
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -182,8 +183,9 @@ class Load:
         def local() -> _Wanted:
             if self.unseen is not None:
                 raise self.unseen
+            self.iteration = None if self.iteration is None else operator.index(self.iteration)
             self._flat = flatten(self.state, ADAPTERS)
-            return _Wanted(self.iteration, self.strict)
+            return _Wanted(self.iteration, bool(self.strict))
 
         resolved = self._agree("resolve", local, self._decide_commit, _Wanted, _Resolved)
         commit = Commit(resolved.epoch, resolved.commit_seq, resolved.iteration)
