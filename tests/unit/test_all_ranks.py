@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from distckpt import Checkpointer, DistributedError, InvalidShardingError, MismatchError, saving
+from distckpt import (
+    Checkpointer,
+    DistributedError,
+    InvalidShardingError,
+    MismatchError,
+    ShardedTensor,
+    saving,
+)
 from distckpt.commit import Writer
 from distckpt.coordinator import Coordinator
 from distckpt.errors import CheckpointError, FencedError
@@ -215,6 +222,99 @@ def test_failed_async_save_that_one_rank_has_seen_is_raised_on_all_by_the_next_c
 
     check_raised(on_both(storage, call), DistributedError, "no room for the copy")
     assert on_both(storage, lambda c, rank: c.iterations()) == [[10, 20]] * 2
+
+
+def test_calls_after_a_failed_async_save_was_raised_go_on_in_step(
+    storage: MemoryStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = saving.stage
+    failed: list[str] = []
+
+    def fail_once(*arguments: Any, **options: Any) -> Any:
+        name = threading.current_thread().name
+        if name == "rank 1" and not failed:
+            failed.append(name)
+            raise MemoryError("no room for the copy")
+        return stage(*arguments, **options)
+
+    monkeypatch.setattr(saving, "stage", fail_once)
+
+    def call(checkpointer: Checkpointer, rank: int) -> object:
+        pending = checkpointer.async_save(make_state(30), iteration=30)
+        if rank == 0:
+            with pytest.raises(DistributedError, match="no room"):
+                pending.wait()
+        with pytest.raises(DistributedError, match=r"rank 1 of 2: .*no room"):
+            checkpointer.save(make_state(40), iteration=40)
+        checkpointer.save(make_state(50), iteration=50)
+        checkpointer.async_save(make_state(60), iteration=60).wait()
+        state = make_state(0)
+        checkpointer.load(state)
+        return state, checkpointer.iterations()
+
+    assert repr(on_both(storage, call)) == repr([(make_state(60), [10, 20, 50, 60])] * 2)
+
+
+@pytest.mark.parametrize("of_rank_1", ["no list", "an empty list"])
+def test_rank_without_shards_of_a_list_of_them_saves_and_loads(of_rank_1: str) -> None:
+    """As a rank whose part of a distributed optimizer is empty."""
+    storage = MemoryStorage()
+
+    def make(rank: int, value: float) -> State:
+        averages = [ShardedTensor("avg", torch.full((4,), value), global_shape=(4,), global_offset=(0,))]
+        optimizer: State = {"avg": averages if rank == 0 else [], "step": int(value)}
+        if rank == 1 and of_rank_1 == "no list":
+            del optimizer["avg"]
+        return {"optimizer": optimizer}
+
+    def load(checkpointer: Checkpointer, rank: int) -> object:
+        state = make(rank, 0.0)
+        report = checkpointer.load(state)
+        return repr(state) == repr(make(rank, 3.0)), report.missing, report.unexpected
+
+    on_both(storage, lambda c, rank: c.save(make(rank, 3.0), iteration=10))
+    assert on_both(storage, load) == [(True, (), ())] * 2
+    with Checkpointer(storage) as checkpointer:
+        assert load(checkpointer, 0) == (True, (), ())
+        checkpointer.save(make(0, 3.0), iteration=20)
+    assert on_both(storage, load) == [(True, (), ())] * 2
+
+
+@pytest.mark.parametrize("count", [1000, 16 * 1024])
+def test_replicas_up_to_64_kib_that_differ_anywhere_are_raised_on_all(storage: MemoryStorage, count: int) -> None:
+    """In one of the elements that a sample of 64 would pass over."""
+
+    def save(checkpointer: Checkpointer, rank: int) -> object:
+        weight = torch.zeros(count)
+        weight[1] = rank
+        return checkpointer.save({"w": weight}, iteration=30)
+
+    check_raised(on_both(storage, save), InvalidShardingError, "'w'")
+
+
+def test_ranks_that_load_with_different_strictness_are_told(storage: MemoryStorage) -> None:
+    states = [make_state(0), make_state(0)]
+    results = on_both(storage, lambda c, rank: c.load(states[rank], strict=rank == 1))
+    check_raised(results, CheckpointError, "the ranks ask for different loads: iteration=None, strict=False; ")
+    assert repr(states) == repr([make_state(0), make_state(0)])
+
+
+def test_mesh_axis_without_a_rank_at_some_coordinate_is_raised_on_all() -> None:
+    """As when a rank passes a constant for its coordinate."""
+
+    def run(coordinator: Coordinator) -> object:
+        mesh = {"dp": (coordinator.rank, 2), "tp": (0, 2)}
+        try:
+            return Checkpointer(MemoryStorage(), coordinator=coordinator, timeout_s=20, mesh=mesh)
+        except CheckpointError as error:
+            return error
+
+    check_raised(run_ranks(2, run), InvalidShardingError, "mesh axis 'tp' has size 2, but no rank has coordinate 1")
+
+
+def test_single_process_may_take_any_place_in_a_mesh(storage: MemoryStorage) -> None:
+    with Checkpointer(storage, mesh={"tp": (1, 2)}) as checkpointer:
+        assert checkpointer.latest_iteration() == 20
 
 
 @pytest.mark.parametrize(
