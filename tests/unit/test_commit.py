@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 
-from distckpt import Checkpointer
+from distckpt import Checkpointer, commit
 from distckpt.commit import (
     TRACKER,
     Commit,
@@ -340,6 +340,24 @@ def test_failed_sync_of_the_files_is_not_committed(storage: MemoryStorage) -> No
         save(Writer.claim(failing), 10)
     assert caught.value.committed == "no"
     assert list_commits(storage) == []
+
+
+def test_index_larger_than_readers_take_is_refused_before_the_commit(
+    storage: HookedStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Checkpointer(storage) as checkpointer:
+        checkpointer.save({"w": torch.ones(3)}, iteration=10)
+        values = {"short": "x" * 10, "long": "x" * 5000, "longer": "x" * 6000, "w": torch.ones(3), "some": "x" * 100}
+        monkeypatch.setattr(commit, "MAX_INDEX_BYTES", 10_000)
+        expected = r"the index has 1\d{4} bytes, readers take 10000.*'longer' \(6002 bytes\), 'long' \(5002 bytes\)"
+        with pytest.raises(DistributedError, match=expected) as caught:
+            checkpointer.save(values, iteration=20)
+        assert caught.value.committed == "no"
+        assert storage.list("iter_0000020") == []
+        assert checkpointer.iterations() == [10]
+        monkeypatch.undo()
+        checkpointer.save(values, iteration=20)
+        assert checkpointer.iterations() == [10, 20]
 
 
 def test_failed_tracker_leaves_a_commit_and_says_so(storage: MemoryStorage) -> None:

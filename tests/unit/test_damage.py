@@ -5,18 +5,21 @@ A load then takes the checkpoint before, on all ranks, whole.
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from collections.abc import Callable
 
 import pytest
 import torch
 
-from distckpt import Checkpointer, CorruptionError, PerRank, ShardedTensor
+from distckpt import Checkpointer, CorruptionError, DistributedError, PerRank, ShardedTensor
 from distckpt.commit import list_commits, read_index
 from distckpt.coordinator import Coordinator
 from distckpt.index import Index
 from distckpt.shard_file import BLOCK_BYTES
 from distckpt.storage.contract import read_all
+from distckpt.storage.memory import MemoryReadFile
 from distckpt.testing import MemoryStorage, run_ranks
 
 BLOCKS = 3
@@ -202,3 +205,67 @@ def test_damage_that_one_rank_meets_makes_all_ranks_fall_back() -> None:
     (theirs,) = [file for file in index.files if file.rank == 1]
     change(storage, f"{directory}/{theirs.name}", flip(theirs.header_bytes))
     assert run_ranks(2, load) == [(10, [20], [10] * 4)] * 2
+
+
+# What a storage answers when a file is opened
+
+
+def refuse_to_open(storage: MemoryStorage, part: str, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of the newest checkpoint with `part` in their names."""
+    directory, _ = newest(storage)
+    inner = storage.open
+
+    def open_(name: str) -> MemoryReadFile:
+        if name.startswith(directory) and part in name:
+            raise OSError(code, os.strerror(code), name)
+        return inner(name)
+
+    monkeypatch.setattr(storage, "open", open_)
+
+
+PARTS = ["/index-", "/chunks-", "/shard-"]
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("code", [errno.ENOENT, errno.EIO, errno.ESTALE])
+def test_file_that_is_gone_or_unreadable_on_its_medium_is_damage(
+    storage: MemoryStorage, part: str, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_to_open(storage, part, code, monkeypatch)
+    check_load_falls_back(storage, os.strerror(code))
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.EACCES])
+def test_file_that_this_process_may_not_open_is_an_error_and_no_damage(
+    storage: MemoryStorage, part: str, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_to_open(storage, part, code, monkeypatch)
+    with Checkpointer(storage) as checkpointer:
+        for call in (lambda: checkpointer.load(make_state(0)), checkpointer.read):
+            with pytest.raises(OSError, match=re.escape(os.strerror(code))) as caught:
+                call()
+            assert caught.value.errno == code
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.EACCES])
+def test_file_that_one_rank_may_not_open_is_an_error_of_all(
+    storage: MemoryStorage, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = storage.power_cut()
+    refuse_to_open(refused, "/shard-", code, monkeypatch)
+
+    def load(coordinator: Coordinator) -> str:
+        own = storage if coordinator.rank == 0 else refused
+        state = {"weight": make_state(0)["weight"], "step": 0}
+        with (
+            Checkpointer(own, coordinator=coordinator, timeout_s=20) as checkpointer,
+            pytest.raises(DistributedError, match=re.escape(os.strerror(code))) as caught,
+        ):
+            checkpointer.load(state, strict=False)
+        assert list(caught.value.failures) == [1]
+        assert state["step"] == 0
+        return str(caught.value)
+
+    first, second = run_ranks(2, load)
+    assert first == second
