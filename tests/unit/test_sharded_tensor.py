@@ -89,6 +89,35 @@ def test_an_empty_key_and_what_is_no_tensor_are_refused(maker: str) -> None:
         MAKERS[maker]("w", [1.0])
 
 
+class Quantized(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_a_tensor_subclass_as_data_is_refused_with_its_key(maker: str) -> None:
+    with pytest.raises(UnsupportedTypeError, match="'w': data is a Quantized; give each plain tensor"):
+        MAKERS[maker]("w", torch.zeros(1).as_subclass(Quantized))
+    assert MAKERS[maker]("w", torch.nn.Parameter(torch.zeros(1))).key == "w"
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_data_that_was_replaced_is_looked_at_again(maker: str) -> None:
+    tensor = MAKERS[maker]("w", torch.zeros(1))
+    storage = save({"w": tensor})
+    tensor.data = torch.ones(1)
+    assert load(storage, {"w": tensor})["w"].data.tolist() == [0]
+    for other, error, why in (
+        (torch.zeros(4), InvalidShardingError, r"'w': data has been replaced by one of shape \(4,\)"),
+        (torch.zeros(1).as_subclass(Quantized), UnsupportedTypeError, "'w': data is a Quantized"),
+    ):
+        tensor.data = other
+        with pytest.raises(error, match=why):
+            save({"w": tensor})
+        with pytest.raises(error, match=why):
+            load(storage, {"w": tensor})
+        assert not other.as_subclass(Tensor).any()
+
+
 def test_repr_says_key_boxes_shape_and_type() -> None:
     assert repr(part((2, 3), (4, 0), (8, 3))) == "ShardedTensor('w', [4:6, 0:3] of (8, 3), torch.float32)"
     flat = ShardedTensor.from_flat_range("w", torch.zeros(4), of=part((2, 3), (4, 0), (8, 3)), flat_range=slice(1, 5))

@@ -168,6 +168,27 @@ def test_lists_of_another_length_or_type_do_not_match(other: Any) -> None:
         load({"a": [torch.zeros(1), torch.zeros(1)]}, {"a": other})
 
 
+def test_empty_containers_do_not_match_stored_lists_of_tensors() -> None:
+    for stored, empty, title in (
+        ([torch.ones(2)], [], "the state has \\[\\], stored is a list of tensors"),
+        ([torch.ones(2)], (), "stored is a list of tensors"),
+        ((torch.ones(2), 1), [], "stored is a list of tensors"),
+        ([torch.ones(2)], {}, "stored below a container of the state, but not in it"),
+        ({"a": torch.ones(2)}, {}, "stored below a container of the state, but not in it"),
+        ([own_keyed(torch.ones(2))], [], "stored below a container of the state, but not in it"),
+        ([], [torch.zeros(2)], r"the state has {\"%list\":1}, stored is \[\]"),
+        ({}, [torch.zeros(2)], r"the state has {\"%list\":1}, stored is {}"),
+    ):
+        target = {"x": torch.zeros(2), "ema": empty}
+        with pytest.raises(MismatchError, match=title):
+            load({"x": torch.ones(2), "ema": stored}, target)
+        assert target["x"].tolist() == [0, 0]  # type: ignore[attr-defined]
+
+
+def own_keyed(data: torch.Tensor) -> ShardedTensor:
+    return ShardedTensor("w", data, global_shape=data.shape, global_offset=(0,) * data.dim())
+
+
 Point = namedtuple("Point", "x y")
 
 
@@ -332,6 +353,40 @@ def test_an_expanded_target_is_refused() -> None:
         load({"a": torch.zeros(3, 4)}, {"a": torch.zeros(1, 4).expand(3, 4)})
 
 
+@pytest.mark.parametrize(
+    ("size", "stride"), [((3, 2), (1, 1)), ((2, 3, 2), (2, 1, 0)), ((4, 4), (3, 2)), ((2, 2), (0, 5))]
+)
+def test_a_target_whose_elements_share_memory_is_refused(size: tuple[int, ...], stride: tuple[int, ...]) -> None:
+    memory = torch.zeros(64)
+    with pytest.raises(MismatchError, match=r"a: elements of the target share memory"):
+        load({"a": torch.ones(size)}, {"a": memory.as_strided(size, stride)})
+    assert not memory.any()
+
+
+@pytest.mark.parametrize(
+    ("size", "stride"), [((2, 3), (3, 2)), ((3, 2, 2), (4, 6, 1)), ((4, 1), (1, 0)), ((0, 3), (0, 0)), ((2, 2), (1, 9))]
+)
+def test_a_target_of_interleaved_elements_is_filled(size: tuple[int, ...], stride: tuple[int, ...]) -> None:
+    memory = torch.zeros(64)
+    source = torch.arange(1.0, torch.Size(size).numel() + 1).reshape(size)
+    target = memory.as_strided(size, stride)
+    load({"a": source}, {"a": target})
+    assert torch.equal(target, source)
+    assert int(memory.count_nonzero()) == source.numel()
+
+
+def test_autograd_finds_out_that_a_load_changed_what_it_saved() -> None:
+    weight = torch.nn.Parameter(torch.zeros(3))
+    data = torch.zeros(3, requires_grad=True)
+    losses = [(tensor * tensor).sum() for tensor in (weight, data)]
+    versions = [weight._version, data._version]
+    load({"w": torch.ones(3), "s": own_keyed(torch.ones(3))}, {"w": weight, "s": own_keyed(data)})
+    assert [weight._version > versions[0], data._version > versions[1]] == [True, True]
+    for loss in losses:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
 def test_only_the_view_of_a_large_storage_is_stored(tmp_path: Path) -> None:
     large = torch.zeros(16 << 20, dtype=torch.uint8)
     with Checkpointer(tmp_path) as checkpointer:
@@ -398,6 +453,74 @@ def test_wrapper_subclasses_are_stored_as_the_tensors_in_them() -> None:
     assert target.data_part.tolist() == [0, 1, 2, 3]
     assert target.scale.tolist() == [0.5]
     assert {"data_part", "scale"} <= set(checkpointer.read()["w"])  # type: ignore[call-overload]
+
+
+class Scaled(Pair):
+    """One whose scale is no tensor."""
+
+    context: object
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        return ["data_part"], self.context
+
+
+def scaled(value: int, context: object) -> Scaled:
+    tensor = Scaled(torch.full((2,), value, dtype=torch.int8), torch.zeros(1))
+    tensor.context = context
+    return tensor
+
+
+def test_context_of_a_wrapper_subclass_must_be_the_stored_one() -> None:
+    context = {"scale": 0.5, "block": (1, 32)}
+    checkpointer = saved({"w": scaled(7, context), "x": torch.ones(1)})
+    same = scaled(0, dict(context))
+    checkpointer.load({"w": same, "x": torch.zeros(1)})
+    assert same.data_part.tolist() == [7, 7]
+    for other in ({"scale": 9.0, "block": (1, 32)}, {"scale": 0.5, "block": [1, 32]}, None):
+        target = {"w": scaled(0, other), "x": torch.zeros(1)}
+        with pytest.raises(MismatchError, match=r"w/%c: the state has .*, stored is {\"scale\":0\.5") as caught:
+            checkpointer.load(target, strict=False)
+        assert caught.value.mismatched == ("w/%c",)
+        assert not target["w"].data_part.any()  # type: ignore[attr-defined]
+        assert not target["x"].any()
+
+
+def test_wrapper_subclass_where_none_was_stored_is_a_mismatch() -> None:
+    with pytest.raises(MismatchError) as caught:
+        load({"w": {"data_part": torch.ones(2, dtype=torch.int8)}}, {"w": scaled(0, 0.5)})
+    assert caught.value.missing == ("w/%c",)
+
+
+@pytest.mark.parametrize("context", [object(), {"dtype": torch.float32}, [torch.Size([2])]])
+def test_context_that_cannot_be_stored_is_refused(context: object) -> None:
+    with pytest.raises(UnsupportedTypeError, match=r"'w \(the context of a Scaled\).*cannot be stored"):
+        saved({"w": scaled(1, context)})
+
+
+class Keeper:
+    """An object around one tensor; without it, it is fresh."""
+
+    def __init__(self, tensor: torch.Tensor | None) -> None:
+        self.state: State = {} if tensor is None else {"t": tensor}
+
+    def state_dict(self) -> State:
+        return dict(self.state)
+
+    def load_state_dict(self, state: State) -> None:
+        self.state = state
+
+
+def test_wrapper_subclass_in_the_state_of_an_object_is_filled_in_place() -> None:
+    checkpointer = saved({"o": Keeper(scaled(7, 0.5))})
+    tensor = scaled(0, 0.5)
+    keeper = Keeper(tensor)
+    checkpointer.load({"o": keeper})
+    assert keeper.state["t"] is tensor
+    assert tensor.data_part.tolist() == [7, 7]
+    fresh = Keeper(None)
+    with pytest.raises(MismatchError, match=r"the object has no state for o/t/.*: 'o/t' is a tensor subclass"):
+        checkpointer.load({"o": fresh})
+    assert fresh.state == {}
 
 
 @pytest.mark.parametrize(
