@@ -64,8 +64,7 @@ class PendingSave:
 
     def _report_unseen_error(self) -> None:
         """At the end of the program, which has waited for the thread: a failed save must not pass in silence."""
-        if not self._is_known:
-            logger.error("an async save failed, and nothing waited for it: %s", self._error)
+        logger.error("an async save failed, and nothing waited for it: %s", self._error)
 
     def add_done_callback(self, callback: Callable[[], None]) -> None:
         """Have it called when the save has ended, well or not, in the save's thread; at once if it has."""
