@@ -183,9 +183,7 @@ def test_failed_small_write_leaves_neither_name_nor_temporary_file(
     assert posix_storage.list("") == []
 
 
-def test_failed_replace_keeps_the_old_content(
-    posix_storage: PosixStorage, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_replace_keeps_the_old_content(posix_storage: PosixStorage, monkeypatch: pytest.MonkeyPatch) -> None:
     posix_storage.replace("a", b"old")
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(fail_with(errno.ENOSPC)))
@@ -280,9 +278,7 @@ def test_failed_finish_abandons_the_file_for_good(posix_storage: PosixStorage, r
     file.abandon()
 
 
-def test_failed_write_abandons_the_file_for_good(
-    posix_storage: PosixStorage, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_write_abandons_the_file_for_good(posix_storage: PosixStorage, monkeypatch: pytest.MonkeyPatch) -> None:
     class FailingBlockIO:
         def write(self, file: _C.File, offset: int, data: bytes) -> None:
             raise fail_with(errno.ENOSPC)
