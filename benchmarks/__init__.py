@@ -1,0 +1,1 @@
+"""Saving and loading a Megatron-like state with this package and with its peers, in one run on one machine."""
