@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 BUILD_INPUTS := Makefile pyproject.toml constraints.txt setup.py $(wildcard csrc/*.cc csrc/*.h)
 CXX_FILES := $(wildcard csrc/*.cc csrc/*.h tests/*/*.cc tests/*/*.h)
 
-.PHONY: install install-dev demo test lint sanitize clean
+.PHONY: install install-dev demo test bench bench-quick lint sanitize clean
 
 # Editable: tests, demo and benchmarks run against this tree, and only a change to the C++ sources, to what they
 # are built with or to the dependencies runs pip again.
@@ -35,6 +35,12 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest
+
+bench: install
+	$(BIN)/python -m benchmarks --out out/bench
+
+bench-quick: install
+	$(BIN)/python -m benchmarks --size-gb 0.2 --repeats 3 --out out/bench-quick
 
 lint: install-dev
 	$(BIN)/ruff check .
