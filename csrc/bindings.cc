@@ -2,7 +2,9 @@
 
 #include <pybind11/pybind11.h>
 
+#include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "block_io.h"
@@ -10,6 +12,7 @@
 #include "crc32c.h"
 #include "file.h"
 #include "memory.h"
+#include "stream.h"
 
 namespace py = pybind11;
 
@@ -131,6 +134,86 @@ int64_t Copy(const py::object& source, const py::object& source_start, const py:
                    static_cast<int64_t>(to.size()));
 }
 
+// One checksum of 4 bytes a block.
+void CheckSums(const Buffer& sums, size_t size, size_t block_size) {
+  const size_t expected = BlockCount(size, block_size);
+  if (sums.size() == expected * sizeof(uint32_t)) return;
+  throw std::invalid_argument("expected " + std::to_string(expected) + " checksums of 4 bytes, not " +
+                              std::to_string(sums.size()) + " bytes");
+}
+
+using Buffers = std::vector<std::unique_ptr<Buffer>>;
+
+void WriteChecked(BlockIO& io, File& file, const py::sequence& parts, const py::object& block_size,
+                  const py::object& sums, double max_bytes_per_s) {
+  Buffers buffers;
+  std::vector<ChecksummedSource::Part> spans;
+  size_t size = 0;
+  for (const py::handle part : parts) {
+    buffers.push_back(std::make_unique<Buffer>(py::reinterpret_borrow<py::object>(part), false));
+    spans.push_back({buffers.back()->data(), buffers.back()->size()});
+    size += buffers.back()->size();
+  }
+  const Buffer out(sums, true);
+  const size_t block = ToCount(block_size, "block_size", 1);
+  CheckSums(out, size, block);
+  const py::gil_scoped_release release;
+  ChecksummedSource source(std::move(spans), block, out.data());
+  io.WriteFrom(source, file, 0, size, max_bytes_per_s);
+}
+
+// (chunk_start, target, target_start, shape, source_strides, target_strides, item_size)
+VerifyingSink::Target ToTarget(const py::tuple& item, Buffers& buffers) {
+  if (item.size() != 7) throw std::invalid_argument("a target has seven items");
+  buffers.push_back(std::make_unique<Buffer>(py::object(item[1]), true));
+  const Buffer& memory = *buffers.back();
+  const CopyRegion region{ToInt64s(py::object(item[3])), ToInt64s(py::object(item[4])),
+                          ToInt64s(py::object(item[5])), ToInt64(py::object(item[6])),
+                          ToInt64(py::object(item[0])),  ToInt64(py::object(item[2]))};
+  const auto size = static_cast<int64_t>(memory.size());
+  const auto begin = static_cast<uint64_t>(region.chunk_start);
+  return {region, memory.data(), size, begin, static_cast<uint64_t>(RegionEnd(region, size))};
+}
+
+std::vector<ByteRange> ToBlockRanges(const py::sequence& ranges, size_t block_size, size_t end) {
+  std::vector<ByteRange> wanted;
+  for (const py::handle range : ranges) {
+    const auto pair = py::reinterpret_borrow<py::sequence>(range);
+    wanted.push_back({ToCount(py::object(pair[0]), "a range's begin", 0),
+                      ToCount(py::object(pair[1]), "a range's end", 0)});
+    const ByteRange& last = wanted.back();
+    if (last.begin % block_size == 0 && last.end <= end && (last.end % block_size == 0 || last.end == end)) {
+      continue;
+    }
+    throw std::invalid_argument("a range must begin and end at blocks, before the end");
+  }
+  return wanted;
+}
+
+// None, or (block, its checksum) for one that is wrong; its checksum is None if the file ends in it.
+py::object ReadChecked(BlockIO& io, File& file, const py::sequence& ranges, const py::object& block_size,
+                       const py::object& end, const py::object& expected, const py::sequence& targets) {
+  const size_t block = ToCount(block_size, "block_size", 1);
+  const size_t size = ToCount(end, "end", 0);
+  const std::vector<ByteRange> wanted = ToBlockRanges(ranges, block, size);
+  Buffers buffers;
+  std::vector<VerifyingSink::Target> places;
+  for (const py::handle item : targets) {
+    places.push_back(ToTarget(py::reinterpret_borrow<py::tuple>(item), buffers));
+  }
+  const Buffer table(expected, false);
+  CheckSums(table, size, block);
+  VerifyingSink sink(std::move(places), block, size, table.data());
+  uint64_t file_end;
+  {
+    const py::gil_scoped_release release;
+    file_end = io.ReadInto(sink, file, wanted);
+  }
+  if (!wanted.empty() && file_end < wanted.back().end) return py::make_tuple(file_end / block, py::none());
+  if (sink.failed()) return py::make_tuple(sink.bad_block(), sink.found());
+  return py::none();
+}
+
 void BindChecksums(py::module_& m) {
   m.def("crc32c", &Checksum<&Crc32c>, py::arg("data"), py::arg("value") = 0);
   m.def("crc32c_portable", &Checksum<&Crc32cPortable>, py::arg("data"), py::arg("value") = 0);
@@ -238,6 +321,10 @@ void BindBlockIO(py::module_& m) {
             return self.Read(file, start, buffer.data(), buffer.size());
           },
           py::arg("file").none(false), py::arg("offset"), py::arg("data"))
+      .def("write_checked", &WriteChecked, py::arg("file").none(false), py::arg("parts"),
+           py::arg("block_size"), py::arg("sums"), py::kw_only(), py::arg("max_bytes_per_s") = 0.0)
+      .def("read_checked", &ReadChecked, py::arg("file").none(false), py::arg("ranges"),
+           py::arg("block_size"), py::arg("end"), py::arg("expected"), py::arg("targets"))
       .def("close", &BlockIO::Close, py::call_guard<py::gil_scoped_release>());
   py::list backends;
   for (const std::string& backend : BlockIO::Backends()) backends.append(backend);

@@ -15,79 +15,20 @@
 namespace distckpt {
 namespace {
 
-constexpr uint64_t kAlignment = BlockIO::kAlignment;
+constexpr uint64_t kAlignment = kDirectAlignment;
 constexpr int64_t kMaxRequestSize = int64_t{1} << 30;  // Linux transfers at most 2 GiB less a page at once.
 constexpr int64_t kMaxQueueDepth = 1024;
-constexpr size_t kSmall = size_t{64} << 10;  // Below this one bounced request beats several exact ones.
-constexpr int kMaxRetries = 1000;            // Of a request that the kernel keeps putting off.
+constexpr int kMaxRetries = 1000;  // Of a request that the kernel keeps putting off.
 
 constexpr uint64_t AlignDown(uint64_t value) { return value / kAlignment * kAlignment; }
-constexpr uint64_t AlignUp(uint64_t value) { return AlignDown(value + kAlignment - 1); }
-
-// One request: bytes [begin, end) of the file. Bytes [user_begin, user_end) of them are the caller's, at
-// `user`; if it is not bounced that is all of them.
-struct Piece {
-  uint64_t begin;
-  uint64_t end;
-  uint64_t user_begin;
-  uint64_t user_end;
-  uint8_t* user;
-  bool bounced;
-};
-
-// Cuts [offset, offset + size) into requests.
-class Splitter {
- public:
-  Splitter(uint64_t offset, uint8_t* memory, size_t size, size_t request_size, bool direct)
-      : next_(offset), end_(offset + size), memory_(memory), request_size_(request_size), direct_(direct) {
-    const bool exact = IsAligned(offset) && IsAligned(size);
-    in_place_ = IsAligned(reinterpret_cast<uintptr_t>(memory) - offset) && (exact || size >= kSmall);
-  }
-
-  bool done() const { return next_ == end_; }
-  uint64_t next() const { return next_; }
-
-  Piece Next() {
-    const Piece piece = Cut();
-    memory_ += piece.user_end - piece.user_begin;
-    next_ = piece.user_end;
-    return piece;
-  }
-
- private:
-  static bool IsAligned(uint64_t value) { return value % kAlignment == 0; }
-
-  Piece Cut() const {
-    const uint64_t room = end_ - next_;
-    if (!direct_ || (in_place_ && IsAligned(next_) && room >= kAlignment)) {
-      const uint64_t size = std::min<uint64_t>(request_size_, direct_ ? AlignDown(room) : room);
-      return {next_, next_ + size, next_, next_ + size, memory_, false};
-    }
-    const uint64_t begin = AlignDown(next_);
-    const uint64_t end = std::min(begin + (in_place_ ? kAlignment : request_size_), AlignUp(end_));
-    return {begin, end, next_, std::min(end, end_), memory_, true};
-  }
-
-  uint64_t next_;
-  const uint64_t end_;
-  uint8_t* memory_;
-  const size_t request_size_;
-  const bool direct_;
-  bool in_place_;  // The caller's memory is aligned where the file is.
-};
 
 }  // namespace
 
 // One Read or Write under way.
 class BlockOperation {
  public:
-  BlockOperation(BlockIO& io, File& file, bool write, uint64_t offset, uint8_t* memory, size_t size)
-      : io_(io),
-        file_(file),
-        use_(file),
-        write_(write),
-        splitter_(offset, memory, size, io.request_size_, file.direct()),
-        slots_(io.queue_depth_) {
+  BlockOperation(BlockIO& io, File& file, bool write, Requests& requests)
+      : io_(io), file_(file), use_(file), write_(write), requests_(requests), slots_(io.queue_depth_) {
     free_.reserve(slots_.size());
     for (size_t slot = slots_.size(); slot-- > 0;) free_.push_back(slot);
   }
@@ -114,16 +55,17 @@ class BlockOperation {
   };
 
   bool WantsMore() const {
-    return !error_ && !splitter_.done() && !free_.empty() && splitter_.next() < file_end_;
+    return !error_ && !stopped_ && !free_.empty() && !requests_.done() && requests_.next() < file_end_;
   }
 
   void StartNext() {
     const size_t index = free_.back();
     Slot& slot = slots_[index];
-    slot = {splitter_.Next(), nullptr, 0, false, 0};
+    slot = {requests_.Next(), nullptr, 0, false, 0};
     try {
-      slot.memory = slot.piece.bounced ? Bounce(index) : slot.piece.user;
-      if (slot.piece.bounced && write_) FillBounce(slot);
+      const bool bounced = slot.piece.memory == nullptr;
+      slot.memory = bounced ? Bounce(index) : slot.piece.memory;
+      if (bounced && write_) requests_.Fill(slot.piece, slot.memory);
       Submit(index);
       free_.pop_back();
     } catch (...) {
@@ -144,7 +86,7 @@ class BlockOperation {
   bool Continue(const Completion& completion) {
     Slot& slot = slots_[completion.slot];
     try {
-      if (error_ || Ended(slot, completion.result)) return false;
+      if (error_ || stopped_ || Ended(slot, completion.result)) return false;
       Submit(completion.slot);
       return true;
     } catch (...) {
@@ -163,7 +105,9 @@ class BlockOperation {
     const bool at_end = Advance(slot, static_cast<uint64_t>(result));
     if (at_end) file_end_ = std::min(file_end_, slot.piece.begin + slot.done);
     if (!at_end && slot.piece.begin + slot.done < slot.piece.end) return false;
-    if (slot.piece.bounced && !write_) EmptyBounce(slot);
+    if (slot.piece.memory == nullptr && !write_) {
+      stopped_ = stopped_ || !requests_.Empty(slot.piece, slot.piece.begin + slot.done, slot.memory);
+    }
     return true;
   }
 
@@ -206,21 +150,6 @@ class BlockOperation {
     return bounce->data();
   }
 
-  // A bounced write begins at user_begin, for the offset of a direct write is aligned.
-  void FillBounce(const Slot& slot) {
-    const Piece& piece = slot.piece;
-    const size_t size = piece.user_end - piece.begin;
-    std::memcpy(slot.memory, piece.user, size);
-    std::memset(slot.memory + size, 0, piece.end - piece.user_end);
-  }
-
-  void EmptyBounce(const Slot& slot) {
-    const Piece& piece = slot.piece;
-    const uint64_t end = std::min(piece.begin + slot.done, piece.user_end);
-    if (end <= piece.user_begin) return;
-    std::memcpy(piece.user, slot.memory + (piece.user_begin - piece.begin), end - piece.user_begin);
-  }
-
   std::string Describe(const Slot& slot) const {
     const uint64_t offset = slot.piece.begin + slot.done;
     return (write_ ? "write of " : "read of ") + std::to_string(slot.piece.end - offset) +
@@ -236,11 +165,12 @@ class BlockOperation {
   File& file_;
   const File::Use use_;
   const bool write_;
-  Splitter splitter_;
+  Requests& requests_;
   std::vector<Slot> slots_;
   std::vector<size_t> free_;
   std::exception_ptr error_;
   uint64_t file_end_ = std::numeric_limits<uint64_t>::max();
+  bool stopped_ = false;  // By whom the bytes are read for.
 };
 
 namespace {
@@ -276,6 +206,12 @@ void CheckRange(int64_t offset, size_t size) {
   }
   // With room for the padding of the last block.
   CheckedAdd(CheckedAdd(offset, static_cast<int64_t>(size)), static_cast<int64_t>(kAlignment));
+}
+
+void CheckWriteOffset(const File& file, int64_t offset) {
+  if (!file.direct() || offset % static_cast<int64_t>(kAlignment) == 0) return;
+  throw std::invalid_argument("the offset of a direct write must be a multiple of 4096: " +
+                              std::to_string(offset));
 }
 
 }  // namespace
@@ -321,17 +257,15 @@ BlockIO::BlockIO(const std::string& name, std::unique_ptr<TransferQueue> queue, 
 BlockIO::~BlockIO() = default;
 
 void BlockIO::Write(File& file, int64_t offset, const void* data, size_t size) {
+  // A write only reads the memory.
+  auto* memory = static_cast<uint8_t*>(const_cast<void*>(data));
   CheckOwner(owner_);
   CheckRange(offset, size);
   const std::lock_guard<std::mutex> lock(mutex_);
   CheckOpen(queue_);
-  if (file.direct() && offset % static_cast<int64_t>(kAlignment) != 0) {
-    throw std::invalid_argument("the offset of a direct write must be a multiple of 4096: " +
-                                std::to_string(offset));
-  }
-  // A write only reads the memory.
-  auto* memory = static_cast<uint8_t*>(const_cast<void*>(data));
-  BlockOperation(*this, file, true, static_cast<uint64_t>(offset), memory, size).Run();
+  CheckWriteOffset(file, offset);
+  MemoryRequests requests(static_cast<uint64_t>(offset), memory, size, request_size_, file.direct());
+  BlockOperation(*this, file, true, requests).Run();
 }
 
 size_t BlockIO::Read(File& file, int64_t offset, void* data, size_t size) {
@@ -340,9 +274,32 @@ size_t BlockIO::Read(File& file, int64_t offset, void* data, size_t size) {
   const std::lock_guard<std::mutex> lock(mutex_);
   CheckOpen(queue_);
   const auto begin = static_cast<uint64_t>(offset);
-  BlockOperation operation(*this, file, false, begin, static_cast<uint8_t*>(data), size);
-  const uint64_t end = std::min(operation.Run(), begin + size);
+  MemoryRequests requests(begin, static_cast<uint8_t*>(data), size, request_size_, file.direct());
+  const uint64_t end = std::min(BlockOperation(*this, file, false, requests).Run(), begin + size);
   return end <= begin ? 0 : static_cast<size_t>(end - begin);
+}
+
+void BlockIO::WriteFrom(Source& source, File& file, int64_t offset, size_t size, double bytes_per_s) {
+  CheckOwner(owner_);
+  CheckRange(offset, size);
+  const std::lock_guard<std::mutex> lock(mutex_);
+  CheckOpen(queue_);
+  CheckWriteOffset(file, offset);
+  const auto begin = static_cast<uint64_t>(offset);
+  SourceRequests requests(begin, begin + size, source, request_size_, file.direct(), bytes_per_s);
+  BlockOperation(*this, file, true, requests).Run();
+}
+
+uint64_t BlockIO::ReadInto(Sink& sink, File& file, std::vector<ByteRange> ranges) {
+  CheckOwner(owner_);
+  for (const ByteRange& range : ranges) {
+    if (range.end < range.begin) throw std::invalid_argument("a range ends before it begins");
+    CheckRange(static_cast<int64_t>(range.begin), static_cast<size_t>(range.end - range.begin));
+  }
+  const std::lock_guard<std::mutex> lock(mutex_);
+  CheckOpen(queue_);
+  SinkRequests requests(std::move(ranges), sink, request_size_, file.direct());
+  return BlockOperation(*this, file, false, requests).Run();
 }
 
 void BlockIO::Close() {

@@ -15,6 +15,8 @@
 
 #include "file.h"
 #include "memory.h"
+#include "requests.h"
+#include "stream.h"
 #include "transfer_queue.h"
 
 namespace distckpt {
@@ -25,7 +27,7 @@ namespace distckpt {
 class BlockIO {
  public:
   // Of file offsets, sizes and memory in direct transfers.
-  static constexpr size_t kAlignment = 4096;
+  static constexpr size_t kAlignment = kDirectAlignment;
 
   // What this machine can do, best first.
   static const std::vector<std::string>& Backends();
@@ -49,6 +51,15 @@ class BlockIO {
   // Returns the bytes read: fewer than size only at the end of the file. What lies past them in `data` is
   // unspecified, as is all of it after an error.
   size_t Read(File& file, int64_t offset, void* data, size_t size);
+
+  // Writes [offset, offset + size) of the file with what `source` gives, at most bytes_per_s a second unless
+  // that is 0; offset and padding as in Write. The source is asked for every byte, in file order.
+  void WriteFrom(Source& source, File& file, int64_t offset, size_t size, double bytes_per_s);
+
+  // Hands the bytes of the ranges, which ascend and do not overlap, to `sink`, in requests that begin at
+  // multiples of the request size or where a range does. Returns the offset at which the file was found to
+  // end, or the largest number. Ends early when the sink wants no more.
+  uint64_t ReadInto(Sink& sink, File& file, std::vector<ByteRange> ranges);
 
   // Gives back the queue and the bounce buffers. A second call does nothing.
   void Close();

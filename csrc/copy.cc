@@ -175,6 +175,15 @@ class Copier {
 
 }  // namespace
 
+int64_t RegionEnd(const CopyRegion& region, int64_t target_size) {
+  CheckArguments(region);
+  if (std::find(region.shape.begin(), region.shape.end(), 0) != region.shape.end()) return region.chunk_start;
+  CheckTarget(region, target_size);
+  const Plan plan = MakePlan(region);
+  const int64_t extent = plan.dimensions.empty() ? plan.run : plan.dimensions.front().extent;
+  return CheckedAdd(region.chunk_start, extent);
+}
+
 int64_t CopyChunk(const CopyRegion& region, const uint8_t* source, int64_t source_start, int64_t source_size,
                   uint8_t* target, int64_t target_size) {
   CheckArguments(region);

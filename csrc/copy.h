@@ -20,6 +20,9 @@ struct CopyRegion {
   int64_t target_start;
 };
 
+// The file offset past the region's last byte. Throws std::invalid_argument as CopyChunk does.
+int64_t RegionEnd(const CopyRegion& region, int64_t target_size);
+
 // Copies the items that lie wholly in the window [source_start, source_start + source_size) of the file,
 // which `source` holds; returns the bytes copied. The two memories must not overlap. Throws
 // std::invalid_argument, and touches nothing, when any item of the region, in the window or not, would fall

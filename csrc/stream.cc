@@ -1,0 +1,98 @@
+#include "stream.h"
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "crc32c.h"
+
+namespace distckpt {
+namespace {
+
+// Copied and summed at a time: small enough that the sum finds the copy in the cache.
+constexpr size_t kStep = size_t{128} << 10;
+
+}  // namespace
+
+ChecksummedSource::ChecksummedSource(std::vector<Part> parts, size_t block_size, uint8_t* sums)
+    : parts_(std::move(parts)), block_size_(block_size), sums_(sums) {
+  uint64_t end = 0;
+  ends_.reserve(parts_.size());
+  for (const Part& part : parts_) ends_.push_back(end += part.size);
+}
+
+void ChecksummedSource::Fill(uint64_t begin, uint64_t end, uint8_t* out) {
+  size_t part = std::upper_bound(ends_.begin(), ends_.end(), begin) - ends_.begin();
+  for (uint64_t at = begin; at < end;) {
+    // Up to the end of the step, the block or the range; from as many parts as that takes.
+    const uint64_t stop = std::min({end, at - at % block_size_ + block_size_, at + kStep});
+    for (uint64_t filled = at; filled < stop;) {
+      while (ends_[part] <= filled) ++part;
+      const uint64_t part_begin = ends_[part] - parts_[part].size;
+      const uint64_t size = std::min(stop, ends_[part]) - filled;
+      std::memcpy(out + (filled - begin), parts_[part].data + (filled - part_begin), size);
+      filled += size;
+    }
+    Sum(at, out + (at - begin), stop - at);
+    at = stop;
+  }
+}
+
+const uint8_t* ChecksummedSource::Find(uint64_t begin, uint64_t end) {
+  if (parts_.size() != 1) return nullptr;
+  const uint8_t* const data = parts_.front().data + begin;
+  for (uint64_t at = begin; at < end;) {
+    const uint64_t stop = std::min(end, at - at % block_size_ + block_size_);
+    Sum(at, data + (at - begin), stop - at);
+    at = stop;
+  }
+  return data;
+}
+
+void ChecksummedSource::Sum(uint64_t begin, const uint8_t* data, size_t size) {
+  uint8_t* const place = sums_ + begin / block_size_ * sizeof(uint32_t);
+  uint32_t sum = 0;
+  if (begin % block_size_ != 0) std::memcpy(&sum, place, sizeof(sum));
+  sum = Crc32c(sum, data, size);
+  std::memcpy(place, &sum, sizeof(sum));
+}
+
+VerifyingSink::VerifyingSink(std::vector<Target> targets, size_t block_size, uint64_t end,
+                             const uint8_t* expected)
+    : targets_(std::move(targets)), block_size_(block_size), end_(end), expected_(expected) {
+  uint64_t reach = 0;
+  reach_.reserve(targets_.size());
+  for (const Target& target : targets_) reach_.push_back(reach = std::max(reach, target.end));
+}
+
+bool VerifyingSink::Take(uint64_t begin, uint64_t end, const uint8_t* data) {
+  end = std::min(end, end_);
+  if (begin >= end) return true;
+  if (!Check(begin, end, data)) return false;
+  // From the first target of which, or of whose predecessors, one reaches past `begin`.
+  size_t i = std::upper_bound(reach_.begin(), reach_.end(), begin) - reach_.begin();
+  for (; i < targets_.size() && targets_[i].begin < end; ++i) {
+    const Target& target = targets_[i];
+    if (target.end <= begin) continue;
+    CopyChunk(target.region, data, static_cast<int64_t>(begin), static_cast<int64_t>(end - begin),
+              target.data, target.size);
+  }
+  return true;
+}
+
+bool VerifyingSink::Check(uint64_t begin, uint64_t end, const uint8_t* data) {
+  for (uint64_t at = begin; at < end; at += block_size_) {
+    const uint64_t block = at / block_size_;
+    uint32_t expected;
+    std::memcpy(&expected, expected_ + block * sizeof(expected), sizeof(expected));
+    const uint32_t sum = Crc32c(0, data + (at - begin), std::min<uint64_t>(block_size_, end - at));
+    if (sum == expected) continue;
+    failed_ = true;
+    bad_block_ = block;
+    found_ = sum;
+    return false;
+  }
+  return true;
+}
+
+}  // namespace distckpt

@@ -1,0 +1,98 @@
+// What flows through a checked transfer: where the bytes that are written come from, where those that are
+// read go. Both are told of whole requests, and never see a file.
+
+#ifndef DISTCKPT_STREAM_H_
+#define DISTCKPT_STREAM_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "copy.h"
+
+namespace distckpt {
+
+// Where the bytes of a write come from. Called by one thread at a time; ranges are in file offsets.
+class Source {
+ public:
+  virtual ~Source() = default;
+
+  // Brings bytes [begin, end) into `out`.
+  virtual void Fill(uint64_t begin, uint64_t end, uint8_t* out) = 0;
+
+  // The memory that already holds [begin, end), to be written as it is; nullptr if there is none, and Fill is
+  // called instead.
+  virtual const uint8_t* Find(uint64_t begin, uint64_t end) = 0;
+};
+
+// Where the bytes of a read go. Called by one thread at a time.
+class Sink {
+ public:
+  virtual ~Sink() = default;
+
+  // Takes bytes [begin, end) of the file. Requests may come in any order. Returns false to stop the read.
+  virtual bool Take(uint64_t begin, uint64_t end, const uint8_t* data) = 0;
+};
+
+// Memory whose bytes follow each other in a file from offset 0 on, and the checksum of each block of it, which
+// is complete when every byte has been filled or found once, in file order.
+class ChecksummedSource : public Source {
+ public:
+  struct Part {
+    const uint8_t* data;
+    size_t size;
+  };
+
+  // `sums` has room for one checksum a block, aligned or not. A single part is written from where it is.
+  ChecksummedSource(std::vector<Part> parts, size_t block_size, uint8_t* sums);
+
+  void Fill(uint64_t begin, uint64_t end, uint8_t* out) override;
+  const uint8_t* Find(uint64_t begin, uint64_t end) override;
+
+ private:
+  void Sum(uint64_t begin, const uint8_t* data, size_t size);
+
+  const std::vector<Part> parts_;
+  const size_t block_size_;
+  uint8_t* const sums_;
+  std::vector<uint64_t> ends_;  // File offset after each part.
+};
+
+// Checks blocks against a table and copies what they hold of the targets.
+class VerifyingSink : public Sink {
+ public:
+  struct Target {
+    CopyRegion region;
+    uint8_t* data;
+    int64_t size;
+    uint64_t begin;  // The region's first byte in the file, and past its last.
+    uint64_t end;
+  };
+
+  // Targets in ascending order of `begin`. `expected` has the checksum of every block of the file up to `end`,
+  // aligned or not. Every request begins at a block, and ends at one's end or at `end`.
+  VerifyingSink(std::vector<Target> targets, size_t block_size, uint64_t end, const uint8_t* expected);
+
+  bool Take(uint64_t begin, uint64_t end, const uint8_t* data) override;
+
+  // Whether a checksum was wrong; then of which block, and what it was.
+  bool failed() const { return failed_; }
+  uint64_t bad_block() const { return bad_block_; }
+  uint32_t found() const { return found_; }
+
+ private:
+  bool Check(uint64_t begin, uint64_t end, const uint8_t* data);
+
+  const std::vector<Target> targets_;
+  std::vector<uint64_t> reach_;  // The largest end of targets_[0 .. i].
+  const size_t block_size_;
+  const uint64_t end_;
+  const uint8_t* const expected_;
+  bool failed_ = false;
+  uint64_t bad_block_ = 0;
+  uint32_t found_ = 0;
+};
+
+}  // namespace distckpt
+
+#endif  // DISTCKPT_STREAM_H_
