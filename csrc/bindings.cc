@@ -142,6 +142,13 @@ void CheckSums(const Buffer& sums, size_t size, size_t block_size) {
                               std::to_string(sums.size()) + " bytes");
 }
 
+// Then every request holds whole blocks.
+size_t ToBlockSize(const py::object& object, const BlockIO& io) {
+  const size_t block_size = ToCount(object, "block_size", 1);
+  if (io.request_size() % block_size == 0) return block_size;
+  throw std::invalid_argument("request_size must be a multiple of block_size");
+}
+
 using Buffers = std::vector<std::unique_ptr<Buffer>>;
 
 void WriteChecked(BlockIO& io, File& file, const py::sequence& parts, const py::object& block_size,
@@ -155,11 +162,11 @@ void WriteChecked(BlockIO& io, File& file, const py::sequence& parts, const py::
     size += buffers.back()->size();
   }
   const Buffer out(sums, true);
-  const size_t block = ToCount(block_size, "block_size", 1);
+  const size_t block = ToBlockSize(block_size, io);
   CheckSums(out, size, block);
   const py::gil_scoped_release release;
   ChecksummedSource source(std::move(spans), block, out.data());
-  io.WriteFrom(source, file, 0, size, max_bytes_per_s);
+  io.WriteFrom(source, file, 0, source.size(), max_bytes_per_s);
 }
 
 // (chunk_start, target, target_start, shape, source_strides, target_strides, item_size)
@@ -193,7 +200,7 @@ std::vector<ByteRange> ToBlockRanges(const py::sequence& ranges, size_t block_si
 // None, or (block, its checksum) for one that is wrong; its checksum is None if the file ends in it.
 py::object ReadChecked(BlockIO& io, File& file, const py::sequence& ranges, const py::object& block_size,
                        const py::object& end, const py::object& expected, const py::sequence& targets) {
-  const size_t block = ToCount(block_size, "block_size", 1);
+  const size_t block = ToBlockSize(block_size, io);
   const size_t size = ToCount(end, "end", 0);
   const std::vector<ByteRange> wanted = ToBlockRanges(ranges, block, size);
   Buffers buffers;

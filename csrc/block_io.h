@@ -43,6 +43,7 @@ class BlockIO {
   BlockIO& operator=(const BlockIO&) = delete;
 
   const std::string& backend() const { return backend_; }
+  size_t request_size() const { return request_size_; }
 
   // Writes all of data, or throws FileError. If the file is direct, offset must be a multiple of kAlignment
   // (else std::invalid_argument) and the last request is padded with zeros to the next one.

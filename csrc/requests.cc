@@ -25,7 +25,8 @@ void PadBounce(const Piece& piece, uint8_t* bounce) {
 
 }  // namespace
 
-MemoryRequests::MemoryRequests(uint64_t offset, uint8_t* memory, size_t size, size_t request_size, bool direct)
+MemoryRequests::MemoryRequests(uint64_t offset, uint8_t* memory, size_t size, size_t request_size,
+                               bool direct)
     : offset_(offset),
       next_(offset),
       end_(offset + size),

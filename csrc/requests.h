@@ -15,8 +15,8 @@ namespace distckpt {
 // Of file offsets, sizes and memory in direct transfers.
 constexpr uint64_t kDirectAlignment = 4096;
 
-// One request: bytes [begin, end) of the file. Bytes [user_begin, user_end) of them are the caller's. They lie
-// at `memory`, or, if that is nullptr, pass through a bounce buffer.
+// One request: bytes [begin, end) of the file. Bytes [user_begin, user_end) of them are the caller's. They
+// lie at `memory`, or, if that is nullptr, pass through a bounce buffer.
 struct Piece {
   uint64_t begin;
   uint64_t end;

@@ -16,12 +16,23 @@ constexpr size_t kStep = size_t{128} << 10;
 
 ChecksummedSource::ChecksummedSource(std::vector<Part> parts, size_t block_size, uint8_t* sums)
     : parts_(std::move(parts)), block_size_(block_size), sums_(sums) {
-  uint64_t end = 0;
   ends_.reserve(parts_.size());
-  for (const Part& part : parts_) ends_.push_back(end += part.size);
+  for (const Part& part : parts_) ends_.push_back(parts_end_ += part.size);
+}
+
+uint64_t ChecksummedSource::size() const {
+  return parts_end_ + BlockCount(parts_end_, block_size_) * sizeof(uint32_t);
 }
 
 void ChecksummedSource::Fill(uint64_t begin, uint64_t end, uint8_t* out) {
+  if (begin < parts_end_) FillParts(begin, std::min(end, parts_end_), out);
+  if (end <= parts_end_) return;
+  // All parts have been summed by now.
+  const uint64_t from = std::max(begin, parts_end_);
+  std::memcpy(out + (from - begin), sums_ + (from - parts_end_), end - from);
+}
+
+void ChecksummedSource::FillParts(uint64_t begin, uint64_t end, uint8_t* out) {
   size_t part = std::upper_bound(ends_.begin(), ends_.end(), begin) - ends_.begin();
   for (uint64_t at = begin; at < end;) {
     // Up to the end of the step, the block or the range; from as many parts as that takes.
@@ -39,7 +50,7 @@ void ChecksummedSource::Fill(uint64_t begin, uint64_t end, uint8_t* out) {
 }
 
 const uint8_t* ChecksummedSource::Find(uint64_t begin, uint64_t end) {
-  if (parts_.size() != 1) return nullptr;
+  if (parts_.size() != 1 || end > parts_end_) return nullptr;
   const uint8_t* const data = parts_.front().data + begin;
   for (uint64_t at = begin; at < end;) {
     const uint64_t stop = std::min(end, at - at % block_size_ + block_size_);

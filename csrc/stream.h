@@ -34,8 +34,8 @@ class Sink {
   virtual bool Take(uint64_t begin, uint64_t end, const uint8_t* data) = 0;
 };
 
-// Memory whose bytes follow each other in a file from offset 0 on, and the checksum of each block of it, which
-// is complete when every byte has been filled or found once, in file order.
+// Memory whose bytes follow each other in a file from offset 0 on, and after them the checksum of each block
+// of them. To be filled or found in file order, every byte once.
 class ChecksummedSource : public Source {
  public:
   struct Part {
@@ -46,16 +46,21 @@ class ChecksummedSource : public Source {
   // `sums` has room for one checksum a block, aligned or not. A single part is written from where it is.
   ChecksummedSource(std::vector<Part> parts, size_t block_size, uint8_t* sums);
 
+  // Of the file: parts and checksums.
+  uint64_t size() const;
+
   void Fill(uint64_t begin, uint64_t end, uint8_t* out) override;
   const uint8_t* Find(uint64_t begin, uint64_t end) override;
 
  private:
+  void FillParts(uint64_t begin, uint64_t end, uint8_t* out);
   void Sum(uint64_t begin, const uint8_t* data, size_t size);
 
   const std::vector<Part> parts_;
   const size_t block_size_;
   uint8_t* const sums_;
   std::vector<uint64_t> ends_;  // File offset after each part.
+  uint64_t parts_end_ = 0;
 };
 
 // Checks blocks against a table and copies what they hold of the targets.
@@ -69,8 +74,8 @@ class VerifyingSink : public Sink {
     uint64_t end;
   };
 
-  // Targets in ascending order of `begin`. `expected` has the checksum of every block of the file up to `end`,
-  // aligned or not. Every request begins at a block, and ends at one's end or at `end`.
+  // Targets in ascending order of `begin`. `expected` has the checksum of every block of the file up to
+  // `end`, aligned or not. Every request begins at a block, and ends at one's end or at `end`.
   VerifyingSink(std::vector<Target> targets, size_t block_size, uint64_t end, const uint8_t* expected);
 
   bool Take(uint64_t begin, uint64_t end, const uint8_t* data) override;

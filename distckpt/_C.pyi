@@ -4,6 +4,7 @@ Failures of the operating system raise OSError with errno and file name. Every c
 copies or checksums releases the GIL. Using a closed File or BlockIO is a ValueError.
 """
 
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy.typing as npt
@@ -86,6 +87,38 @@ class BlockIO:
         """All of data at offset, which must be a multiple of 4096 if the file is direct (else ValueError)."""
     def read(self, file: File, offset: int, data: Buffer) -> int:
         """Fill data from offset; fewer bytes, returned, only at the end of the file."""
+    def write_checked(
+        self,
+        file: File,
+        parts: Sequence[Buffer],
+        block_size: int,
+        sums: Buffer,
+        *,
+        max_bytes_per_s: float = 0.0,
+    ) -> None:
+        """The parts, one after the other, from offset 0 on; after them `sums`, the CRC32C of each block of them.
+
+        sums: writable, uint32, one per block_size bytes; filled on the way. request_size must be a multiple of
+        block_size. A single part whose memory is aligned is written from where it is; several are gathered in a
+        ring of queue_depth requests, copied and summed at once. max_bytes_per_s: 0 is no limit.
+        """
+    def read_checked(
+        self,
+        file: File,
+        ranges: Sequence[tuple[int, int]],
+        block_size: int,
+        end: int,
+        expected: Buffer,
+        targets: Sequence[tuple[int, Buffer, int, tuple[int, ...], tuple[int, ...], tuple[int, ...], int]],
+    ) -> tuple[int, int | None] | None:
+        """Read the ranges, check every block, and copy what the targets want of it.
+
+        ranges: (begin, end) ascending, of whole blocks (the last block of the file ends at `end`). expected: uint32,
+        the CRC32C of every block of [0, end). targets: as copy_chunk takes them, (chunk_start, target,
+        target_start, shape, source_strides, target_strides, item_size), in ascending order of chunk_start; items must
+        not lie across a block's end. Returns None, or the first wrong block that was met and its checksum (None
+        where the file ends in it); nothing of a wrong block has been copied, later blocks may not have been read.
+        """
     def close(self) -> None: ...
 
 def sync_directory(path: str) -> None:
