@@ -100,7 +100,8 @@ class BlockIO:
 
         sums: writable, uint32, one per block_size bytes; filled on the way. request_size must be a multiple of
         block_size. A single part whose memory is aligned is written from where it is; several are gathered in a
-        ring of queue_depth requests, copied and summed at once. max_bytes_per_s: 0 is no limit.
+        ring of queue_depth requests, copied and summed at once. max_bytes_per_s: 0 is no limit; ValueError if it is
+        negative or not a number.
         """
     def read_checked(
         self,
@@ -113,8 +114,8 @@ class BlockIO:
     ) -> tuple[int, int | None] | None:
         """Read the ranges, check every block, and copy what the targets want of it.
 
-        ranges: (begin, end) ascending, of whole blocks (the last block of the file ends at `end`). expected: uint32,
-        the CRC32C of every block of [0, end). targets: as copy_chunk takes them, (chunk_start, target,
+        ranges: (begin, end) ascending without overlap, of whole blocks (the last block of the file ends at `end`);
+        ValueError for any other. expected: uint32, the CRC32C of every block of [0, end). targets: as copy_chunk takes them, (chunk_start, target,
         target_start, shape, source_strides, target_strides, item_size), in ascending order of chunk_start; items must
         not lie across a block's end. Returns None, or the first wrong block that was met and its checksum (None
         where the file ends in it); nothing of a wrong block has been copied, later blocks may not have been read.

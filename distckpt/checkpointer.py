@@ -158,7 +158,7 @@ class Checkpointer:
 
         Raises, the same on every rank: InvalidShardingError, DistributedError, FencedError, CheckpointError.
         """
-        save = self._begin(state, iteration, metadata)
+        save = self._begin(state, iteration, metadata, in_place=True)
         return self._finish(save, is_async=False)
 
     def async_save(
@@ -175,16 +175,16 @@ class Checkpointer:
         """
         if snapshot not in ("eager", "lazy"):
             raise ValueError(f"snapshot={snapshot!r}: expected 'eager' or 'lazy'")
-        save = self._begin(state, iteration, metadata)
+        save = self._begin(state, iteration, metadata, in_place=False)
         self._pending = PendingSave(lambda: self._finish(save, is_async=True))
         self._pending.start()
         return self._pending
 
-    def _begin(self, state: State, iteration: int, metadata: object) -> Save:
+    def _begin(self, state: State, iteration: int, metadata: object, *, in_place: bool) -> Save:
         label = self._label("save")
         save = Save(self._save_context, state, iteration, metadata, label, unseen=self._settle())
         save.plan()
-        save.stage()
+        save.stage(in_place=in_place)
         return save
 
     def _finish(self, save: Save, *, is_async: bool) -> SaveReport:

@@ -6,26 +6,23 @@ that is read is checked against that table.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from math import prod
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
-from distckpt._C import Memory, copy_chunk, crc32c, crc32c_blocks
+from distckpt._C import crc32c
 from distckpt.chunk_table import PAGE_BYTES, Chunks, check_pages, decode_record
 from distckpt.errors import CorruptionError
 from distckpt.index import Index, ShardFile, TensorEntry, check_locations
 from distckpt.planner import Copy
 from distckpt.shard_file import BLOCK_BYTES, DTYPES, MAX_HEADER_BYTES, PER_RANK_ENTRY, Chunk, decode_header
-from distckpt.storage import ReadFile, Storage
+from distckpt.storage import ReadFile, Storage, Target, read_checked
 from distckpt.transport import carrier
-
-WINDOW_BLOCKS = 8
 
 
 class CheckedFile:
@@ -77,41 +74,46 @@ class CheckedFile:
             raise CorruptionError(f"{self._file.name}: {what}: crc32c is {found:08x}, the index says {crc:08x}")
         return bytes(data)
 
-    def blocks(self, first: int, stop: int, buffer: Memory) -> memoryview:
-        """Blocks first..stop-1, checked. The view is valid until the buffer is used again."""
-        start = first * BLOCK_BYTES
-        end = min(stop * BLOCK_BYTES, self._expected.checksum_start)
-        window = memoryview(buffer)[: end - start]
-        try:
-            self._file.read_into(start, window)
-        except EOFError as error:
-            raise CorruptionError(f"{self._file.name}: {error}") from error
-        self.bytes_read += end - start
-        found = np.empty(stop - first, np.uint32)
-        crc32c_blocks(window, BLOCK_BYTES, found)
-        bad = np.flatnonzero(found != self._table[first:stop])
-        if len(bad):
-            block = first + int(bad[0])
-            raise CorruptionError(
-                f"{self._file.name}, block {block} (bytes {block * BLOCK_BYTES}-"
-                f"{min((block + 1) * BLOCK_BYTES, self._expected.checksum_start) - 1}): crc32c is "
-                f"{found[bad[0]]:08x}, checksum table says {self._table[block]:08x}."
-            )
-        return window
+    def copy(self, ranges: Sequence[tuple[int, int]], targets: Sequence[Target]) -> None:
+        """Read ranges of whole blocks, check them, and copy what the targets want. Raises CorruptionError, OSError."""
+        end = self._expected.checksum_start
+        bad = read_checked(self._file, ranges, BLOCK_BYTES, end, self._table, targets)
+        self.bytes_read += sum(stop - begin for begin, stop in ranges)
+        if bad is None:
+            return
+        block, found = bad
+        where = f"bytes {block * BLOCK_BYTES}-{min((block + 1) * BLOCK_BYTES, end) - 1}"
+        is_ = "the file ends in it" if found is None else f"crc32c is {found:08x}"
+        raise CorruptionError(
+            f"{self._file.name}, block {block} ({where}): {is_}, checksum table says {self._table[block]:08x}."
+        )
 
     def read(self, start: int, size: int) -> bytes:
         """Any bytes before the checksum table, checked."""
-        first, stop = start // BLOCK_BYTES, -(-(start + size) // BLOCK_BYTES)
-        buffer = Memory(max(1, (stop - first) * BLOCK_BYTES))
-        window = self.blocks(first, stop, buffer)
-        return bytes(window[start - first * BLOCK_BYTES :][:size])
+        data = bytearray(size)
+        ranges = block_ranges([(start, start + size)], self._expected.checksum_start)
+        self.copy(ranges, [(start, data, 0, (size,), (1,), (1,), 1)])
+        return bytes(data)
+
+
+def block_ranges(extents: Iterable[tuple[int, int]], end: int) -> list[tuple[int, int]]:
+    """The blocks that hold bytes of the extents (begin, end; ascending by begin), as ranges that do not touch."""
+    ranges: list[tuple[int, int]] = []
+    for low, high in extents:
+        begin = low // BLOCK_BYTES * BLOCK_BYTES
+        stop = min(-(-high // BLOCK_BYTES) * BLOCK_BYTES, end)
+        if ranges and begin <= ranges[-1][1]:
+            ranges[-1] = (ranges[-1][0], max(ranges[-1][1], stop))
+        else:
+            ranges.append((begin, stop))
+    return ranges
 
 
 @dataclass(frozen=True, slots=True)
 class TargetMemory:
     """A tensor on the host as bytes: item (i, ...) lies at start + sum(i * strides) of `data`."""
 
-    data: npt.NDArray[np.uint8]
+    data: memoryview
     strides: tuple[int, ...]
     item_bytes: int
 
@@ -121,7 +123,7 @@ class TargetMemory:
         item = elements.element_size()
         span = 1 + sum((n - 1) * s for n, s in zip(elements.shape, elements.stride(), strict=True))
         flat = elements.as_strided((span,), (1,)).numpy().view(np.uint8)
-        return cls(flat, tuple(s * item for s in elements.stride()), item)
+        return cls(flat.data, tuple(s * item for s in elements.stride()), item)
 
 
 @dataclass(slots=True)
@@ -148,16 +150,13 @@ def fill_targets(
     """
     bytes_read = 0
     memories = [TargetMemory.of(t) for t in targets]
-    buffer = Memory(WINDOW_BLOCKS * BLOCK_BYTES)
     for number, group in groupby(copies, key=lambda c: c.file):
         with CheckedFile(storage, directory, index.files[number]) as file:
             regions = [_region(c, memories[c.target].item_bytes) for c in group]
             _check_entries(file, index, regions, entries)
-            for first, window_regions in _windows(regions):
-                stop = min(first + WINDOW_BLOCKS, -(-max(r.high for r in window_regions) // BLOCK_BYTES))
-                window = file.blocks(first, stop, buffer)
-                for region in window_regions:
-                    _copy(window, first * BLOCK_BYTES, region, memories[region.copy.target])
+            regions.sort(key=lambda r: r.low)
+            ranges = block_ranges([(r.low, r.high) for r in regions], index.files[number].checksum_start)
+            file.copy(ranges, [_target(region, memories[region.copy.target]) for region in regions])
             bytes_read += file.bytes_read
     return bytes_read
 
@@ -189,37 +188,10 @@ def _check_entries(file: CheckedFile, index: Index, regions: Sequence[_Region], 
             )
 
 
-def _windows(regions: list[_Region]) -> Iterator[tuple[int, list[_Region]]]:
-    """Runs of up to WINDOW_BLOCKS blocks that hold bytes of regions, each with the regions that have bytes in it."""
-    pending = sorted(regions, key=lambda r: r.low)
-    active: list[_Region] = []
-    position = 0
-    block = 0
-    while position < len(pending) or active:
-        if not active:
-            block = max(block, pending[position].low // BLOCK_BYTES)
-        end = (block + WINDOW_BLOCKS) * BLOCK_BYTES
-        while position < len(pending) and pending[position].low < end:
-            active.append(pending[position])
-            position += 1
-        yield block, active
-        block += WINDOW_BLOCKS
-        active = [r for r in active if r.high > end]
-
-
-def _copy(window: memoryview, window_start: int, region: _Region, target: TargetMemory) -> None:
+def _target(region: _Region, memory: TargetMemory) -> Target:
     copy = region.copy
-    copy_chunk(
-        window,
-        window_start,
-        region.low,
-        target.data,
-        sum(o * s for o, s in zip(copy.target_offset, target.strides, strict=True)),
-        copy.shape,
-        region.strides,
-        target.strides,
-        target.item_bytes,
-    )
+    start = sum(o * s for o, s in zip(copy.target_offset, memory.strides, strict=True))
+    return (region.low, memory.data, start, copy.shape, region.strides, memory.strides, memory.item_bytes)
 
 
 class ChunkTableReader:

@@ -36,9 +36,9 @@ from distckpt.json_value import EMPTY_DICT, encode_value
 from distckpt.leaf_value import encode_leaf
 from distckpt.planner import PerRankItem, RankShards, SavePlan, plan_save
 from distckpt.report import SaveReport
-from distckpt.shard_file import FORMAT, FORMAT_VERSION, Chunk, file_name, nested_json_bytes, split_into_files
+from distckpt.shard_file import FORMAT, FORMAT_VERSION, Chunk, file_name, lay_out, nested_json_bytes, split_into_files
 from distckpt.sharded_tensor import Shard
-from distckpt.staging import Arena, StagedFile, stage
+from distckpt.staging import Arena, StagedFile, stage, stage_in_place
 from distckpt.state_dict import FlatState, PerRankLeaf, flatten
 from distckpt.storage import FreeSpace, Storage, WriteFile
 from distckpt.transport import sample_checksum
@@ -195,16 +195,19 @@ class Save:
         assert self._order is not None
         return self._order.save_id
 
-    def stage(self) -> None:
-        """Copy what this rank writes; on return the state may change. A failure is raised by finish(), everywhere."""
+    def stage(self, *, in_place: bool) -> None:
+        """Copy what this rank writes; on return the state may change. A failure is raised by finish(), everywhere.
+
+        in_place: the state stays as it is until finish() returns, and is written from where it is.
+        """
         started = time.perf_counter()
         try:
-            self._files = self._stage()
+            self._files = self._stage(in_place)
         except BaseException as error:  # Even an exit: the other ranks are waiting in finish().
             self._stage_error = error
         self._seconds["stage"] = time.perf_counter() - started
 
-    def _stage(self) -> list[StagedFile]:
+    def _stage(self, in_place: bool) -> list[StagedFile]:
         order, rank, world_size = self._order, self.context.coordinator.rank, self.context.coordinator.world_size
         assert order is not None
         mine = [self._shards[i] for i in np.frombuffer(order.shards, np.int32)]
@@ -222,15 +225,12 @@ class Save:
             metadata_bytes=[nested_json_bytes({key: spec}) for key, spec, _ in mine],
             first_metadata_bytes=len(msgspec.json.encode(shared)),
         )
-        return stage(
-            self.context.arena,
-            chunks,
-            [shard.data for _, _, shard in mine],
-            per_rank,
-            names=[file_name(rank, part, world_size, order.save_id) for part in range(len(files))],
-            metadata=[self._header_metadata([mine[i] for i in f], {} if k else shared) for k, f in enumerate(files)],
-            order=files,
-        )
+        metadata = [self._header_metadata([mine[i] for i in f], {} if k else shared) for k, f in enumerate(files)]
+        layouts = [lay_out(chunks, numbers, b"{}" if k else per_rank, metadata[k]) for k, numbers in enumerate(files)]
+        tensors = [shard.data for _, _, shard in mine]
+        parts = stage_in_place(layouts, tensors) if in_place else stage(layouts, tensors, self.context.arena)
+        names = [file_name(rank, part, world_size, order.save_id) for part in range(len(files))]
+        return [StagedFile(*file) for file in zip(names, layouts, parts, strict=True)]
 
     def _header_metadata(self, mine: Sequence[tuple[str, Spec, Shard]], shared: Mapping[str, str]) -> dict[str, str]:
         """What rebuilding an index from the files alone needs."""
@@ -292,9 +292,7 @@ class Save:
         count = len(order.shards) // 4
         file_of, start_of = np.zeros(count, np.int32), np.zeros(count, np.int64)
         for number, staged in enumerate(self._files):
-            files.append(staged.seal(rank=context.coordinator.rank, mesh=mesh))
-            name = f"{directory}/{staged.name}"
-            write_file(context.storage, name, staged.image)
+            files.append(staged.write(context.storage, directory, rank=context.coordinator.rank, mesh=mesh))
             at = list(staged.layout.order)
             file_of[at], start_of[at] = number, staged.layout.starts
         self._files = []

@@ -115,8 +115,12 @@ class FileLayout:
     order: tuple[int, ...]  # which chunk (by number) lies where: those of this file, in file order
     starts: tuple[int, ...]  # where each chunk of `order` starts
     per_rank_start: int
-    per_rank_bytes: int
+    per_rank: bytes  # the JSON, padded
     checksum_start: int
+
+    @property
+    def per_rank_bytes(self) -> int:
+        return len(self.per_rank)
 
     @property
     def block_count(self) -> int:
@@ -175,9 +179,9 @@ def lay_out(chunks: Sequence[Chunk], order: Sequence[int], per_rank: bytes, meta
         relative.append(position)
         position = end
     per_rank_start = position
-    per_rank_bytes = len(per_rank) + -(position + len(per_rank)) % 4
-    position += per_rank_bytes
-    entries[PER_RANK_ENTRY] = _entry("U8", (per_rank_bytes,), per_rank_start, position)
+    per_rank += b" " * (-(position + len(per_rank)) % 4)
+    position += len(per_rank)
+    entries[PER_RANK_ENTRY] = _entry("U8", (len(per_rank),), per_rank_start, position)
     # The checksum table covers the header, whose length depends on the table's: settle it by trying.
     blocks = 0
     while True:
@@ -197,7 +201,7 @@ def lay_out(chunks: Sequence[Chunk], order: Sequence[int], per_rank: bytes, meta
         order=tuple(order),
         starts=tuple(base + r for r in relative),
         per_rank_start=base + per_rank_start,
-        per_rank_bytes=per_rank_bytes,
+        per_rank=per_rank,
         checksum_start=base + position,
     )
 

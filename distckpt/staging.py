@@ -5,17 +5,19 @@ The Arena is host memory that is touched once and used again by every save.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import Buffer
 
-from distckpt._C import Memory, crc32c, crc32c_blocks
+from distckpt._C import Memory, crc32c
 from distckpt.index import MeshCoordinates, ShardFile
-from distckpt.shard_file import ALIGNMENT, BLOCK_BYTES, Chunk, FileLayout, lay_out
-from distckpt.transport import copy_to_host
+from distckpt.shard_file import ALIGNMENT, BLOCK_BYTES, FileLayout
+from distckpt.storage import Storage, write_checked
+from distckpt.transport import copy_to_host, host_bytes
 
 
 class Arena:
@@ -38,17 +40,26 @@ class Arena:
 
 @dataclass(frozen=True, slots=True)
 class StagedFile:
-    """One shard file in memory; `name` is below the iteration's directory."""
+    """One shard file, ready to be written: the parts that follow each other in it, up to the checksum table.
+
+    `name` is below the iteration's directory. The parts are views: of an image in the Arena, or of the state itself.
+    """
 
     name: str
     layout: FileLayout
-    image: memoryview
+    parts: list[Buffer]
 
-    def seal(self, *, rank: int, mesh: MeshCoordinates) -> ShardFile:
-        """Compute the checksum table into the image. Any thread, once, before the image is written."""
+    def write(self, storage: Storage, directory: str, *, rank: int, mesh: MeshCoordinates) -> ShardFile:
+        """Write it, durably, with its checksum table. Any thread, once. Raises OSError; the file is then abandoned."""
         layout = self.layout
-        table = np.frombuffer(self.image[layout.checksum_start :], np.uint32)
-        crc32c_blocks(self.image[: layout.checksum_start], BLOCK_BYTES, table)
+        table = np.empty(layout.block_count, np.uint32)
+        file = storage.create(f"{directory}/{self.name}", size_hint=layout.size_bytes)
+        try:
+            write_checked(file, self.parts, BLOCK_BYTES, table)
+            file.finish(layout.size_bytes)
+        except BaseException:
+            file.abandon()
+            raise
         return ShardFile(
             name=self.name,
             size_bytes=layout.size_bytes,
@@ -62,31 +73,31 @@ class StagedFile:
         )
 
 
-def stage(
-    arena: Arena,
-    chunks: Sequence[Chunk],
-    tensors: Sequence[Tensor],
-    per_rank: bytes,
-    *,
-    names: Sequence[str],
-    metadata: Sequence[Mapping[str, str]],
-    order: Sequence[Sequence[int]],
-) -> list[StagedFile]:
-    """Copy the tensors (tensors[i] holds chunks[i]) into the images of the files that `order` divides them into.
+def stage(layouts: Sequence[FileLayout], tensors: Sequence[Tensor], arena: Arena) -> list[list[Buffer]]:
+    """Copy the tensors (by chunk number) into an image of each file; on return they may change.
 
-    On return the tensors may change. The per-rank JSON goes into the first file.
+    Returns the parts of each file: one, its image.
     """
-    layouts = [lay_out(chunks, numbers, per_rank if i == 0 else b"{}", metadata[i]) for i, numbers in enumerate(order)]
     starts = np.cumsum([0] + [-(-layout.size_bytes // ALIGNMENT) * ALIGNMENT for layout in layouts]).tolist()
     memory = memoryview(arena.reserve(max(starts[-1], 1)))
-    files = []
-    for i, (layout, start, name) in enumerate(zip(layouts, starts, names, strict=False)):
-        image = memory[start : start + layout.size_bytes]
+    images: list[list[Buffer]] = []
+    for layout, start in zip(layouts, starts, strict=False):
+        image = memory[start : start + layout.checksum_start]
         image[: len(layout.header)] = layout.header
-        text = (per_rank if i == 0 else b"{}").ljust(layout.per_rank_bytes)
-        image[layout.per_rank_start : layout.checksum_start] = text
+        image[layout.per_rank_start :] = layout.per_rank
         target = torch.frombuffer(image, dtype=torch.uint8)
         for number, at in zip(layout.order, layout.starts, strict=True):
-            copy_to_host(tensors[number], target[at : at + chunks[number].size_bytes])
-        files.append(StagedFile(name, layout, image))
-    return files
+            copy_to_host(tensors[number], target[at : at + tensors[number].nbytes])
+        images.append([image])
+    return images
+
+
+def stage_in_place(layouts: Sequence[FileLayout], tensors: Sequence[Tensor]) -> list[list[Buffer]]:
+    """The same without a copy, for tensors that stay as they are until the files are written.
+
+    Only what is not a plain block of host memory is copied.
+    """
+    return [
+        [layout.header, *(host_bytes(tensors[number]) for number in layout.order), layout.per_rank]
+        for layout in layouts
+    ]

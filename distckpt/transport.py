@@ -6,6 +6,7 @@ Copies to and from an accelerator go through torch and are complete on return.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +27,14 @@ def copy_to_host(source: Tensor, target: Tensor) -> None:
     """Write the elements of `source`, any strides and device, in C order into `target`, 1-d uint8 on the host."""
     elements = carrier(source)
     target.view(elements.dtype).view(elements.shape).copy_(elements)
+
+
+def host_bytes(source: Tensor) -> memoryview:
+    """The elements of `source` in C order as bytes on the host: a view where they lie so, else a copy."""
+    elements = carrier(source).cpu().contiguous()
+    if not elements.numel():
+        return memoryview(b"")
+    return elements.reshape(-1).numpy().view(np.uint8).data
 
 
 def sample_checksum(tensor: Tensor) -> int:

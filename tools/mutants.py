@@ -348,9 +348,9 @@ MUTANTS = (
     ),
     Mutant(
         "shard file: only the first block of a run is checked",
-        "distckpt/reader.py",
-        "        bad = np.flatnonzero(found != self._table[first:stop])\n",
-        "        bad = np.flatnonzero(found[:1] != self._table[first : first + 1])\n",
+        "distckpt/storage/checked.py",
+        "            bad = np.flatnonzero(found != expected[first : first + count])\n",
+        "            bad = np.flatnonzero(found[:1] != expected[first : first + 1])\n",
         DAMAGE,
     ),
     Mutant(

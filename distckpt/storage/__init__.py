@@ -1,6 +1,16 @@
 """Where checkpoints lie: the Storage port and its backends."""
 
+from distckpt.storage.checked import Target, read_checked, write_checked
 from distckpt.storage.port import FreeSpace, ReadFile, Storage, WriteFile
 from distckpt.storage.posix import PosixStorage
 
-__all__ = ["FreeSpace", "PosixStorage", "ReadFile", "Storage", "WriteFile"]
+__all__ = [
+    "FreeSpace",
+    "PosixStorage",
+    "ReadFile",
+    "Storage",
+    "Target",
+    "WriteFile",
+    "read_checked",
+    "write_checked",
+]

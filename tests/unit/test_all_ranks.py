@@ -98,7 +98,7 @@ def test_copy_of_the_state_that_fails_on_one_rank_is_raised_on_all(
         return stage(*arguments, **options)
 
     monkeypatch.setattr(saving, "stage", fail_on_rank_1)
-    results = on_both(storage, lambda c, rank: c.save(make_state(1), iteration=30))
+    results = on_both(storage, lambda c, rank: c.async_save(make_state(1), iteration=30).wait())
     check_raised(results, DistributedError, "rank 1 of 2: MemoryError: no room for the copy")
     assert on_both(storage, lambda c, rank: c.iterations()) == [[10, 20]] * 2
 

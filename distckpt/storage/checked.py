@@ -1,0 +1,106 @@
+"""Checked transfers: writing that sums blocks on the way, reading that checks them and copies what is wanted.
+
+A backend whose files offer these operations does them as it can best; for all others they are made of the port's
+plain writes and reads, through a window of memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+from typing_extensions import Buffer
+
+from distckpt._C import Memory, copy_chunk, crc32c_blocks
+from distckpt.storage.port import ReadFile, WriteFile
+
+WINDOW_BYTES = 8 << 20
+Sums: TypeAlias = npt.NDArray[np.uint32]
+
+# chunk_start in the file, target memory, target_start, shape, source strides, target strides, item size
+Target: TypeAlias = tuple[int, Buffer, int, tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
+
+
+@runtime_checkable
+class CheckedWriteFile(Protocol):
+    """A WriteFile that sums what it writes, as `write_checked` does."""
+
+    def write_checked(self, parts: Sequence[Buffer], block_bytes: int, sums: Buffer) -> None: ...
+
+
+@runtime_checkable
+class CheckedReadFile(Protocol):
+    """A ReadFile that checks what it reads, as `read_checked` does."""
+
+    def read_checked(
+        self,
+        ranges: Sequence[tuple[int, int]],
+        block_bytes: int,
+        end: int,
+        expected: Buffer,
+        targets: Sequence[Target],
+    ) -> tuple[int, int | None] | None: ...
+
+
+def write_checked(file: WriteFile, parts: Sequence[Buffer], block_bytes: int, sums: Sums) -> None:
+    """Write the parts one after the other from offset 0, and after them `sums`, the CRC32C of each block_bytes of
+    them, filled on the way. WINDOW_BYTES is a multiple of block_bytes."""
+    if isinstance(file, CheckedWriteFile):
+        file.write_checked(parts, block_bytes, sums.data)
+        return
+    window = memoryview(Memory(WINDOW_BYTES))
+    position = filled = block = 0
+    for part in parts:
+        view = memoryview(part).cast("B")
+        while len(view):
+            size = min(len(view), WINDOW_BYTES - filled)
+            window[filled : filled + size] = view[:size]
+            view, filled = view[size:], filled + size
+            if filled == WINDOW_BYTES:
+                block = _sum(window, block_bytes, sums, block)
+                file.write(position, window)
+                position, filled = position + filled, 0
+    _sum(window[:filled], block_bytes, sums, block)
+    file.write(position, bytes(window[:filled]) + sums.tobytes())
+
+
+def _sum(window: memoryview, block_bytes: int, sums: Sums, block: int) -> int:
+    stop = block - (-len(window) // block_bytes)
+    crc32c_blocks(window, block_bytes, sums[block:stop])
+    return stop
+
+
+def read_checked(
+    file: ReadFile,
+    ranges: Sequence[tuple[int, int]],
+    block_bytes: int,
+    end: int,
+    expected: Sums,
+    targets: Sequence[Target],
+) -> tuple[int, int | None] | None:
+    """Read ranges of whole blocks, check each against `expected`, and copy what targets want of it.
+
+    end: where the last block ends. Targets are in the order of chunk_start. Returns None, or a block that is wrong and
+    its checksum (None where the file ends in it); nothing of that block has been copied.
+    """
+    if isinstance(file, CheckedReadFile):
+        return file.read_checked(ranges, block_bytes, end, expected.data, targets)
+    memory = memoryview(Memory(WINDOW_BYTES))
+    for begin, stop in ranges:
+        for at in range(begin, stop, WINDOW_BYTES):
+            window = memory[: min(stop - at, WINDOW_BYTES)]
+            try:
+                file.read_into(at, window)
+            except EOFError:
+                return file.size_bytes // block_bytes, None
+            first, count = at // block_bytes, -(-len(window) // block_bytes)
+            found = np.empty(count, np.uint32)
+            crc32c_blocks(window, block_bytes, found)
+            bad = np.flatnonzero(found != expected[first : first + count])
+            if len(bad):
+                return first + int(bad[0]), int(found[bad[0]])
+            for chunk_start, target, target_start, shape, source_strides, target_strides, item in targets:
+                copy_chunk(window, at, chunk_start, target, target_start, shape, source_strides, target_strides, item)
+    return None
