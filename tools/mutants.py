@@ -342,8 +342,8 @@ MUTANTS = (
     Mutant(
         "shard file: no checksum of blocks",
         "distckpt/reader.py",
-        "        if len(bad):\n",
-        "        if False:\n",
+        "        if bad is None:\n",
+        "        if bad is None or bad:\n",
         DAMAGE,
     ),
     Mutant(
