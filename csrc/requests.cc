@@ -84,8 +84,8 @@ Piece SourceRequests::Next() {
   Throttle(next_ - begin);
   // The last bytes of a direct write need room for their padding.
   const bool padded = direct_ && !IsAligned(next_);
-  const uint8_t* memory = padded ? nullptr : source_.Find(begin, next_);
-  if (direct_ && !IsAligned(reinterpret_cast<uintptr_t>(memory))) memory = nullptr;
+  const uint8_t* memory =
+      padded ? nullptr : source_.Find(begin, next_, direct_ ? size_t{kDirectAlignment} : 1);
   // A write only reads the memory.
   return {begin, padded ? AlignUp(next_) : next_, begin, next_, const_cast<uint8_t*>(memory)};
 }

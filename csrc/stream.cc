@@ -14,10 +14,15 @@ constexpr size_t kStep = size_t{128} << 10;
 
 }  // namespace
 
-ChecksummedSource::ChecksummedSource(std::vector<Part> parts, size_t block_size, uint8_t* sums)
-    : parts_(std::move(parts)), block_size_(block_size), sums_(sums) {
-  ends_.reserve(parts_.size());
-  for (const Part& part : parts_) ends_.push_back(parts_end_ += part.size);
+ChecksummedSource::ChecksummedSource(const std::vector<Part>& parts, size_t block_size, uint8_t* sums)
+    : block_size_(block_size), sums_(sums) {
+  parts_.reserve(parts.size());
+  ends_.reserve(parts.size());
+  for (const Part& part : parts) {
+    if (part.size == 0) continue;
+    parts_.push_back(part);
+    ends_.push_back(parts_end_ += part.size);
+  }
 }
 
 uint64_t ChecksummedSource::size() const {
@@ -49,9 +54,10 @@ void ChecksummedSource::FillParts(uint64_t begin, uint64_t end, uint8_t* out) {
   }
 }
 
-const uint8_t* ChecksummedSource::Find(uint64_t begin, uint64_t end) {
+const uint8_t* ChecksummedSource::Find(uint64_t begin, uint64_t end, size_t alignment) {
   if (parts_.size() != 1 || end > parts_end_) return nullptr;
   const uint8_t* const data = parts_.front().data + begin;
+  if (reinterpret_cast<uintptr_t>(data) % alignment != 0) return nullptr;
   for (uint64_t at = begin; at < end;) {
     const uint64_t stop = std::min(end, at - at % block_size_ + block_size_);
     Sum(at, data + (at - begin), stop - at);

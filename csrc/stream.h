@@ -20,9 +20,9 @@ class Source {
   // Brings bytes [begin, end) into `out`.
   virtual void Fill(uint64_t begin, uint64_t end, uint8_t* out) = 0;
 
-  // The memory that already holds [begin, end), to be written as it is; nullptr if there is none, and Fill is
-  // called instead.
-  virtual const uint8_t* Find(uint64_t begin, uint64_t end) = 0;
+  // The memory that already holds [begin, end), at a multiple of `alignment`, to be written as it is; nullptr
+  // if there is none, and Fill is called instead.
+  virtual const uint8_t* Find(uint64_t begin, uint64_t end, size_t alignment) = 0;
 };
 
 // Where the bytes of a read go. Called by one thread at a time.
@@ -44,19 +44,19 @@ class ChecksummedSource : public Source {
   };
 
   // `sums` has room for one checksum a block, aligned or not. A single part is written from where it is.
-  ChecksummedSource(std::vector<Part> parts, size_t block_size, uint8_t* sums);
+  ChecksummedSource(const std::vector<Part>& parts, size_t block_size, uint8_t* sums);
 
   // Of the file: parts and checksums.
   uint64_t size() const;
 
   void Fill(uint64_t begin, uint64_t end, uint8_t* out) override;
-  const uint8_t* Find(uint64_t begin, uint64_t end) override;
+  const uint8_t* Find(uint64_t begin, uint64_t end, size_t alignment) override;
 
  private:
   void FillParts(uint64_t begin, uint64_t end, uint8_t* out);
   void Sum(uint64_t begin, const uint8_t* data, size_t size);
 
-  const std::vector<Part> parts_;
+  std::vector<Part> parts_;  // Without the empty ones.
   const size_t block_size_;
   uint8_t* const sums_;
   std::vector<uint64_t> ends_;  // File offset after each part.
