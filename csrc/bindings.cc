@@ -2,12 +2,14 @@
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "block_io.h"
+#include "checked.h"
 #include "copy.h"
 #include "crc32c.h"
 #include "file.h"
@@ -137,7 +139,7 @@ int64_t Copy(const py::object& source, const py::object& source_start, const py:
 // One checksum of 4 bytes a block.
 void CheckSums(const Buffer& sums, size_t size, size_t block_size) {
   const size_t expected = BlockCount(size, block_size);
-  if (sums.size() == expected * sizeof(uint32_t)) return;
+  if (sums.size() % sizeof(uint32_t) == 0 && sums.size() / sizeof(uint32_t) == expected) return;
   throw std::invalid_argument("expected " + std::to_string(expected) + " checksums of 4 bytes, not " +
                               std::to_string(sums.size()) + " bytes");
 }
@@ -146,7 +148,8 @@ void CheckSums(const Buffer& sums, size_t size, size_t block_size) {
 size_t ToBlockSize(const py::object& object, const BlockIO& io) {
   const size_t block_size = ToCount(object, "block_size", 1);
   if (io.request_size() % block_size == 0) return block_size;
-  throw std::invalid_argument("request_size must be a multiple of block_size");
+  throw std::invalid_argument("request_size, " + std::to_string(io.request_size()) +
+                              ", must be a multiple of block_size, " + std::to_string(block_size));
 }
 
 using Buffers = std::vector<std::unique_ptr<Buffer>>;
@@ -155,22 +158,23 @@ void WriteChecked(BlockIO& io, File& file, const py::sequence& parts, const py::
                   const py::object& sums, double max_bytes_per_s) {
   Buffers buffers;
   std::vector<ChecksummedSource::Part> spans;
-  size_t size = 0;
+  int64_t size = 0;
   for (const py::handle part : parts) {
     buffers.push_back(std::make_unique<Buffer>(py::reinterpret_borrow<py::object>(part), false));
     spans.push_back({buffers.back()->data(), buffers.back()->size()});
-    size += buffers.back()->size();
+    size = CheckedAdd(size, static_cast<int64_t>(buffers.back()->size()));
   }
   const Buffer out(sums, true);
   const size_t block = ToBlockSize(block_size, io);
-  CheckSums(out, size, block);
+  CheckSums(out, static_cast<size_t>(size), block);
   const py::gil_scoped_release release;
-  ChecksummedSource source(std::move(spans), block, out.data());
+  ChecksummedSource source(spans, block, out.data());
   io.WriteFrom(source, file, 0, source.size(), max_bytes_per_s);
 }
 
 // (chunk_start, target, target_start, shape, source_strides, target_strides, item_size)
-VerifyingSink::Target ToTarget(const py::tuple& item, Buffers& buffers) {
+VerifyingSink::Target ToTarget(py::handle object, Buffers& buffers) {
+  const py::tuple item(py::reinterpret_borrow<py::object>(object));
   if (item.size() != 7) throw std::invalid_argument("a target has seven items");
   buffers.push_back(std::make_unique<Buffer>(py::object(item[1]), true));
   const Buffer& memory = *buffers.back();
@@ -185,14 +189,16 @@ VerifyingSink::Target ToTarget(const py::tuple& item, Buffers& buffers) {
 std::vector<ByteRange> ToBlockRanges(const py::sequence& ranges, size_t block_size, size_t end) {
   std::vector<ByteRange> wanted;
   for (const py::handle range : ranges) {
-    const auto pair = py::reinterpret_borrow<py::sequence>(range);
+    const py::tuple pair(py::reinterpret_borrow<py::object>(range));
+    if (pair.size() != 2) throw std::invalid_argument("a range has two items");
     wanted.push_back({ToCount(py::object(pair[0]), "a range's begin", 0),
                       ToCount(py::object(pair[1]), "a range's end", 0)});
     const ByteRange& last = wanted.back();
     if (last.begin % block_size == 0 && last.end <= end && (last.end % block_size == 0 || last.end == end)) {
       continue;
     }
-    throw std::invalid_argument("a range must begin and end at blocks, before the end");
+    throw std::invalid_argument("a range must be of whole blocks before " + std::to_string(end) + ": " +
+                                std::to_string(last.begin) + " to " + std::to_string(last.end));
   }
   return wanted;
 }
@@ -205,9 +211,7 @@ py::object ReadChecked(BlockIO& io, File& file, const py::sequence& ranges, cons
   const std::vector<ByteRange> wanted = ToBlockRanges(ranges, block, size);
   Buffers buffers;
   std::vector<VerifyingSink::Target> places;
-  for (const py::handle item : targets) {
-    places.push_back(ToTarget(py::reinterpret_borrow<py::tuple>(item), buffers));
-  }
+  for (const py::handle item : targets) places.push_back(ToTarget(item, buffers));
   const Buffer table(expected, false);
   CheckSums(table, size, block);
   VerifyingSink sink(std::move(places), block, size, table.data());
@@ -216,8 +220,11 @@ py::object ReadChecked(BlockIO& io, File& file, const py::sequence& ranges, cons
     const py::gil_scoped_release release;
     file_end = io.ReadInto(sink, file, wanted);
   }
-  if (!wanted.empty() && file_end < wanted.back().end) return py::make_tuple(file_end / block, py::none());
   if (sink.failed()) return py::make_tuple(sink.bad_block(), sink.found());
+  for (const ByteRange& range : wanted) {
+    if (range.begin == range.end || range.end <= file_end) continue;
+    return py::make_tuple(std::max(file_end, range.begin) / block, py::none());
+  }
   return py::none();
 }
 

@@ -61,8 +61,8 @@ class BlockOperation {
   void StartNext() {
     const size_t index = free_.back();
     Slot& slot = slots_[index];
-    slot = {requests_.Next(), nullptr, 0, false, 0};
     try {
+      slot = {requests_.Next(), nullptr, 0, false, 0};
       const bool bounced = slot.piece.memory == nullptr;
       slot.memory = bounced ? Bounce(index) : slot.piece.memory;
       if (bounced && write_) requests_.Fill(slot.piece, slot.memory);
@@ -282,6 +282,9 @@ size_t BlockIO::Read(File& file, int64_t offset, void* data, size_t size) {
 void BlockIO::WriteFrom(Source& source, File& file, int64_t offset, size_t size, double bytes_per_s) {
   CheckOwner(owner_);
   CheckRange(offset, size);
+  if (!(bytes_per_s >= 0)) {  // Nor is NaN.
+    throw std::invalid_argument("bytes per second must not be negative: " + std::to_string(bytes_per_s));
+  }
   const std::lock_guard<std::mutex> lock(mutex_);
   CheckOpen(queue_);
   CheckWriteOffset(file, offset);
@@ -292,8 +295,14 @@ void BlockIO::WriteFrom(Source& source, File& file, int64_t offset, size_t size,
 
 uint64_t BlockIO::ReadInto(Sink& sink, File& file, std::vector<ByteRange> ranges) {
   CheckOwner(owner_);
+  uint64_t previous_end = 0;
   for (const ByteRange& range : ranges) {
-    if (range.end < range.begin) throw std::invalid_argument("a range ends before it begins");
+    if (range.begin < previous_end || range.end < range.begin) {
+      throw std::invalid_argument("ranges must ascend and not overlap: " + std::to_string(range.begin) +
+                                  " to " + std::to_string(range.end) + " comes after " +
+                                  std::to_string(previous_end));
+    }
+    previous_end = range.end;
     CheckRange(static_cast<int64_t>(range.begin), static_cast<size_t>(range.end - range.begin));
   }
   const std::lock_guard<std::mutex> lock(mutex_);

@@ -54,12 +54,13 @@ class BlockIO {
   size_t Read(File& file, int64_t offset, void* data, size_t size);
 
   // Writes [offset, offset + size) of the file with what `source` gives, at most bytes_per_s a second unless
-  // that is 0; offset and padding as in Write. The source is asked for every byte, in file order.
+  // that is 0 (std::invalid_argument if it is negative or NaN); offset and padding as in Write. The source is
+  // asked for every byte, in file order.
   void WriteFrom(Source& source, File& file, int64_t offset, size_t size, double bytes_per_s);
 
-  // Hands the bytes of the ranges, which ascend and do not overlap, to `sink`, in requests that begin at
-  // multiples of the request size or where a range does. Returns the offset at which the file was found to
-  // end, or the largest number. Ends early when the sink wants no more.
+  // Hands the bytes of the ranges, which ascend and do not overlap (else std::invalid_argument), to `sink`,
+  // in requests that begin at multiples of the request size or where a range does. Returns the offset at
+  // which the file was found to end, or the largest number. Ends early when the sink wants no more.
   uint64_t ReadInto(Sink& sink, File& file, std::vector<ByteRange> ranges);
 
   // Gives back the queue and the bounce buffers. A second call does nothing.

@@ -10,6 +10,8 @@ namespace {
 
 constexpr size_t kSmall = size_t{64} << 10;  // Below this one bounced request beats several exact ones.
 
+constexpr double kLongestPauseS = 1e6;  // So that no rate overflows the clock.
+
 constexpr uint64_t AlignDown(uint64_t value) { return value / kDirectAlignment * kDirectAlignment; }
 constexpr uint64_t AlignUp(uint64_t value) { return AlignDown(value + kDirectAlignment - 1); }
 constexpr bool IsAligned(uint64_t value) { return value % kDirectAlignment == 0; }
@@ -95,7 +97,8 @@ void SourceRequests::Throttle(uint64_t bytes) {
   using Clock = std::chrono::steady_clock;
   not_before_ = std::max(not_before_, Clock::now());
   std::this_thread::sleep_until(not_before_);
-  const std::chrono::duration<double> pause(static_cast<double>(bytes) / bytes_per_s_);
+  const std::chrono::duration<double> pause(
+      std::min(static_cast<double>(bytes) / bytes_per_s_, kLongestPauseS));
   not_before_ += std::chrono::duration_cast<Clock::duration>(pause);
 }
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <stdexcept>
 #include <utility>
 
 #include "crc32c.h"
@@ -80,10 +81,15 @@ VerifyingSink::VerifyingSink(std::vector<Target> targets, size_t block_size, uin
   uint64_t reach = 0;
   reach_.reserve(targets_.size());
   for (const Target& target : targets_) reach_.push_back(reach = std::max(reach, target.end));
+  const auto before = [](const Target& a, const Target& b) { return a.begin < b.begin; };
+  if (!std::is_sorted(targets_.begin(), targets_.end(), before)) {
+    throw std::invalid_argument("targets must be in ascending order of chunk_start");
+  }
 }
 
 bool VerifyingSink::Take(uint64_t begin, uint64_t end, const uint8_t* data) {
   end = std::min(end, end_);
+  if (end != end_) end -= end % block_size_;  // The file may end inside a block.
   if (begin >= end) return true;
   if (!Check(begin, end, data)) return false;
   // From the first target of which, or of whose predecessors, one reaches past `begin`.

@@ -74,8 +74,9 @@ class VerifyingSink : public Sink {
     uint64_t end;
   };
 
-  // Targets in ascending order of `begin`. `expected` has the checksum of every block of the file up to
-  // `end`, aligned or not. Every request begins at a block, and ends at one's end or at `end`.
+  // Targets in ascending order of `begin`, else std::invalid_argument. `expected` has the checksum of every
+  // block of the file up to `end`, aligned or not. Every request begins at a block, and ends at one's end, at
+  // `end` or where the file does: then its last block is neither checked nor copied.
   VerifyingSink(std::vector<Target> targets, size_t block_size, uint64_t end, const uint8_t* expected);
 
   bool Take(uint64_t begin, uint64_t end, const uint8_t* data) override;

@@ -114,11 +114,12 @@ class BlockIO:
     ) -> tuple[int, int | None] | None:
         """Read the ranges, check every block, and copy what the targets want of it.
 
-        ranges: (begin, end) ascending without overlap, of whole blocks (the last block of the file ends at `end`);
-        ValueError for any other. expected: uint32, the CRC32C of every block of [0, end). targets: as copy_chunk takes them, (chunk_start, target,
-        target_start, shape, source_strides, target_strides, item_size), in ascending order of chunk_start; items must
-        not lie across a block's end. Returns None, or the first wrong block that was met and its checksum (None
-        where the file ends in it); nothing of a wrong block has been copied, later blocks may not have been read.
+        ranges: (begin, end) ascending without overlap, of whole blocks (the last block of the file ends at `end`),
+        else ValueError. expected: uint32, the CRC32C of every block of [0, end). targets: as copy_chunk takes them,
+        (chunk_start, target, target_start, shape, source_strides, target_strides, item_size), in ascending order of
+        chunk_start, else ValueError; items must not lie across a block's end. Returns None, or the first wrong block
+        that was met and its checksum (None where the file ends in it or before it); nothing of a wrong block has been
+        copied, later blocks may not have been read.
         """
     def close(self) -> None: ...
 
