@@ -8,7 +8,6 @@
 #include <atomic>
 #include <cerrno>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
@@ -23,56 +22,11 @@
 #include "block_io.h"
 #include "copy.h"
 #include "crc32c.h"
-#include "faulty_queue.h"
 #include "file.h"
 #include "memory.h"
+#include "testing.h"
 
 namespace {
-
-using distckpt::BlockIO;
-using distckpt::File;
-using distckpt::Memory;
-using Bytes = std::vector<uint8_t>;
-
-#define CHECK(condition)                                                          \
-  do {                                                                            \
-    if (!(condition)) {                                                           \
-      std::fprintf(stderr, "%s:%d: CHECK(%s)\n", __FILE__, __LINE__, #condition); \
-      std::abort();                                                               \
-    }                                                                             \
-  } while (false)
-
-std::string directory;
-
-std::string FreshPath(const std::string& name) {
-  const std::string path = directory + "/" + name;
-  if (::unlink(path.c_str()) == -1) CHECK(errno == ENOENT);
-  return path;
-}
-
-Bytes Random(size_t size, uint64_t seed) {
-  std::mt19937_64 random(seed);
-  Bytes bytes(size);
-  for (uint8_t& byte : bytes) byte = static_cast<uint8_t>(random());
-  return bytes;
-}
-
-void InThreads(int count, const std::function<void(int)>& body) {
-  std::vector<std::thread> threads;
-  for (int i = 0; i < count; ++i) threads.emplace_back(body, i);
-  for (std::thread& thread : threads) thread.join();
-}
-
-template <typename Error>
-Error Caught(const std::function<void()>& call) {
-  try {
-    call();
-  } catch (const Error& error) {
-    return error;
-  }
-  CHECK(!"an exception");
-  std::abort();
-}
 
 void TestChecksumKernelsAgreeAndStayInBounds() {
   CHECK(distckpt::Crc32c(0, "123456789", 9) == 0xE3069283);
@@ -256,11 +210,6 @@ void TestBackendsFromSeveralThreads() {
   }
 }
 
-std::unique_ptr<BlockIO> FaultyIO(const Faults& faults, std::atomic<int>* in_flight) {
-  auto queue = std::make_unique<FaultyQueue>(distckpt::MakeThreadQueue(4), 4, faults, in_flight);
-  return std::make_unique<BlockIO>("faulty", std::move(queue), 65536, 4);
-}
-
 void TestShortInterruptedAndRefusedTransfersAreRepeated() {
   for (const bool refuse_direct : {false, true}) {
     for (const bool short_transfers : {false, true}) {
@@ -389,6 +338,7 @@ int main(int argc, char** argv) {
   TestWriteWithoutProgressFails();
   TestMemoryIsLeftAloneAfterAFailedRead();
   TestWrongArgumentsAreRefused();
+  TestCheckedTransfers();
   std::printf("native tests passed: %s, backends", distckpt::Crc32cKernelName());
   for (const std::string& backend : BlockIO::Backends()) std::printf(" %s", backend.c_str());
   std::printf("\n");
