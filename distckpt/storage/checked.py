@@ -83,7 +83,7 @@ def read_checked(
     """Read ranges of whole blocks, check each against `expected`, and copy what targets want of it.
 
     end: where the last block ends. Targets are in the order of chunk_start. Returns None, or a block that is wrong and
-    its checksum (None where the file ends in it); nothing of that block has been copied.
+    its checksum (None where the file ends in or soon after it); nothing of that block has been copied.
     """
     if isinstance(file, CheckedReadFile):
         return file.read_checked(ranges, block_bytes, end, expected.data, targets)
@@ -94,7 +94,7 @@ def read_checked(
             try:
                 file.read_into(at, window)
             except EOFError:
-                return file.size_bytes // block_bytes, None
+                return at // block_bytes, None
             first, count = at // block_bytes, -(-len(window) // block_bytes)
             found = np.empty(count, np.uint32)
             crc32c_blocks(window, block_bytes, found)

@@ -278,15 +278,27 @@ class PosixReadFile:
         targets: Sequence[Target],
     ) -> tuple[int, int | None] | None:
         """As `checked.read_checked`: read, checked and copied in one pass, without the GIL."""
-        direct = None if _is_cached(self._file.path, ranges) else _C.File.open(self._file.path, direct=True)
+        direct = self._open_direct(ranges)
         try:
-            # The file that was opened, and not what has its name by now.
-            file = direct if direct is not None and self._file.is_named(self._file.path) else self._file
             with self._pool.borrow() as block_io:
-                return block_io.read_checked(file, ranges, block_bytes, end, expected, targets)
+                return block_io.read_checked(direct or self._file, ranges, block_bytes, end, expected, targets)
         finally:
             if direct is not None:
                 direct.close()
+
+    def _open_direct(self, ranges: Sequence[tuple[int, int]]) -> _C.File | None:
+        """The same file, to be read around the page cache; None if that is slower, or if its name is gone by now."""
+        path = self._file.path
+        try:
+            if _is_cached(path, ranges):
+                return None
+            direct = _C.File.open(path, direct=True)
+        except FileNotFoundError:
+            return None
+        if self._file.is_named(path):
+            return direct
+        direct.close()
+        return None
 
     def close(self) -> None:
         self._file.close()
