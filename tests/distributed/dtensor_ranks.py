@@ -5,11 +5,7 @@ python dtensor_ranks.py <directory>    prints one line of JSON, [name, "ok" or a
 
 from __future__ import annotations
 
-import json
-import sys
-import traceback
 from collections.abc import Sequence
-from datetime import timedelta
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -33,6 +29,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 import distckpt
 from distckpt import DistributedError, MismatchError
+from tests.distributed.checks import run_checks
 
 WORLD_SIZE = 4
 Checkpointer = partial(distckpt.Checkpointer, timeout_s=20.0)
@@ -296,21 +293,5 @@ def check_a_sharded_module_on_the_meta_device_loads_itself(root: Path) -> None:
     train(other, torch.optim.SGD(other.parameters()), 1)
 
 
-def main() -> None:
-    root = Path(sys.argv[1])
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    outcomes: list[Any] = ["ok"] * WORLD_SIZE
-    for name, check in list(globals().items()):
-        if name.startswith("check_") and outcomes == ["ok"] * WORLD_SIZE:  # else the ranks are out of step
-            outcome = "ok"
-            try:
-                check(root)
-            except Exception:
-                outcome = traceback.format_exc()
-            print(json.dumps([name, outcome]))
-            dist.all_gather_object(outcomes, outcome)
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    run_checks(globals(), WORLD_SIZE)

@@ -6,13 +6,9 @@ python save_load_ranks.py <directory>    prints one line of JSON, [name, "ok" or
 from __future__ import annotations
 
 import errno
-import json
 import shutil
-import sys
 import threading
-import traceback
 from collections.abc import Callable
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +28,7 @@ from distckpt import (
     ShardedTensor,
 )
 from distckpt.storage import PosixStorage, ReadFile, Storage, WriteFile
+from tests.distributed.checks import run_checks
 
 WORLD_SIZE = 3
 Checkpointer = partial(distckpt.Checkpointer, timeout_s=20.0)
@@ -349,21 +346,5 @@ def check_a_failure_in_the_background_is_raised_on_all_ranks(root: Path) -> None
         assert_state(state, 1)
 
 
-def main() -> None:
-    root = Path(sys.argv[1])
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    outcomes: list[Any] = ["ok"] * WORLD_SIZE
-    for name, check in list(globals().items()):
-        if name.startswith("check_") and outcomes == ["ok"] * WORLD_SIZE:  # else the ranks are out of step
-            outcome = "ok"
-            try:
-                check(root)
-            except Exception:
-                outcome = traceback.format_exc()
-            print(json.dumps([name, outcome]))
-            dist.all_gather_object(outcomes, outcome)
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    run_checks(globals(), WORLD_SIZE)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +9,11 @@ import pytest
 import torch
 
 from distckpt import Checkpointer
+from tests.distributed.checks import assert_ok, names_of_checks, outcomes_of
 from tests.distributed.launch import launch
 
 SCRIPT = Path(__file__).with_name("dtensor_ranks.py")
-CHECKS = [
-    node.name
-    for node in ast.parse(SCRIPT.read_text()).body
-    if isinstance(node, ast.FunctionDef) and node.name.startswith("check_")
-]
+CHECKS = names_of_checks(SCRIPT)
 
 
 @pytest.fixture(scope="module")
@@ -26,14 +21,12 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, 
     """All checks run in one job: starting processes takes longer than the checks."""
     root = tmp_path_factory.mktemp("dtensor")
     results = launch(SCRIPT, 4, args=[str(root)], timeout_s=150)
-    return root, [dict(json.loads(line) for line in result.stdout.splitlines()) for result in results]
+    return root, [outcomes_of(result.stdout) for result in results]
 
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_four_processes(name: str, job: tuple[Path, list[dict[str, str]]]) -> None:
-    for rank, outcomes in enumerate(job[1]):
-        assert name in outcomes, "not run, since an earlier check failed"
-        assert outcomes[name] == "ok", f"rank {rank}:\n{outcomes[name]}"
+    assert_ok(name, job[1])
 
 
 def test_one_process_reads_what_fsdp_and_tensor_parallelism_saved(job: tuple[Path, list[dict[str, str]]]) -> None:

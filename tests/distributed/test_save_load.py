@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import json
 import signal
 from pathlib import Path
 from typing import Any
@@ -12,14 +10,11 @@ import pytest
 import torch
 
 from distckpt import Checkpointer, ShardedTensor
+from tests.distributed.checks import assert_ok, names_of_checks, outcomes_of
 from tests.distributed.launch import MPIRUN, launch, start
 
 SCRIPT = Path(__file__).with_name("save_load_ranks.py")
-CHECKS = [
-    node.name
-    for node in ast.parse(SCRIPT.read_text()).body
-    if isinstance(node, ast.FunctionDef) and node.name.startswith("check_")
-]
+CHECKS = names_of_checks(SCRIPT)
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +22,12 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, 
     """All checks run in one job: starting processes takes longer than the checks."""
     root = tmp_path_factory.mktemp("save_load")
     results = launch(SCRIPT, 3, args=[str(root)], timeout_s=150)
-    return root, [dict(json.loads(line) for line in result.stdout.splitlines()) for result in results]
+    return root, [outcomes_of(result.stdout) for result in results]
 
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_three_processes(name: str, job: tuple[Path, list[dict[str, str]]]) -> None:
-    for rank, outcomes in enumerate(job[1]):
-        assert name in outcomes, "not run, since an earlier check failed"
-        assert outcomes[name] == "ok", f"rank {rank}:\n{outcomes[name]}"
+    assert_ok(name, job[1])
 
 
 def test_one_process_loads_what_three_saved(job: tuple[Path, list[dict[str, str]]]) -> None:
