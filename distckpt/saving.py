@@ -38,9 +38,9 @@ from distckpt.planner import PerRankItem, RankShards, SavePlan, plan_save
 from distckpt.report import SaveReport
 from distckpt.shard_file import FORMAT, FORMAT_VERSION, Chunk, file_name, lay_out, nested_json_bytes, split_into_files
 from distckpt.sharded_tensor import Shard
-from distckpt.staging import Arena, StagedFile, stage, stage_in_place
+from distckpt.staging import Arena, StagedFile, new_file, stage, stage_in_place
 from distckpt.state_dict import FlatState, PerRankLeaf, flatten
-from distckpt.storage import FreeSpace, Storage, WriteFile
+from distckpt.storage import FreeSpace, Storage
 from distckpt.transport import sample_checksum
 
 MAX_SHARED_METADATA_BYTES = 8 << 20  # characters: escaped in a header they may take six times as many bytes
@@ -315,7 +315,9 @@ class Save:
         )
         try:
             table, data, places = chunk_table_of(plan, ranks, self.save_id)
-            write_file(self.context.storage, f"{iteration_directory(self.iteration)}/{table.name}", data)
+            name = f"{iteration_directory(self.iteration)}/{table.name}"
+            with new_file(self.context.storage, name, len(data)) as file:
+                file.write(0, data)
             writer.publish(index_of(who, plan, ranks, table, places))
         except CommitFailed as error:
             raise DistributedError(
@@ -357,17 +359,6 @@ class Save:
             slowest=outcome.slowest,
             backend=self.context.backend,
         )
-
-
-def write_file(storage: Storage, name: str, data: bytes | memoryview) -> None:
-    """A whole new file, its content durable. On failure it is abandoned and the error raised."""
-    file: WriteFile = storage.create(name, size_hint=len(data))
-    try:
-        file.write(0, data)
-        file.finish(len(data))
-    except BaseException:
-        file.abandon()
-        raise
 
 
 def _free_space(storage: Storage) -> FreeSpace:

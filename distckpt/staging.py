@@ -5,7 +5,8 @@ The Arena is host memory that is touched once and used again by every save.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ from typing_extensions import Buffer
 from distckpt._C import Memory, crc32c
 from distckpt.index import MeshCoordinates, ShardFile
 from distckpt.shard_file import ALIGNMENT, BLOCK_BYTES, FileLayout
-from distckpt.storage import Storage, write_checked
+from distckpt.storage import Storage, WriteFile, write_checked
 from distckpt.transport import copy_to_host, host_bytes
 
 
@@ -38,6 +39,18 @@ class Arena:
         self._memory = None
 
 
+@contextmanager
+def new_file(storage: Storage, name: str, size_bytes: int) -> Iterator[WriteFile]:
+    """A new file for the body to write, of size_bytes and durable when it is left; abandoned if anything fails."""
+    file = storage.create(name, size_hint=size_bytes)
+    try:
+        yield file
+        file.finish(size_bytes)
+    except BaseException:
+        file.abandon()
+        raise
+
+
 @dataclass(frozen=True, slots=True)
 class StagedFile:
     """One shard file, ready to be written: the parts that follow each other in it, up to the checksum table.
@@ -53,13 +66,8 @@ class StagedFile:
         """Write it, durably, with its checksum table. Any thread, once. Raises OSError; the file is then abandoned."""
         layout = self.layout
         table = np.empty(layout.block_count, np.uint32)
-        file = storage.create(f"{directory}/{self.name}", size_hint=layout.size_bytes)
-        try:
+        with new_file(storage, f"{directory}/{self.name}", layout.size_bytes) as file:
             write_checked(file, self.parts, BLOCK_BYTES, table)
-            file.finish(layout.size_bytes)
-        except BaseException:
-            file.abandon()
-            raise
         return ShardFile(
             name=self.name,
             size_bytes=layout.size_bytes,

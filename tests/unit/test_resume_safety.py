@@ -11,8 +11,7 @@ from distckpt import Checkpointer, CheckpointError, CheckpointNotFoundError, Cor
 from distckpt.commit import Commit, Writer, list_commits, new_save_id, read_index, sweep
 from distckpt.coordinator import Coordinator
 from distckpt.retention import superfluous
-from distckpt.saving import write_file
-from distckpt.storage.contract import read_all
+from distckpt.storage.contract import read_all, write_all
 from distckpt.storage.memory import MemoryReadFile
 from distckpt.testing import MemoryStorage, run_ranks
 from tests.unit.protocol import Clock, io_error
@@ -193,7 +192,7 @@ def test_saves_go_on_where_files_of_dead_saves_fill_the_storage() -> None:
         save_id = new_save_id()
         died.announce(iteration, save_id)
         name = f"iter_{iteration:07d}/shard-00000-of-00001-{save_id}.safetensors"
-        write_file(storage, name, bytes(SAVE_BYTES))
+        write_all(storage, name, bytes(SAVE_BYTES))
     assert sweep(storage, grace_s=0) == []  # They may be under way as long as nobody has a higher epoch.
     assert run_job(storage, 40) == [10, 40]
     assert [name for name in storage.list("") if name.startswith("iter_")] == ["iter_0000010", "iter_0000040"]
