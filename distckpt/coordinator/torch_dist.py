@@ -3,11 +3,12 @@
 It never uses a process group, so it runs in any thread beside the training's collectives. The job's own store
 serves once, in the constructor, to tell the others where rank 0 listens.
 
-Keys: gathers are numbered; "7/3" is what rank 3 hands over to the 7th, "7" counts the ranks that have. A
-scatter belongs to the gather before it: "7.1" says which payload is whose, "7.1/0", "7.1/1", ... are the
-payloads, each different one once, and "7.1/taken" counts the ranks that have theirs. Rank 0 deletes the keys
-of a gather when it has read them, and those of a scatter when all ranks have come to the next gather. Numbers
-are never used twice, so what a rank left behind or comes late with meets nobody.
+Keys: gathers are numbered; "7/3" is what rank 3 hands over to the 7th. A scatter belongs to the gather before
+it: "7.1" is the payload that all ranks share, or, empty, says that each has its own, rank 3 that under "7.1/3";
+"7.1/taken" grows by a byte for every rank that has its payload. Rank 0 deletes what is for all when all ranks have come
+to the next gather. What is one rank's that rank deletes, while it waits for something else: with thousands
+of ranks rank 0 could not do so in time. Numbers are never used twice, so what a rank left behind or comes
+late with meets nobody.
 
 Rank 0, which has the store in its own process, polls it; the others wait in the store, which costs nobody
 anything, in a thread that can be given up: a call does not return while rank 0's process is stopped.
@@ -21,13 +22,13 @@ import socket
 import threading
 import time
 import weakref
-from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, TypeVar
 
 from distckpt.coordinator.port import RankFailure
@@ -41,6 +42,7 @@ T = TypeVar("T")
 
 _JOINED = "joined"
 _PIECE_BYTES = 4 << 20  # a TCPStore drops the connection of who sends a value of more than 8 MiB
+_BATCH = 64  # ranks whose payloads are fetched at once
 _GRACE_S = 1.0  # what a store call may take beyond the bound that the store was given
 _LINGER_S = 10.0  # how long close() waits for calls that are under way, here and on other ranks
 
@@ -68,12 +70,14 @@ class TorchDistCoordinator:
         self._gathers = 0
         self._scatters = 0  # since the last gather
         self._silent: list[int] = []  # in the last gather
-        self._late: list[tuple[int, int]] = []  # (gather, rank) given up; they may still come
-        self._handed_out: list[str] = []
+        self._handed_out: list[str] = []  # keys that are for all ranks
+        self._handed_over: list[str] = []  # keys of this rank that rank 0 may still have to read,
+        self._over: list[str] = []  # and those that everybody is done with
+        self._missed: list[str] = []  # where rank 0 may have put this rank's payload since it was given up
         # The counter of the last scatter: how many ranks should take it. Until the first one: how many connect.
         self._untaken = {_JOINED: self._world_size - 1} if self._rank == 0 else {}
-        self._calls: list[threading.Thread] = []  # that may still wait for rank 0
-        self._finish = weakref.finalize(self, _linger, self._store, self._untaken, self._calls, os.getpid())
+        self._thread = None if self._rank == 0 else _StoreThread()
+        self._finish = weakref.finalize(self, _linger, self._store, self._untaken, self._thread, os.getpid())
 
     @property
     def rank(self) -> int:
@@ -86,16 +90,20 @@ class TorchDistCoordinator:
     def gather(self, tag: str, payload: bytes, *, timeout_s: float) -> Sequence[bytes] | None:
         self._gathers, self._scatters = self._gathers + 1, 0
         number, store = self._gathers, self._connected()
-        if self._rank != 0:
-            self._ask(tag, timeout_s, lambda: _hand_over(store, number, self._rank, payload))
-            return None
-        return [payload, *self._collect(store, tag, timeout_s)]
+        if self._thread is None:
+            return [payload, *self._collect(store, tag, timeout_s)]
+        own = f"{number}/{self._rank}"
+        self._handed_over += _keys(own, len(payload))
+        self._ask(self._thread, tag, timeout_s, partial(_put, store, own, payload))
+        self._thread.submit(partial(_delete, store, self._over))
+        self._over = []
+        return None
 
     def scatter(self, tag: str, payloads: Sequence[bytes] | None, *, timeout_s: float) -> bytes:
         self._scatters += 1
         name, store = f"{self._gathers}.{self._scatters}", self._connected()
-        if self._rank != 0:
-            return self._ask(tag, timeout_s, lambda: _take_own(store, name, self._rank, timeout_s))
+        if self._thread is not None:
+            return self._take_own(self._thread, store, name, tag, timeout_s)
         if payloads is None or len(payloads) != self._world_size:
             raise ValueError(f"scatter {tag!r}: rank 0 must give {self._world_size} payloads")
         self._hand_out(store, name, payloads)
@@ -107,45 +115,62 @@ class TorchDistCoordinator:
         self._store = None
 
     def _collect(self, store: TCPStore, tag: str, timeout_s: float) -> list[bytes]:
-        self._late = [late for late in self._late if not _drop_late(store, *late)]
-        number, others = self._gathers, range(1, self._world_size)
-        all_here = _poll(lambda: store.add(f"{number}", 0) == len(others), timeout_s)
-        silent = [] if all_here else [rank for rank in others if not store.check([f"{number}/{rank}"])]
-        payloads = [_take(store, f"{number}/{rank}") for rank in others if rank not in silent]
-        store.delete_key(f"{number}")
-        self._silent = silent
-        if silent:
-            self._late += [(number, rank) for rank in silent]
-            raise RankFailure(dict.fromkeys(silent, f"no answer to {tag!r} within {timeout_s:g} s"))
+        deadline = time.monotonic() + timeout_s
+        payloads: list[bytes] = []
+        self._silent = []
+        for first in range(1, self._world_size, _BATCH):
+            ranks = range(first, min(first + _BATCH, self._world_size))
+            keys = [f"{self._gathers}/{rank}" for rank in ranks]
+            if _poll(partial(store.check, keys), deadline):
+                payloads += _get_all(store, keys)
+            else:
+                self._silent += [rank for rank, key in zip(ranks, keys, strict=True) if not store.check([key])]
+        if self._silent:
+            raise RankFailure(dict.fromkeys(self._silent, f"no answer to {tag!r} within {timeout_s:g} s"))
         _delete(store, self._handed_out)  # all are here, so nobody reads older scatters any more
         self._handed_out = []
         self._untaken.clear()
         return payloads
 
     def _hand_out(self, store: TCPStore, name: str, payloads: Sequence[bytes]) -> None:
-        groups: dict[int, int] = {}  # id of a payload -> its number
-        for payload in payloads[1:]:
-            if id(payload) not in groups:
-                groups[id(payload)] = len(groups)
-                self._handed_out += _put(store, f"{name}/{groups[id(payload)]}", payload)
-        # The directory last: who sees it may rely on all the rest.
-        self._handed_out += _put(store, name, array("I", [groups[id(one)] for one in payloads[1:]]).tobytes())
+        others = payloads[1:]
+        if len(set(map(id, others))) == 1:
+            _put(store, name, others[0])
+            self._handed_out += _keys(name, len(others[0]))
+        else:
+            for rank, payload in enumerate(others, 1):
+                _put(store, f"{name}/{rank}", payload)
+            store.set(name, "")  # last: who sees it may rely on all the rest
+            self._handed_out.append(name)
         self._handed_out.append(f"{name}/taken")
         self._untaken.clear()
-        self._untaken[f"{name}/taken"] = self._world_size - 1 - len(self._silent)
+        self._untaken[f"{name}/taken"] = len(others) - len(self._silent)
+
+    def _take_own(self, thread: _StoreThread, store: TCPStore, name: str, tag: str, timeout_s: float) -> bytes:
+        own = f"{name}/{self._rank}"
+        try:
+            payload, keys = self._ask(thread, tag, timeout_s, partial(_take, store, name, own, timeout_s))
+        except BaseException:
+            self._missed.append(own)
+            raise
+        # Rank 0 is past all calls before this one.
+        self._over += self._handed_over + keys
+        self._handed_over = []
+        for missed in self._missed:
+            thread.submit(partial(_drop, store, missed))
+        self._missed = []
+        return payload
 
     def _connected(self) -> TCPStore:
         if self._store is None:
             raise ValueError("the coordinator is closed")
         return self._store
 
-    def _ask(self, tag: str, timeout_s: float, call: Callable[[], T]) -> T:
+    def _ask(self, thread: _StoreThread, tag: str, timeout_s: float, call: Callable[[], T]) -> T:
         """Ask the store that rank 0 hosts."""
         import torch.distributed as dist
 
-        self._calls[:] = [thread for thread in self._calls if thread.is_alive()]
-        thread, outcome = _start(call)
-        self._calls.append(thread)
+        outcome = thread.submit(call)
         try:
             return outcome.result(timeout_s + _GRACE_S)
         except (FutureTimeoutError, dist.DistStoreError) as error:
@@ -153,79 +178,95 @@ class TorchDistCoordinator:
         except dist.DistError as error:
             reason = str(error).partition("\n")[0]
             raise RankFailure({0: f"connection lost during {tag!r} ({reason})"}) from error
+        finally:
+            outcome.cancel()  # if it was given up before it began, behind another one
 
 
-def _start(call: Callable[[], T]) -> tuple[threading.Thread, Future[T]]:
-    outcome: Future[T] = Future()
+class _StoreThread:
+    """Makes calls one after another; the caller may give up a call that does not return."""
 
-    def run() -> None:
+    def __init__(self) -> None:
+        self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=_serve, args=[self._calls], name="distckpt-store", daemon=True)
+        self._thread.start()
+
+    def submit(self, call: Callable[[], T]) -> Future[T]:
+        outcome: Future[T] = Future()
+        self._calls.put(partial(_fulfil, outcome, call))
+        return outcome
+
+    def end(self, timeout_s: float) -> None:
+        """After the calls that were submitted, if they return within the bound."""
+        self._calls.put(None)
+        self._thread.join(timeout_s)
+
+
+def _serve(calls: SimpleQueue[Callable[[], None] | None]) -> None:
+    while (call := calls.get()) is not None:
+        call()
+        del call  # it may hold a large payload
+
+
+def _fulfil(outcome: Future[T], call: Callable[[], T]) -> None:
+    if outcome.set_running_or_notify_cancel():
         try:
             outcome.set_result(call())
         except BaseException as error:
             outcome.set_exception(error)
 
-    thread = threading.Thread(target=run, name="distckpt-store", daemon=True)
-    thread.start()
-    return thread, outcome
 
-
-def _poll(done: Callable[[], bool], timeout_s: float) -> bool:
-    deadline, pause_s = time.monotonic() + timeout_s, 2e-4
+def _poll(done: Callable[[], bool], deadline: float) -> bool:
+    """Whether it is done by then; it is looked at once in any case. The pauses cost a fiftieth of the time waited."""
+    started = time.monotonic()
     while not done():
-        if time.monotonic() > deadline:
+        now = time.monotonic()
+        if now > deadline:
             return False
-        time.sleep(pause_s)
-        pause_s = min(pause_s * 1.5, 0.02)
+        time.sleep(min(max((now - started) / 50, 5e-5), 5e-3))
     return True
 
 
-def _hand_over(store: TCPStore, number: int, rank: int, payload: bytes) -> None:
-    _put(store, f"{number}/{rank}", payload)
-    store.add(f"{number}", 1)
-
-
-def _take_own(store: TCPStore, name: str, rank: int, timeout_s: float) -> bytes:
+def _take(store: TCPStore, name: str, own: str, timeout_s: float) -> tuple[bytes, list[str]]:
+    """This rank's payload, and the keys of it that are for no other."""
     from torch.distributed import DistError
 
-    store.wait([name], timedelta(seconds=max(timeout_s, 1e-3)))  # 0 would be no bound
-    group = array("I", _get(store, name)[0])[rank - 1]
-    payload, _ = _get(store, f"{name}/{group}")
+    store.set_timeout(timedelta(seconds=max(timeout_s, 1e-3)))  # of get(); 0 would be no bound
+    head = store.get(name)
+    if shared := bool(head):
+        payload = _complete(store, name, head)
+    else:
+        [payload] = _get_all(store, [own])
     with suppress(DistError):  # rank 0 may be gone: it need not wait for the last to say so
-        store.add(f"{name}/taken", 1)
-    return payload
+        store.append(f"{name}/taken", ".")  # type: ignore[attr-defined]
+    return payload, [] if shared else _keys(own, len(payload))
 
 
-def _take(store: TCPStore, key: str) -> bytes:
-    """Read and delete."""
-    payload, keys = _get(store, key)
-    _delete(store, keys)
-    return payload
+def _drop(store: TCPStore, key: str) -> None:
+    if store.check([key]):
+        [payload] = _get_all(store, [key])
+        _delete(store, _keys(key, len(payload)))
 
 
-def _drop_late(store: TCPStore, number: int, rank: int) -> bool:
-    if not store.check([f"{number}/{rank}"]):
-        return False
-    _take(store, f"{number}/{rank}")
-    store.delete_key(f"{number}")
-    return True
+def _keys(key: str, size: int) -> list[str]:
+    """Those of a payload: of its first piece and of the others."""
+    return [key, *(f"{key}+{start // _PIECE_BYTES}" for start in range(_PIECE_BYTES, size, _PIECE_BYTES))]
 
 
-def _put(store: TCPStore, key: str, payload: bytes) -> list[str]:
-    """Store a payload of any size; returns its keys. The first piece says how many follow, and comes last."""
-    starts = range(0, len(payload), _PIECE_BYTES)[1:]
-    parts = [f"{key}+{number}" for number in range(1, len(starts) + 1)]
-    for part, start in zip(parts, starts, strict=True):
-        store.set(part, payload[start : start + _PIECE_BYTES])  # type: ignore[arg-type]  # bytes are taken
-    head = len(parts).to_bytes(4, "little") + payload[:_PIECE_BYTES]
-    store.set(key, head)  # type: ignore[arg-type]
-    return [key, *parts]
+def _put(store: TCPStore, key: str, payload: bytes) -> None:
+    """Store a payload of any size. The first piece begins with the size of all, and comes last."""
+    for number, part in reversed(list(enumerate(_keys(key, len(payload))))):
+        piece = payload[number * _PIECE_BYTES : (number + 1) * _PIECE_BYTES]
+        store.set(part, piece if number else len(payload).to_bytes(8, "little") + piece)  # type: ignore[arg-type]
 
 
-def _get(store: TCPStore, key: str) -> tuple[bytes, list[str]]:
-    """A payload that is there, and its keys."""
-    head = store.get(key)
-    parts = [f"{key}+{number}" for number in range(1, int.from_bytes(head[:4], "little") + 1)]
-    return b"".join([head[4:], *(store.get(part) for part in parts)]), [key, *parts]
+def _get_all(store: TCPStore, keys: list[str]) -> list[bytes]:
+    """Payloads that are there."""
+    return [_complete(store, key, head) for key, head in zip(keys, store.multi_get(keys), strict=True)]
+
+
+def _complete(store: TCPStore, key: str, head: bytes) -> bytes:
+    _, *others = _keys(key, int.from_bytes(head[:8], "little"))
+    return b"".join([head[8:], *(store.get(part) for part in others)])
 
 
 def _delete(store: TCPStore, keys: list[str]) -> None:
@@ -233,21 +274,20 @@ def _delete(store: TCPStore, keys: list[str]) -> None:
         store.delete_key(key)
 
 
-def _linger(store: TCPStore, untaken: dict[str, int], calls: list[threading.Thread], pid: int) -> None:
+def _linger(store: TCPStore, untaken: dict[str, int], thread: _StoreThread | None, pid: int) -> None:
     """Runs at close() or at the end of the process."""
     if os.getpid() != pid:
         return  # a forked child shares the connection and must not talk on it
     # The store ends with rank 0's process. Ranks that have not read its last word would take it for dead.
-    for counter, ranks in untaken.items():
-        _poll(partial(_reached, store, counter, ranks), _LINGER_S)
+    for key, ranks in untaken.items():
+        _poll(partial(_reached, store, key, ranks), time.monotonic() + _LINGER_S)
     # A thread that comes back from C++ while the interpreter is being torn down aborts the process.
-    deadline = time.monotonic() + _LINGER_S
-    for thread in calls:
-        thread.join(max(0.0, deadline - time.monotonic()))
+    if thread is not None:
+        thread.end(_LINGER_S)
 
 
-def _reached(store: TCPStore, counter: str, count: int) -> bool:
-    return store.add(counter, 0) >= count
+def _reached(store: TCPStore, key: str, count: int) -> bool:
+    return count == 0 or (store.check([key]) and len(store.get(key)) >= count)
 
 
 def _open_store(members: list[int], rank: int) -> TCPStore:
@@ -271,7 +311,7 @@ def _open_store(members: list[int], rank: int) -> TCPStore:
     if host == "!":
         raise CheckpointError(f"rank 0 cannot host a store for its coordinator: {port}")
     store = _tcp_store(host, int(port), is_master=False)
-    store.add(_JOINED, 1)
+    store.append(_JOINED, ".")  # type: ignore[attr-defined]
     return store
 
 
