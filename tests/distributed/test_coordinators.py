@@ -178,6 +178,46 @@ def test_torch_store_keeps_no_keys_of_past_rounds() -> None:
         assert abs(after - before) <= 4  # the others may be a call ahead
 
 
+def test_torch_store_keeps_no_payloads_that_are_for_one_rank() -> None:
+    """Small and in several pieces, taken and missed."""
+    script = """
+    from distckpt.coordinator import RankFailure
+    def round(number, size, missed=False):
+        coordinator.gather("g", bytes(size), timeout_s=20)
+        if missed and rank:
+            try:
+                coordinator.scatter("s", None, timeout_s=0.1)
+                say("took what was to be missed")
+            except RankFailure:
+                pass
+        elif missed:
+            time.sleep(1.5)
+        if rank == 0 or not missed:
+            payloads = [bytes([one]) * (size + one) for one in range(3)] if rank == 0 else None
+            assert coordinator.scatter("s", payloads, timeout_s=20) == bytes([rank]) * (size + rank)
+    def keys():
+        for number in range(2):  # what is over is deleted in the next round
+            round(number, 1)
+        coordinator.gather("g", b"", timeout_s=20)
+        if rank == 0:
+            deadline = time.monotonic() + 20
+            while coordinator._store.num_keys() > 3 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            say("keys", coordinator._store.num_keys())  # what counted the ranks, and what two handed over just now
+        coordinator.scatter("s", [b""] * 3 if rank == 0 else None, timeout_s=20)
+    keys()
+    for number in range(20):
+        round(number, 5 << 20 if number == 5 else 9, number in (7, 8))
+        if number == 7:
+            round(number, 9 << 20, True)
+    keys()
+    coordinator.close()
+    """
+    results = launch(GLOO + COMMON + dedented(script), 3)
+    assert "took" not in "".join(result.stdout for result in results)
+    assert re.findall(r"keys (\d+)", results[0].stdout) == ["3", "3"]
+
+
 def test_torch_rank_that_raises_and_rank_that_is_killed() -> None:
     script = """
     attempt(coordinator, "raise", (lambda: 1 / 0) if rank == 1 else lambda: b"m")
