@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <cstring>
+#include <deque>
 #include <memory>
 #include <string>
 #include <utility>
@@ -13,7 +15,9 @@
 #include "copy.h"
 #include "crc32c.h"
 #include "file.h"
+#include "gather.h"
 #include "memory.h"
+#include "sample.h"
 #include "stream.h"
 
 namespace py = pybind11;
@@ -69,6 +73,18 @@ std::vector<int64_t> ToInt64s(const py::sequence& sequence) {
   return values;
 }
 
+// A sequence of integers, or, faster, an array of signed 64-bit ones.
+std::vector<int64_t> ToManyInt64s(const py::object& object) {
+  if (PyObject_CheckBuffer(object.ptr()) == 0) return ToInt64s(object);
+  const py::buffer_info info = py::buffer(object).request();
+  const bool is_dense = info.ndim == 1 && (info.size <= 1 || info.strides[0] == info.itemsize);
+  if (!is_dense || !info.item_type_is_equivalent_to<int64_t>()) {
+    throw std::invalid_argument("expected integers, or an array of int64 of one dimension, contiguous");
+  }
+  const auto* const first = static_cast<const int64_t*>(info.ptr);
+  return std::vector<int64_t>(first, first + info.size);
+}
+
 // As os.fsencode: any str, bytes or os.PathLike; ValueError for one with a null character.
 std::string ToPath(const py::object& object) {
   PyObject* encoded = nullptr;
@@ -105,19 +121,21 @@ uint32_t Checksum(const py::object& data, uint32_t value) {
   return kFunction(value, buffer.data(), buffer.size());
 }
 
+void CheckSumCount(const Buffer& sums, size_t expected) {
+  const size_t bytes = sizeof(uint32_t);
+  if (sums.item_size() == bytes && sums.size() % bytes == 0 && sums.size() / bytes == expected) return;
+  throw std::invalid_argument("out must be " + std::to_string(expected) + " items of 4 bytes, not " +
+                              std::to_string(sums.size()) + " bytes in items of " +
+                              std::to_string(sums.item_size()));
+}
+
 void ChecksumBlocks(const py::object& data, const py::object& block_size, const py::object& out,
                     const py::object& threads) {
   const Buffer buffer(data, false);
   const Buffer sums(out, true);
   const size_t size = ToCount(block_size, "block_size", 1);
   const size_t thread_count = ToCount(threads, "threads", 1);
-  const size_t expected = BlockCount(buffer.size(), size);
-  const size_t bytes = sizeof(uint32_t);
-  if (sums.item_size() != bytes || sums.size() % bytes != 0 || sums.size() / bytes != expected) {
-    throw std::invalid_argument("out must be " + std::to_string(expected) + " items of 4 bytes, not " +
-                                std::to_string(sums.size()) + " bytes in items of " +
-                                std::to_string(sums.item_size()));
-  }
+  CheckSumCount(sums, BlockCount(buffer.size(), size));
   const py::gil_scoped_release release;
   Crc32cBlocks(buffer.data(), buffer.size(), size, sums.data(), thread_count);
 }
@@ -152,18 +170,52 @@ size_t ToBlockSize(const py::object& object, const BlockIO& io) {
                               ", must be a multiple of block_size, " + std::to_string(block_size));
 }
 
-using Buffers = std::vector<std::unique_ptr<Buffer>>;
+using Buffers = std::deque<Buffer>;  // They do not move.
+
+std::vector<Part> ToParts(const py::sequence& objects, Buffers& buffers) {
+  std::vector<Part> parts;
+  parts.reserve(objects.size());
+  for (const py::handle object : objects) {
+    const Buffer& buffer = buffers.emplace_back(py::reinterpret_borrow<py::object>(object), false);
+    parts.push_back({buffer.data(), buffer.size()});
+  }
+  return parts;
+}
+
+void GatherParts(const py::sequence& parts, const py::object& target, const py::object& offsets,
+                 const py::object& threads) {
+  Buffers buffers;
+  const std::vector<Part> from = ToParts(parts, buffers);
+  const Buffer to(target, true);
+  const std::vector<int64_t> places = ToManyInt64s(offsets);
+  const size_t thread_count = ToCount(threads, "threads", 1);
+  const py::gil_scoped_release release;
+  Gather(from, places, to.data(), to.size(), thread_count);
+}
+
+void SampleChecksums(const py::sequence& parts, const py::object& item_bytes, const py::object& out) {
+  Buffers buffers;
+  const std::vector<Part> spans = ToParts(parts, buffers);
+  const std::vector<int64_t> items = ToManyInt64s(item_bytes);
+  if (items.size() != spans.size()) {
+    throw std::invalid_argument(std::to_string(spans.size()) + " parts with " + std::to_string(items.size()) +
+                                " item sizes");
+  }
+  const Buffer sums(out, true);
+  CheckSumCount(sums, spans.size());
+  const py::gil_scoped_release release;
+  for (size_t i = 0; i < spans.size(); ++i) {
+    const uint32_t sum = SampleChecksum(spans[i].data, spans[i].size, items[i]);
+    std::memcpy(sums.data() + i * sizeof(sum), &sum, sizeof(sum));
+  }
+}
 
 void WriteChecked(BlockIO& io, File& file, const py::sequence& parts, const py::object& block_size,
                   const py::object& sums, double max_bytes_per_s) {
   Buffers buffers;
-  std::vector<ChecksummedSource::Part> spans;
+  const std::vector<Part> spans = ToParts(parts, buffers);
   int64_t size = 0;
-  for (const py::handle part : parts) {
-    buffers.push_back(std::make_unique<Buffer>(py::reinterpret_borrow<py::object>(part), false));
-    spans.push_back({buffers.back()->data(), buffers.back()->size()});
-    size = CheckedAdd(size, static_cast<int64_t>(buffers.back()->size()));
-  }
+  for (const Part& part : spans) size = CheckedAdd(size, static_cast<int64_t>(part.size));
   const Buffer out(sums, true);
   const size_t block = ToBlockSize(block_size, io);
   CheckSums(out, static_cast<size_t>(size), block);
@@ -176,8 +228,7 @@ void WriteChecked(BlockIO& io, File& file, const py::sequence& parts, const py::
 VerifyingSink::Target ToTarget(py::handle object, Buffers& buffers) {
   const py::tuple item(py::reinterpret_borrow<py::object>(object));
   if (item.size() != 7) throw std::invalid_argument("a target has seven items");
-  buffers.push_back(std::make_unique<Buffer>(py::object(item[1]), true));
-  const Buffer& memory = *buffers.back();
+  const Buffer& memory = buffers.emplace_back(py::object(item[1]), true);
   const CopyRegion region{ToInt64s(py::object(item[3])), ToInt64s(py::object(item[4])),
                           ToInt64s(py::object(item[5])), ToInt64(py::object(item[6])),
                           ToInt64(py::object(item[0])),  ToInt64(py::object(item[2]))};
@@ -234,6 +285,7 @@ void BindChecksums(py::module_& m) {
   m.def("crc32c_kernel", &Crc32cKernelName);
   m.def("crc32c_blocks", &ChecksumBlocks, py::arg("data"), py::arg("block_size"), py::arg("out"),
         py::kw_only(), py::arg("threads") = 1);
+  m.def("sample_checksums", &SampleChecksums, py::arg("parts"), py::arg("item_bytes"), py::arg("out"));
 }
 
 void BindMemory(py::module_& m) {
@@ -355,6 +407,8 @@ PYBIND11_MODULE(_C, m) {
   distckpt::BindMemory(m);
   distckpt::BindFile(m);
   distckpt::BindBlockIO(m);
+  m.def("gather", &distckpt::GatherParts, py::arg("parts"), py::arg("target"), py::arg("offsets"),
+        py::kw_only(), py::arg("threads") = 1);
   m.def("copy_chunk", &distckpt::Copy, py::arg("source"), py::arg("source_start"), py::arg("chunk_start"),
         py::arg("target"), py::arg("target_start"), py::arg("shape"), py::arg("source_strides"),
         py::arg("target_strides"), py::arg("item_size"));

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "copy.h"
+#include "gather.h"
 
 namespace distckpt {
 
@@ -38,11 +39,6 @@ class Sink {
 // of them. To be filled or found in file order, every byte once.
 class ChecksummedSource : public Source {
  public:
-  struct Part {
-    const uint8_t* data;
-    size_t size;
-  };
-
   // `sums` has room for one checksum a block, aligned or not. A single part is written from where it is.
   ChecksummedSource(const std::vector<Part>& parts, size_t block_size, uint8_t* sums);
 

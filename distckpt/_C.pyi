@@ -7,10 +7,12 @@ copies or checksums releases the GIL. Using a closed File or BlockIO is a ValueE
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
+import numpy as np
 import numpy.typing as npt
 from typing_extensions import Buffer as _Buffer
 
 Buffer: TypeAlias = _Buffer | npt.NDArray[Any]  # NumPy declares its arrays as buffers from Python 3.12 on
+_Int64s: TypeAlias = npt.NDArray[np.int64]  # C-contiguous, one dimension
 
 BLOCK_IO_BACKENDS: tuple[str, ...]  # what this machine can do, best first: ("io_uring", "threads") or ("threads",)
 
@@ -27,6 +29,21 @@ def crc32c_blocks(data: Buffer, block_size: int, out: Buffer, *, threads: int = 
     """CRC32C of each block_size bytes of data (the last block may be short) into `out`, uint32, one per block.
 
     ValueError if `out` has not exactly ceil(len(data) / block_size) items or is not writable.
+    """
+
+def sample_checksums(parts: Sequence[Buffer], item_bytes: Sequence[int] | _Int64s, out: Buffer) -> None:
+    """A checksum of a few items of each part into `out`, uint32, one a part: equal memories have equal ones.
+
+    CRC32C of all bytes of a part of up to 64 KiB, else of 64 of its n items of item_bytes[i] bytes, those numbered
+    j * (n - 1) // 63. ValueError if an item size is less than 1 or does not divide its part, or if there is not one
+    item size and one place in `out` a part. The parts before a wrong one may have been summed.
+    """
+
+def gather(parts: Sequence[Buffer], target: Buffer, offsets: Sequence[int] | _Int64s, *, threads: int = 1) -> None:
+    """Copy parts[i] to target[offsets[i] :].
+
+    ValueError, before anything is copied, when there is not one offset a part, a part would reach outside the target,
+    or two memories overlap: two parts in the target, or a part and the target.
     """
 
 class Memory:

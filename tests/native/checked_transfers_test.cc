@@ -13,6 +13,7 @@ namespace {
 
 using distckpt::ByteRange;
 using distckpt::ChecksummedSource;
+using distckpt::Part;
 using distckpt::Sink;
 using distckpt::Source;
 using distckpt::VerifyingSink;
@@ -37,7 +38,7 @@ VerifyingSink::Target Target(uint64_t begin, Bytes* memory) {
 // Writes `data`, which lies at `memory`, in that many parts; reads it in two ranges; checks all of it.
 void RoundTrip(BlockIO* io, const std::string& name, bool direct, const Bytes& data, const uint8_t* memory,
                size_t part_count) {
-  std::vector<ChecksummedSource::Part> parts;
+  std::vector<Part> parts;
   for (size_t i = 0; i < part_count; ++i) {
     const size_t begin = data.size() * i / part_count;
     parts.push_back({memory + begin, data.size() * (i + 1) / part_count - begin});
@@ -113,7 +114,7 @@ void TestFailedWriteLeavesNothingInFlight() {
       faults.error = ENOSPC;
       const auto io = FaultyIO(faults, &in_flight);
       const size_t size = memory.size() / part_count;
-      std::vector<ChecksummedSource::Part> parts;
+      std::vector<Part> parts;
       for (size_t i = 0; i < part_count; ++i) parts.push_back({memory.data() + i * size, size});
       ChecksummedSource source(parts, kBlock, sums.data());
       const std::string path = FreshPath("checked-failing");

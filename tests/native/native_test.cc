@@ -23,7 +23,9 @@
 #include "copy.h"
 #include "crc32c.h"
 #include "file.h"
+#include "gather.h"
 #include "memory.h"
+#include "sample.h"
 #include "testing.h"
 
 namespace {
@@ -139,6 +141,56 @@ void TestCopyEqualsItsDefinition() {
       distckpt::CopyChunk(c.region, window.data(), begin, end - begin, c.target.data(),
                           static_cast<int64_t>(c.target.size()) - 1);
     });
+  }
+}
+
+// Parts in allocations of their own, so that the sanitizer guards both ends of each, as of the target.
+void TestGatherEqualsItsDefinition() {
+  for (const size_t threads : {1, 3}) {
+    std::vector<Bytes> memories;
+    Bytes expected;
+    for (const size_t size : {0, 1, 70, 8191, 8192, 8321, 100000, 3 << 20, 5}) {
+      memories.push_back(Random(size, size));
+      expected.insert(expected.end(), memories.back().begin(), memories.back().end());
+    }
+    std::vector<distckpt::Part> parts;
+    std::vector<int64_t> offsets;
+    auto end = static_cast<int64_t>(expected.size());
+    for (size_t i = memories.size(); i-- > 0;) {  // Offsets descend.
+      parts.push_back({memories[i].data(), memories[i].size()});
+      offsets.push_back(end -= static_cast<int64_t>(memories[i].size()));
+    }
+    Bytes target(expected.size());
+    distckpt::Gather(parts, offsets, target.data(), target.size(), threads);
+    CHECK(target == expected);
+    const auto refused = [&](size_t target_size) {
+      Caught<std::invalid_argument>(
+          [&] { distckpt::Gather(parts, offsets, target.data(), target_size, threads); });
+    };
+    refused(target.size() - 1);
+    parts.front() = {target.data(), 1};
+    refused(target.size());
+    offsets.pop_back();
+    refused(target.size());
+  }
+  distckpt::Gather({}, {}, nullptr, 0, 2);
+}
+
+void TestSamplesStayInBounds() {
+  for (const int64_t item : {1, 3, 16}) {
+    for (const size_t count : {0, 1, 4096, 70001}) {
+      const Bytes data = Random(count * static_cast<size_t>(item), 8);
+      Bytes sampled = data;
+      if (data.size() > 65536) {
+        sampled.clear();
+        for (size_t i = 0; i < 64; ++i) {
+          const auto* const first = data.data() + i * (count - 1) / 63 * static_cast<size_t>(item);
+          sampled.insert(sampled.end(), first, first + item);
+        }
+      }
+      const uint32_t sum = distckpt::Crc32c(0, sampled.data(), sampled.size());
+      CHECK(distckpt::SampleChecksum(data.data(), data.size(), item) == sum);
+    }
   }
 }
 
@@ -328,6 +380,8 @@ int main(int argc, char** argv) {
   TestChecksumKernelsAgreeAndStayInBounds();
   TestBlockChecksums();
   TestCopyEqualsItsDefinition();
+  TestGatherEqualsItsDefinition();
+  TestSamplesStayInBounds();
   TestMemoryIsPopulatedWhileItIsWritten();
   TestFileIsUsedAndClosedConcurrently();
   TestBackendsFromSeveralThreads();

@@ -1,4 +1,4 @@
-"""CRC32C: the vectors of RFC 3720, both kernels against each other, checksums of blocks."""
+"""CRC32C: the vectors of RFC 3720, both kernels against each other, checksums of blocks and of samples."""
 
 from __future__ import annotations
 
@@ -135,3 +135,43 @@ def test_blocks_into_anything_but_one_item_per_block_are_refused(out) -> None:
 def test_blocks_of_no_size_or_on_no_thread_are_refused(block_size: int, threads: int) -> None:
     with pytest.raises(ValueError, match=r"block_size|threads|overflows"):
         _C.crc32c_blocks(PATTERN[:4096], block_size, np.zeros(1, np.uint32), threads=threads)
+
+
+def sample_of(part: np.ndarray) -> int:
+    """By definition."""
+    if part.nbytes <= 65536:
+        return _C.crc32c(part)
+    return _C.crc32c(np.array([part[j * (len(part) - 1) // 63] for j in range(64)], part.dtype))
+
+
+@pytest.mark.parametrize("dtype", ["u1", "u2", "u4", "u8", "c16", "V3"])
+def test_sample_is_of_all_bytes_up_to_64_kib_and_else_of_64_items(dtype: str) -> None:
+    size = np.dtype(dtype).itemsize
+    parts = [PATTERN[1 : 1 + n * size].view(dtype) for n in (0, 1, 65536 // size, 65536 // size + 1, 100_000 // size)]
+    sums = np.full(len(parts), 7, np.uint32)
+    _C.sample_checksums(parts, [size] * len(parts), sums)
+    assert sums.tolist() == [sample_of(part) for part in parts]
+    _C.sample_checksums(parts, np.full(len(parts), size), sums)
+    assert sums.tolist() == [sample_of(part) for part in parts]
+
+
+def test_samples_of_items_of_several_sizes() -> None:
+    sums = np.zeros(2, np.uint32)
+    _C.sample_checksums((PATTERN, PATTERN), (1, 8), sums)
+    assert sums.tolist() == [sample_of(PATTERN), sample_of(PATTERN.view("u8"))]
+    _C.sample_checksums([], [], np.zeros(0, np.uint32))
+
+
+@pytest.mark.parametrize("size", [0, -1, 3, 200, -(1 << 63)])
+def test_items_that_do_not_make_up_their_part_are_refused(size: int) -> None:
+    with pytest.raises(ValueError, match=f"100 bytes are no items of {size}"):
+        _C.sample_checksums([PATTERN[:100]], [size], np.zeros(1, np.uint32))
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_anything_but_one_item_size_and_one_place_a_part_is_refused(count: int) -> None:
+    parts = [PATTERN[:4], PATTERN[:4]]
+    with pytest.raises(ValueError, match=f"2 parts with {count} item sizes"):
+        _C.sample_checksums(parts, [4] * count, np.zeros(2, np.uint32))
+    with pytest.raises(ValueError, match="out must be 2 items of 4 bytes"):
+        _C.sample_checksums(parts, [4, 4], np.zeros(count, np.uint32))
