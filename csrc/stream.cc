@@ -38,16 +38,21 @@ void ChecksummedSource::Fill(uint64_t begin, uint64_t end, uint8_t* out) {
   std::memcpy(out + (from - begin), sums_ + (from - parts_end_), end - from);
 }
 
+size_t ChecksummedSource::PartAt(uint64_t offset) const {
+  return std::upper_bound(ends_.begin(), ends_.end(), offset) - ends_.begin();
+}
+
+uint64_t ChecksummedSource::PartBegin(size_t part) const { return ends_[part] - parts_[part].size; }
+
 void ChecksummedSource::FillParts(uint64_t begin, uint64_t end, uint8_t* out) {
-  size_t part = std::upper_bound(ends_.begin(), ends_.end(), begin) - ends_.begin();
+  size_t part = PartAt(begin);
   for (uint64_t at = begin; at < end;) {
     // Up to the end of the step, the block or the range; from as many parts as that takes.
     const uint64_t stop = std::min({end, at - at % block_size_ + block_size_, at + kStep});
     for (uint64_t filled = at; filled < stop;) {
       while (ends_[part] <= filled) ++part;
-      const uint64_t part_begin = ends_[part] - parts_[part].size;
       const uint64_t size = std::min(stop, ends_[part]) - filled;
-      std::memcpy(out + (filled - begin), parts_[part].data + (filled - part_begin), size);
+      std::memcpy(out + (filled - begin), parts_[part].data + (filled - PartBegin(part)), size);
       filled += size;
     }
     Sum(at, out + (at - begin), stop - at);
@@ -56,8 +61,9 @@ void ChecksummedSource::FillParts(uint64_t begin, uint64_t end, uint8_t* out) {
 }
 
 const uint8_t* ChecksummedSource::Find(uint64_t begin, uint64_t end, size_t alignment) {
-  if (parts_.size() != 1 || end > parts_end_) return nullptr;
-  const uint8_t* const data = parts_.front().data + begin;
+  const size_t part = PartAt(begin);
+  if (part == parts_.size() || end > ends_[part]) return nullptr;
+  const uint8_t* const data = parts_[part].data + (begin - PartBegin(part));
   if (reinterpret_cast<uintptr_t>(data) % alignment != 0) return nullptr;
   for (uint64_t at = begin; at < end;) {
     const uint64_t stop = std::min(end, at - at % block_size_ + block_size_);

@@ -39,7 +39,7 @@ class Sink {
 // of them. To be filled or found in file order, every byte once.
 class ChecksummedSource : public Source {
  public:
-  // `sums` has room for one checksum a block, aligned or not. A single part is written from where it is.
+  // `sums` has room for one checksum a block, aligned or not. A range inside one part is found where it is.
   ChecksummedSource(const std::vector<Part>& parts, size_t block_size, uint8_t* sums);
 
   // Of the file: parts and checksums.
@@ -49,6 +49,9 @@ class ChecksummedSource : public Source {
   const uint8_t* Find(uint64_t begin, uint64_t end, size_t alignment) override;
 
  private:
+  // The part that holds the byte at `offset` of the file, or the number of parts.
+  size_t PartAt(uint64_t offset) const;
+  uint64_t PartBegin(size_t part) const;
   void FillParts(uint64_t begin, uint64_t end, uint8_t* out);
   void Sum(uint64_t begin, const uint8_t* data, size_t size);
 

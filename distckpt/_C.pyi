@@ -116,9 +116,10 @@ class BlockIO:
         """The parts, one after the other, from offset 0 on; after them `sums`, the CRC32C of each block of them.
 
         sums: writable, uint32, one per block_size bytes; filled on the way. request_size must be a multiple of
-        block_size. A single part whose memory is aligned is written from where it is; several are gathered in a
-        ring of queue_depth requests, copied and summed at once. max_bytes_per_s: 0 is no limit; ValueError if it is
-        negative or not a number.
+        block_size. A request of bytes of one part is written from where they are, if the file is buffered or their
+        memory aligned: of a part whose address is its offset in the file modulo 4096, all but its first and last
+        request. Other requests are gathered in a ring of queue_depth, copied and summed at once.
+        max_bytes_per_s: 0 is no limit; ValueError if it is negative or not a number.
         """
     def read_checked(
         self,

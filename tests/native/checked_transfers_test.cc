@@ -252,6 +252,37 @@ void TestMemoryIsFoundWhereItIsAligned() {
   CHECK(unaligned.Find(0, kBlock, 1) == memory.data() + 1);
 }
 
+// As an image in memory is written: behind a header of its own, in front of a tail.
+void TestRangesInsideAPartAreFoundBetweenThoseThatAreFilled() {
+  constexpr size_t kHead = 4096;
+  constexpr size_t kImage = 3 * kRequest;
+  const Bytes data = Random(kHead + kImage + 77, 11);
+  const Memory memory(kHead + kImage);  // The image lies where its offset in the file is, modulo 4096.
+  std::copy_n(data.begin() + kHead, kImage, memory.data() + kHead);
+  const Bytes expected = Sums(data);
+  Bytes sums(expected.size());
+  ChecksummedSource source(
+      {{data.data(), kHead}, {memory.data() + kHead, kImage}, {data.data() + kHead + kImage, 77}}, kBlock,
+      sums.data());
+  Bytes written;
+  std::vector<bool> found;
+  for (uint64_t begin = 0; begin < source.size(); begin += kRequest) {
+    const uint64_t end = std::min<uint64_t>(begin + kRequest, source.size());
+    const uint8_t* place = source.Find(begin, end, 4096);
+    found.push_back(place != nullptr);
+    CHECK(place == nullptr || place == memory.data() + begin);
+    Bytes filled(end - begin);
+    if (place == nullptr) source.Fill(begin, end, filled.data());
+    if (place == nullptr) place = filled.data();
+    written.insert(written.end(), place, place + (end - begin));
+  }
+  CHECK((found == std::vector<bool>{false, true, true, false}));
+  CHECK(sums == expected);
+  Bytes file = data;
+  file.insert(file.end(), expected.begin(), expected.end());
+  CHECK(written == file);
+}
+
 void TestWrongArgumentsAreRefused() {
   BlockIO io("", kRequest, 1);
   const auto file = File::Create(FreshPath("checked-arguments"), false, 0644);
@@ -291,5 +322,6 @@ void TestCheckedTransfers() {
   TestFileThatEndsInABlock();
   TestExceptionOfSourceOrSinkLeavesNothingInFlight();
   TestMemoryIsFoundWhereItIsAligned();
+  TestRangesInsideAPartAreFoundBetweenThoseThatAreFilled();
   TestWrongArgumentsAreRefused();
 }

@@ -129,6 +129,28 @@ class TestWrite:
         assert sums.tolist() == expected.tolist()
         assert read_back(file, len(data) + expected.nbytes, direct) == file_of(data, expected)
 
+    @fast
+    @given(
+        sizes=st.lists(st.integers(0, 4 * REQUEST), min_size=1, max_size=5),
+        in_phase=st.lists(st.booleans(), min_size=5, max_size=5),
+        block_size=st.sampled_from(BLOCK_SIZES),
+    )
+    def test_requests_that_are_gathered_and_requests_that_are_not_alternate(
+        self, io: _C.BlockIO, path: str, direct: bool, sizes: list[int], in_phase: list[bool], block_size: int
+    ) -> None:
+        data = PATTERN[: sum(sizes)]
+        cuts = np.cumsum([0, *sizes]).tolist()
+        parts = [
+            aligned(data[begin:end], begin % PAGE if phase else (begin + 64) % PAGE)
+            for begin, end, phase in zip(cuts, cuts[1:], in_phase, strict=False)
+        ]
+        expected = sums_of(data, block_size)
+        sums = np.zeros(len(expected), np.uint32)
+        file = create(path, direct)
+        io.write_checked(file, parts, block_size, sums)
+        assert sums.tolist() == expected.tolist()
+        assert read_back(file, len(data) + expected.nbytes, direct) == file_of(data, expected)
+
     def test_many_small_parts(self, io: _C.BlockIO, path: str, direct: bool) -> None:
         data = PATTERN[:150_000]
         sums = np.zeros(count_of(len(data), BLOCK), np.uint32)
