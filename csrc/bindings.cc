@@ -150,8 +150,8 @@ int64_t Copy(const py::object& source, const py::object& source_start, const py:
                           ToInt64(item_size), ToInt64(chunk_start),     ToInt64(target_start)};
   const int64_t start = ToInt64(source_start);
   const py::gil_scoped_release release;
-  return CopyChunk(region, from.data(), start, static_cast<int64_t>(from.size()), to.data(),
-                   static_cast<int64_t>(to.size()));
+  return RegionCopy(region, to.data(), static_cast<int64_t>(to.size()))
+      .CopyFrom(from.data(), start, static_cast<int64_t>(from.size()));
 }
 
 // One checksum of 4 bytes a block.
@@ -225,16 +225,14 @@ void WriteChecked(BlockIO& io, File& file, const py::sequence& parts, const py::
 }
 
 // (chunk_start, target, target_start, shape, source_strides, target_strides, item_size)
-VerifyingSink::Target ToTarget(py::handle object, Buffers& buffers) {
+RegionCopy ToTarget(py::handle object, Buffers& buffers) {
   const py::tuple item(py::reinterpret_borrow<py::object>(object));
   if (item.size() != 7) throw std::invalid_argument("a target has seven items");
   const Buffer& memory = buffers.emplace_back(py::object(item[1]), true);
   const CopyRegion region{ToInt64s(py::object(item[3])), ToInt64s(py::object(item[4])),
                           ToInt64s(py::object(item[5])), ToInt64(py::object(item[6])),
                           ToInt64(py::object(item[0])),  ToInt64(py::object(item[2]))};
-  const auto size = static_cast<int64_t>(memory.size());
-  const auto begin = static_cast<uint64_t>(region.chunk_start);
-  return {region, memory.data(), size, begin, static_cast<uint64_t>(RegionEnd(region, size))};
+  return RegionCopy(region, memory.data(), static_cast<int64_t>(memory.size()));
 }
 
 std::vector<ByteRange> ToBlockRanges(const py::sequence& ranges, size_t block_size, size_t end) {
@@ -261,7 +259,7 @@ py::object ReadChecked(BlockIO& io, File& file, const py::sequence& ranges, cons
   const size_t size = ToCount(end, "end", 0);
   const std::vector<ByteRange> wanted = ToBlockRanges(ranges, block, size);
   Buffers buffers;
-  std::vector<VerifyingSink::Target> places;
+  std::vector<RegionCopy> places;
   for (const py::handle item : targets) places.push_back(ToTarget(item, buffers));
   const Buffer table(expected, false);
   CheckSums(table, size, block);

@@ -81,13 +81,13 @@ void ChecksummedSource::Sum(uint64_t begin, const uint8_t* data, size_t size) {
   std::memcpy(place, &sum, sizeof(sum));
 }
 
-VerifyingSink::VerifyingSink(std::vector<Target> targets, size_t block_size, uint64_t end,
+VerifyingSink::VerifyingSink(std::vector<RegionCopy> targets, size_t block_size, uint64_t end,
                              const uint8_t* expected)
     : targets_(std::move(targets)), block_size_(block_size), end_(end), expected_(expected) {
-  uint64_t reach = 0;
+  int64_t reach = 0;
   reach_.reserve(targets_.size());
-  for (const Target& target : targets_) reach_.push_back(reach = std::max(reach, target.end));
-  const auto before = [](const Target& a, const Target& b) { return a.begin < b.begin; };
+  for (const RegionCopy& target : targets_) reach_.push_back(reach = std::max(reach, target.end()));
+  const auto before = [](const RegionCopy& a, const RegionCopy& b) { return a.begin() < b.begin(); };
   if (!std::is_sorted(targets_.begin(), targets_.end(), before)) {
     throw std::invalid_argument("targets must be in ascending order of chunk_start");
   }
@@ -99,12 +99,11 @@ bool VerifyingSink::Take(uint64_t begin, uint64_t end, const uint8_t* data) {
   if (begin >= end) return true;
   if (!Check(begin, end, data)) return false;
   // From the first target of which, or of whose predecessors, one reaches past `begin`.
-  size_t i = std::upper_bound(reach_.begin(), reach_.end(), begin) - reach_.begin();
-  for (; i < targets_.size() && targets_[i].begin < end; ++i) {
-    const Target& target = targets_[i];
-    if (target.end <= begin) continue;
-    CopyChunk(target.region, data, static_cast<int64_t>(begin), static_cast<int64_t>(end - begin),
-              target.data, target.size);
+  const auto start = static_cast<int64_t>(begin);
+  const auto stop = static_cast<int64_t>(end);
+  size_t i = std::upper_bound(reach_.begin(), reach_.end(), start) - reach_.begin();
+  for (; i < targets_.size() && targets_[i].begin() < stop; ++i) {
+    if (targets_[i].end() > start) targets_[i].CopyFrom(data, start, stop - start);
   }
   return true;
 }

@@ -28,11 +28,9 @@ Bytes Sums(const Bytes& data) {
   return sums;
 }
 
-VerifyingSink::Target Target(uint64_t begin, Bytes* memory) {
+distckpt::RegionCopy Target(uint64_t begin, Bytes* memory) {
   const auto size = static_cast<int64_t>(memory->size());
-  const distckpt::CopyRegion region{{size}, {1}, {1}, 1, static_cast<int64_t>(begin), 0};
-  const auto end = static_cast<uint64_t>(distckpt::RegionEnd(region, size));
-  return {region, memory->data(), size, begin, end};
+  return {{{size}, {1}, {1}, 1, static_cast<int64_t>(begin), 0}, memory->data(), size};
 }
 
 // Writes `data`, which lies at `memory`, in that many parts; reads it in two ranges; checks all of it.

@@ -102,7 +102,7 @@ CopyCase RandomCopyCase(std::mt19937_64& random) {
   return c;
 }
 
-// The definition of CopyChunk, an item at a time.
+// The definition of RegionCopy, an item at a time.
 int64_t CopySlowly(const distckpt::CopyRegion& r, const Bytes& file, int64_t begin, int64_t end,
                    Bytes* target) {
   std::vector<int64_t> index(r.shape.size(), 0);
@@ -134,13 +134,12 @@ void TestCopyEqualsItsDefinition() {
     const Bytes window(c.file.begin() + begin, c.file.begin() + end);
     Bytes expected = c.target;
     const int64_t bytes = CopySlowly(c.region, c.file, begin, end, &expected);
-    CHECK(distckpt::CopyChunk(c.region, window.data(), begin, end - begin, c.target.data(),
-                              static_cast<int64_t>(c.target.size())) == bytes);
+    const auto size = static_cast<int64_t>(c.target.size());
+    const distckpt::RegionCopy copy(c.region, c.target.data(), size);
+    CHECK(copy.begin() == c.region.chunk_start && copy.end() == file_size);
+    CHECK(copy.CopyFrom(window.data(), begin, end - begin) == bytes);
     CHECK(c.target == expected);
-    Caught<std::invalid_argument>([&] {
-      distckpt::CopyChunk(c.region, window.data(), begin, end - begin, c.target.data(),
-                          static_cast<int64_t>(c.target.size()) - 1);
-    });
+    Caught<std::invalid_argument>([&] { distckpt::RegionCopy(c.region, c.target.data(), size - 1); });
   }
 }
 
