@@ -99,8 +99,6 @@ def check_storable(tensor: Tensor, key: str) -> None:
         raise UnsupportedTypeError(f"{key!r}: a {kind} tensor cannot be stored; store the dense tensors it is made of")
     if tensor.dim() > MAX_DIMS:
         raise UnsupportedTypeError(f"{key!r}: {tensor.dim()} dimensions, at most {MAX_DIMS} can be stored")
-    if torch.nn.parameter.is_lazy(tensor):
-        raise UnsupportedTypeError(f"{key!r}: the parameter is not initialised; run one forward pass first")
 
 
 def is_plain_value(value: object) -> bool:

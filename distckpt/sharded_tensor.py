@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -14,10 +14,10 @@ from distckpt.index import Spec
 from distckpt.shard_file import DTYPES
 
 PLAIN_TENSOR_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+_DTYPE_NAMES = {getattr(torch, name): name for name in DTYPES if hasattr(torch, name)}  # of this torch
 
 
-@dataclass(frozen=True, slots=True)
-class Shard:
+class Shard(msgspec.Struct, frozen=True):  # As many as there are tensors: a dataclass takes five times as long.
     """One box of a global tensor and the view of the local tensor that holds it; the shapes are equal."""
 
     box: Box
@@ -199,14 +199,15 @@ class ShardedTensor:
     def shards(self) -> list[Shard]:
         """The boxes of this part, each with the view of `data` that holds it."""
         _check_tensor(self.key, self.data)
-        data = self.data.detach()
+        data = self.data.detach() if self.data.requires_grad else self.data
         if data.numel() != sum(box.size for box in self.boxes()):
             raise InvalidShardingError(
                 f"{self.key!r}: data has been replaced by one of shape {tuple(data.shape)}, not of the size of its "
                 f"box; make a new ShardedTensor"
             )
         if self._box is not None:
-            return [Shard(self._box, data[(None,) * (len(self._box.shape) - data.dim())])]
+            prepended = len(self._box.shape) - data.dim()
+            return [Shard(self._box, data[(None,) * prepended] if prepended else data)]
         return [Shard(box, data.narrow(0, at, box.size).view(box.shape)) for box, at in self._pieces]
 
     def __repr__(self) -> str:
@@ -256,7 +257,7 @@ def torch_dtype(name: str, key: str) -> torch.dtype:
 
 def dtype_name(dtype: torch.dtype, key: str) -> str:
     """torch's name of an element type that can be stored. Raises UnsupportedTypeError naming the key."""
-    name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
+    name = _DTYPE_NAMES.get(dtype)
+    if name is None:
         raise UnsupportedTypeError(f"{key!r}: tensors of dtype {dtype} cannot be stored; convert it first")
     return name

@@ -34,6 +34,7 @@ from distckpt.per_rank import PerRank
 from distckpt.sharded_tensor import PLAIN_TENSOR_TYPES, Shard, ShardedTensor, dtype_name, is_text
 
 Setter: TypeAlias = Callable[[object], None]
+_Container: TypeAlias = dict[Any, object] | list[object]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +59,7 @@ class Adapted:
 Adapter: TypeAlias = Callable[[str, object], Adapted | None]
 
 
-@dataclass(slots=True)
-class TensorLeaf:
+class TensorLeaf(msgspec.Struct):  # There is one for every tensor of a state: a dataclass takes three times as long.
     """A tensor of which this rank has some boxes.
 
     materialize: for a tensor on the meta device, puts an empty one on a real device in its place and returns the
@@ -131,6 +131,8 @@ def segment(key: object, where: str) -> str:
         if not is_text(key):
             raise UnsupportedTypeError(f"{where!r}: the key {key!r} with a lone surrogate is not text")
         return key.replace("%", "%25").replace("/", "%2F") or "%e"
+    if type(key) is int and 0 <= key < 2**63:  # An optimizer numbers its parameters.
+        return f"%k{key}"
     return "%k" + quote(encode_value(key, f"{where} (a key)"), safe="")
 
 
@@ -176,13 +178,15 @@ class _Flattener:
         self._adapters = adapters
         self._open: set[int] = set()
         self._real = RealTensors()
+        # Many tensors are few kinds: what all of one have in common is looked at and made once.
+        self._kinds: dict[tuple[torch.dtype, torch.layout, torch.Size], tuple[Spec, Box]] = {}
 
     def dictionary(self, state: dict[Any, object], path: str) -> None:
         """`state` is changed by the setters of its leaves, never here."""
         self._enter(state, path)
         for key, value in state.items():
             text = segment(key, path)
-            self.leaf(value, f"{path}/{text}" if path else text, _item_setter(state, key))
+            self.leaf(value, f"{path}/{text}" if path else text, state, key)
         self._open.discard(id(state))
 
     def _enter(self, container: object, path: str) -> None:
@@ -192,18 +196,25 @@ class _Flattener:
         if path:
             self._flat.containers.add(path)
 
-    def leaf(self, value: object, path: str, replace: Setter) -> None:
+    def leaf(self, value: object, path: str, container: _Container, key: Any) -> None:
+        """`value` is container[key]."""
+        if type(value) in PLAIN_TENSOR_TYPES:
+            self._tensor(value, path, container, key)  # type: ignore[arg-type]
+        elif isinstance(value, ShardedTensor):
+            self._sharded([value], path.rpartition("/")[0], None)
+        else:
+            self._other(value, path, _item_setter(container, key))
+
+    def _other(self, value: object, path: str, replace: Setter) -> None:
         for adapter in self._adapters:
             adapted = adapter(path, value)
             if adapted is not None:
                 self._adapted(adapted, path, replace)
                 return
-        if isinstance(value, ShardedTensor):
-            self._sharded([value], path.rpartition("/")[0], None)
-        elif isinstance(value, PerRank):
+        if isinstance(value, PerRank):
             self._flat.per_rank.append(PerRankLeaf(path, value))
         elif isinstance(value, Tensor):
-            self._tensor(value, path, replace)
+            self._subclass(value, path)
         elif isinstance(value, np.ndarray):
             self._array(value, path, replace)
         elif isinstance(value, dict) and type(value) in (dict, OrderedDict):
@@ -242,19 +253,28 @@ class _Flattener:
             materialize = _materialize_part(part) if part.data.is_meta else None
             self._flat.tensors.append(TensorLeaf(key, spec, part.shards(), part.allow_shape_mismatch, materialize))
 
-    def _tensor(self, tensor: Tensor, path: str, replace: Setter) -> None:
-        if type(tensor) not in PLAIN_TENSOR_TYPES:
-            self._subclass(tensor, path)
-            return
-        check_storable(tensor, path)
-        spec = Spec(dtype=dtype_name(tensor.dtype, path), global_shape=tuple(tensor.shape))
-        shard = Shard(Box.whole(tensor.shape), tensor.detach())
-        materialize = _materialize_tensor(tensor, self._real, replace) if tensor.is_meta else None
-        self._flat.tensors.append(TensorLeaf(path, spec, [shard], materialize=materialize))
+    def _tensor(self, tensor: Tensor, path: str, container: _Container, key: Any) -> None:
+        if tensor.is_nested:  # It has no shape to be known by.
+            check_storable(tensor, path)
+        kind = tensor.dtype, tensor.layout, tensor.shape
+        known = self._kinds.get(kind)
+        if known is None:
+            check_storable(tensor, path)
+            shape = tuple(tensor.shape)
+            known = Spec(dtype=dtype_name(tensor.dtype, path), global_shape=shape), Box.whole(shape)
+            self._kinds[kind] = known
+        spec, box = known
+        materialize = None
+        if tensor.is_meta:
+            materialize = _materialize_tensor(tensor, self._real, _item_setter(container, key))
+        data = tensor.detach() if tensor.requires_grad else tensor
+        self._flat.tensors.append(TensorLeaf(path, spec, [Shard(box, data)], materialize=materialize))
 
     def _subclass(self, tensor: Tensor, path: str) -> None:
         """A wrapper is its inner tensors, which load fills in place."""
         names = getattr(tensor, "__tensor_flatten__", None)
+        if torch.nn.parameter.is_lazy(tensor):
+            raise UnsupportedTypeError(f"{path!r}: the parameter is not initialised; run one forward pass first")
         if names is None:
             raise UnsupportedTypeError(
                 f"{path!r}: a {type(tensor).__qualname__} has no __tensor_flatten__ and cannot be stored as it is; "
@@ -298,7 +318,7 @@ class _Flattener:
         items = value if isinstance(value, list) else list(value)
         before = len(self._flat.tensors)
         for i, item in enumerate(items):
-            self.leaf(item, f"{path}/%l{i}", _item_setter(items, i))
+            self.leaf(item, f"{path}/%l{i}", items, i)
         marker = LIST_MARKER if isinstance(value, list) else TUPLE_MARKER
         own_keyed = all(t.spec.container is not None for t in self._flat.tensors[before:])
         if not (own_keyed and len(self._flat.tensors) > before):
@@ -318,7 +338,7 @@ class _Flattener:
         flat.objects.append(ObjectLeaf(path, value, state, flat.tensors[tensors:], flat.values[values:]))
 
 
-def _item_setter(container: dict[Any, object] | list[object], key: Any) -> Setter:
+def _item_setter(container: _Container, key: Any) -> Setter:
     return lambda value: container.__setitem__(key, value)
 
 
