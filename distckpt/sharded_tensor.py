@@ -54,7 +54,7 @@ class ShardedTensor:
         allow_shape_mismatch: bool = False,
     ) -> None:
         _check_tensor(key, data)
-        shape = tuple(int(n) for n in global_shape)
+        shape = tuple(map(int, global_shape))
         prepended = len(shape) - data.dim()
         if prepended < 0 or len(global_offset) != len(shape):
             raise InvalidShardingError(
@@ -62,8 +62,8 @@ class ShardedTensor:
                 f"{tuple(global_offset)}; a global shape and offset need one number per dimension"
             )
         self._set(key, data, shape, replica_id, allow_shape_mismatch)
-        offset = tuple(int(n) for n in global_offset)
-        if any(n < 0 for n in offset):
+        offset = tuple(map(int, global_offset))
+        if min(offset, default=0) < 0:
             raise InvalidShardingError(f"{key!r}: global_offset {offset} has a negative number")
         box = Box(offset, (1,) * prepended + tuple(data.shape))
         if not box.is_inside(shape):
@@ -81,6 +81,7 @@ class ShardedTensor:
         self.blocks = None if blocks is None else tuple(int(n) for n in blocks)
         self._pieces: tuple[tuple[Box, int], ...] = ()
         self._box: Box | None = box
+        self._size = data.numel()
 
     def _set(
         self,
@@ -179,6 +180,7 @@ class ShardedTensor:
         self.partition, self.owner, self.blocks = parts[0].partition, parts[0].owner, parts[0].blocks
         self._pieces = tuple(_flat_pieces(boxes, start, stop))
         self._box = None
+        self._size = flat.numel()
         return self
 
     @property
@@ -200,7 +202,7 @@ class ShardedTensor:
         """The boxes of this part, each with the view of `data` that holds it."""
         _check_tensor(self.key, self.data)
         data = self.data.detach() if self.data.requires_grad else self.data
-        if data.numel() != sum(box.size for box in self.boxes()):
+        if data.numel() != self._size:
             raise InvalidShardingError(
                 f"{self.key!r}: data has been replaced by one of shape {tuple(data.shape)}, not of the size of its "
                 f"box; make a new ShardedTensor"
@@ -240,6 +242,8 @@ def _flat_pieces(boxes: Sequence[Box], start: int, stop: int) -> Iterator[tuple[
 
 def is_text(key: str) -> bool:
     """Whether a string can be written down: a lone surrogate cannot."""
+    if key.isascii():
+        return True
     try:
         key.encode()
     except UnicodeEncodeError:

@@ -37,8 +37,7 @@ Setter: TypeAlias = Callable[[object], None]
 _Container: TypeAlias = dict[Any, object] | list[object]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Adapted:
+class Adapted(msgspec.Struct, frozen=True, kw_only=True):
     """What a foreign leaf means to us; exactly one of the first four is given.
 
     shards: parts of one global tensor; stored under the leaf's path, or under their own key if `own_key`.
@@ -162,7 +161,8 @@ def flatten(state: dict[str, object], adapters: Sequence[Adapter]) -> FlatState:
     flat = FlatState()
     flattener = _Flattener(flat, adapters)
     try:
-        flattener.dictionary(state, "")
+        with torch.no_grad():  # Views that autograd knows of cost more than all the rest.
+            flattener.dictionary(state, "")
     except RecursionError as error:
         raise UnsupportedTypeError("the state is nested too deep to be stored") from error
     keys = Counter([leaf.key for leaf in flat.values] + [leaf.key for leaf in flat.per_rank])

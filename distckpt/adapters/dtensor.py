@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 
@@ -30,42 +31,33 @@ def adapt_dtensor(key: str, value: object) -> Adapted | None:
     tensor_module = sys.modules.get("torch.distributed.tensor")  # Slow to import; no DTensor exists without it.
     if tensor_module is None or not isinstance(value, tensor_module.DTensor):
         return None
-    local = value.to_local().detach()
+    local = value.to_local()
     mesh = value.device_mesh
+    shape, placements = tuple(value.shape), tuple(value.placements)
     _check_order(key, value)
+    _check_placements(key, placements)
     coordinates = mesh.get_coordinate()
-    if coordinates is None:  # This rank is not in the mesh: it knows the tensor, but has nothing of it.
-        runs: list[Runs] = [[] for _ in value.shape]
-        if not value.shape:
-            return Adapted(skip=True)
-    else:
-        runs = [[(0, n)] for n in value.shape]
-        for dim, (placement, at) in enumerate(zip(value.placements, coordinates, strict=True)):
-            _place(key, placement, runs, at, mesh.size(dim))
-        expected = tuple(sum(stop - start for start, stop in dimension) for dimension in runs)
-        if tuple(local.shape) != expected:
-            raise InvalidShardingError(
-                f"{key!r}: a DTensor {tuple(value.shape)} with placements {value.placements} has a local tensor of "
-                f"shape {tuple(local.shape)} here, expected {expected}"
-            )
-    names = mesh.mesh_dim_names or ()
-    partition = _partition(value.placements, names, len(value.shape))
-    pieces = list(index_runs_boxes(runs))
-    slices = [tuple(slice(o, e) for o, e in zip(inner.offset, inner.end, strict=True)) for _, inner in pieces]
+    if coordinates is None and not shape:
+        return Adapted(skip=True)
+    place = _place(shape, placements, mesh.mesh_dim_names, mesh.shape, coordinates and tuple(coordinates))
+    if coordinates is not None and tuple(local.shape) != place.local_shape:
+        raise InvalidShardingError(
+            f"{key!r}: a DTensor {shape} with placements {placements} has a local tensor of shape "
+            f"{tuple(local.shape)} here, expected {place.local_shape}"
+        )
     shards = [
-        ShardedTensor(key, local[at], global_shape=value.shape, global_offset=box.offset, partition=partition)
-        for at, (box, _) in zip(slices, pieces, strict=True)
+        ShardedTensor(key, local[at], global_shape=shape, global_offset=offset, partition=place.partition)
+        for offset, at in place.pieces
     ]
     if not shards:
-        empty = local.new_empty((0,) * len(value.shape))
-        offset = (0,) * len(value.shape)
-        shards = [ShardedTensor(key, empty, global_shape=value.shape, global_offset=offset, partition=partition)]
+        empty, nowhere = local.new_empty((0,) * len(shape)), (0,) * len(shape)
+        shards = [ShardedTensor(key, empty, global_shape=shape, global_offset=nowhere, partition=place.partition)]
 
     def replacement() -> object:
         from torch.distributed.tensor import DTensor
 
         whole = torch.empty_like(local, device=shards[0].data.device)
-        for at, part in zip(slices, shards, strict=False):
+        for (_, at), part in zip(place.pieces, shards, strict=False):
             whole[at] = part.data
         made = DTensor.from_local(
             whole, mesh, value.placements, run_check=False, shape=value.shape, stride=value.stride()
@@ -85,16 +77,47 @@ def _check_order(key: str, value: DTensor) -> None:
         )
 
 
-def _place(key: str, placement: Placement, runs: list[Runs], at: int, parts: int) -> None:
-    """Narrow `runs` to what rank `at` of `parts` keeps under one placement."""
-    if placement.is_replicate():
-        return
-    split_factor = getattr(placement, "split_factor", 1)
-    dim = getattr(placement, "dim", None)
-    if dim is None or not (placement.is_shard() or hasattr(placement, "split_factor")):
-        raise InvalidShardingError(
-            f"{key!r}: a DTensor with placement {placement!r} is no tensor yet; redistribute it to Shard or Replicate"
-        )
+def _check_placements(key: str, placements: Sequence[Placement]) -> None:
+    for placement in placements:
+        cuts = placement.is_shard() or hasattr(placement, "split_factor")
+        if not (placement.is_replicate() or (cuts and hasattr(placement, "dim"))):
+            raise InvalidShardingError(
+                f"{key!r}: a DTensor with placement {placement!r} is no tensor yet; redistribute it to Shard or "
+                f"Replicate"
+            )
+
+
+class _Place(NamedTuple):
+    """Where a rank's local tensor lies: (offset in the global tensor, slices of the local one) of each box."""
+
+    local_shape: tuple[int, ...]
+    pieces: tuple[tuple[tuple[int, ...], tuple[slice, ...]], ...]
+    partition: tuple[str | None, ...] | None
+
+
+@lru_cache(maxsize=4096)  # The tensors of a model have few shapes.
+def _place(
+    shape: tuple[int, ...],
+    placements: tuple[Placement, ...],
+    names: tuple[str, ...] | None,
+    sizes: tuple[int, ...],
+    coordinates: tuple[int, ...] | None,
+) -> _Place:
+    """Of the rank at these coordinates of a mesh of these sizes; of one outside the mesh if there are none: nothing."""
+    runs: list[Runs] = [[(0, n)] if coordinates is not None else [] for n in shape]
+    for placement, at, parts in zip(placements, coordinates or (), sizes, strict=coordinates is not None):
+        if not placement.is_replicate():
+            _narrow(runs, placement.dim, getattr(placement, "split_factor", 1), at, parts)  # type: ignore[attr-defined]
+    pieces = tuple(
+        (outer.offset, tuple(slice(o, e) for o, e in zip(inner.offset, inner.end, strict=True)))
+        for outer, inner in index_runs_boxes(runs)
+    )
+    local_shape = tuple(sum(stop - start for start, stop in dimension) for dimension in runs)
+    return _Place(local_shape, pieces, _partition(placements, names or (), len(shape)))
+
+
+def _narrow(runs: list[Runs], dim: int, split_factor: int, at: int, parts: int) -> None:
+    """Leave of dimension `dim` what rank `at` of `parts` keeps of each of split_factor pieces of it."""
     pieces = _chunk(runs[dim], split_factor)
     runs[dim] = [run for piece in pieces for run in _chunk(piece, parts)[at]]
 
