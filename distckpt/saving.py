@@ -36,7 +36,7 @@ from distckpt.json_value import EMPTY_DICT, encode_value
 from distckpt.leaf_value import encode_leaf
 from distckpt.planner import PerRankItem, RankShards, SavePlan, plan_save
 from distckpt.report import SaveReport
-from distckpt.shard_file import FORMAT, FORMAT_VERSION, Chunk, file_name, lay_out, nested_json_bytes, split_into_files
+from distckpt.shard_file import FORMAT, FORMAT_VERSION, Chunk, file_name, nested_json, plan_file, split_into_files
 from distckpt.sharded_tensor import Shard
 from distckpt.staging import Arena, StagedFile, new_file, stage, stage_in_place
 from distckpt.state_dict import FlatState, PerRankLeaf, flatten
@@ -222,11 +222,13 @@ class Save:
         shared = self._shared_metadata()
         files = split_into_files(
             chunks,
-            metadata_bytes=[nested_json_bytes({key: spec}) for key, spec, _ in mine],
+            metadata_bytes=[len(nested_json({key: spec})) for key, spec, _ in mine],
             first_metadata_bytes=len(msgspec.json.encode(shared)),
         )
         metadata = [self._header_metadata([mine[i] for i in f], {} if k else shared) for k, f in enumerate(files)]
-        layouts = [lay_out(chunks, numbers, b"{}" if k else per_rank, metadata[k]) for k, numbers in enumerate(files)]
+        layouts = [
+            plan_file(chunks, numbers).lay_out(b"{}" if k else per_rank, metadata[k]) for k, numbers in enumerate(files)
+        ]
         tensors = [shard.data for _, _, shard in mine]
         parts = stage_in_place(layouts, tensors) if in_place else stage(layouts, tensors, self.context.arena)
         names = [file_name(rank, part, world_size, order.save_id) for part in range(len(files))]

@@ -13,16 +13,17 @@ the table of element types. No torch, no I/O. docs/format.md is the normative de
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 from urllib.parse import quote, unquote
 
 import msgspec
+import numpy as np
 
 from distckpt.errors import CheckpointError, CorruptionError
-from distckpt.geometry import MAX_DIMS
+from distckpt.geometry import MAX_DIMS, Int64Array
 
 BLOCK_BYTES = 1 << 20
 ALIGNMENT = 4096
@@ -89,9 +90,11 @@ class Chunk(NamedTuple):
     @property
     def entry(self) -> str:
         """Its name in the header: the escaped key, and the offset unless the chunk is the whole tensor."""
-        name = quote(self.key, safe=_SAFE)
-        if name.startswith("__"):
-            name = "%5F%5F" + name[2:]
+        name = self.key
+        if not _PLAIN_KEY.fullmatch(name):
+            name = quote(name, safe=_SAFE)
+            if name.startswith("__"):
+                name = "%5F%5F" + name[2:]
         return name if self.whole else f"{name}@{','.join(map(str, self.offset))}"
 
     @property
@@ -100,6 +103,7 @@ class Chunk(NamedTuple):
 
 
 _SAFE = "".join(chr(c) for c in range(32, 127) if chr(c) not in '%@"\\')
+_PLAIN_KEY = re.compile(rf"(?!__)[{re.escape(_SAFE)}]*")
 
 
 def key_of_entry(entry: str) -> str:
@@ -107,13 +111,13 @@ def key_of_entry(entry: str) -> str:
     return unquote(entry.partition("@")[0], errors="strict")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class FileLayout:
     """Where everything in one shard file lies; all positions are from byte 0 of the file."""
 
     header: bytes  # with its length prefix and its padding; the chunks start where it ends
     order: tuple[int, ...]  # which chunk (by number) lies where: those of this file, in file order
-    starts: tuple[int, ...]  # where each chunk of `order` starts
+    starts: Int64Array  # where each chunk of `order` starts
     per_rank_start: int
     per_rank: bytes  # the JSON, padded
     checksum_start: int
@@ -158,61 +162,80 @@ def split_into_files(
     return files
 
 
-def nested_json_bytes(value: object) -> int:
-    """Bytes of a value's JSON inside a JSON string, which is how `__metadata__` holds it."""
-    return len(msgspec.json.encode(msgspec.json.encode(value).decode()))
+def nested_json(value: object) -> bytes:
+    """A value's JSON inside a JSON string, which is how `__metadata__` holds it."""
+    return msgspec.json.encode(msgspec.json.encode(value).decode())
 
 
-def lay_out(chunks: Sequence[Chunk], order: Sequence[int], per_rank: bytes, metadata: Mapping[str, str]) -> FileLayout:
-    """The layout of the file that holds chunks[i] for i in `order` (descending item size) and the per-rank JSON.
+@dataclass(frozen=True, slots=True, eq=False)
+class FilePlan:
+    """What of a file's layout depends on its chunks alone, and so stays from one save to the next."""
 
-    Raises CheckpointError when its header would be longer than readers take.
-    """
-    entries: dict[str, object] = {"__metadata__": dict(metadata)}
-    relative: list[int] = []
-    position = 0
+    order: tuple[int, ...]  # as in FileLayout
+    starts: Int64Array  # of each chunk of `order`, counted from where the data starts
+    entries: bytes  # of the chunks, in the header's JSON, each with a comma behind it
+    data_bytes: int  # of all chunks
+
+    def lay_out(self, per_rank: bytes, metadata: Mapping[str, str | msgspec.Raw]) -> FileLayout:
+        """The layout of the file with this per-rank JSON and these texts in `__metadata__`.
+
+        A Raw is a text as JSON already, such as `nested_json` makes.
+        Raises CheckpointError when the header would be longer than readers take.
+        """
+        per_rank += b" " * (-(self.data_bytes + len(per_rank)) % 4)
+        end = self.data_bytes + len(per_rank)
+        per_rank_entry = f'"{PER_RANK_ENTRY}"{_description("U8", (len(per_rank),))}[{self.data_bytes},{end}]}},'
+        # Megabytes when there are many chunks: joined once.
+        text = [b'{"__metadata__":', msgspec.json.encode(metadata), b",", self.entries, per_rank_entry.encode()]
+        text_bytes = sum(map(len, text))
+        # The checksum table covers the header, whose length depends on the table's: settle it by trying.
+        blocks = 0
+        while True:
+            table = f'"{CHECKSUM_ENTRY}"{_description("U32", (blocks,))}[{end},{end + 4 * blocks}]}}}}'
+            base = -(-(8 + text_bytes + len(table)) // ALIGNMENT) * ALIGNMENT
+            needed = -(-(base + end) // BLOCK_BYTES)
+            if needed == blocks:
+                break
+            blocks = needed
+        if base > MAX_HEADER_BYTES + 8:
+            raise CheckpointError(
+                f"a shard file would have a header of {base} bytes, more than the {MAX_HEADER_BYTES} that readers take"
+            )
+        padding = b" " * (base - 8 - text_bytes - len(table))
+        return FileLayout(
+            header=b"".join([(base - 8).to_bytes(8, "little"), *text, table.encode(), padding]),
+            order=self.order,
+            starts=self.starts + base,
+            per_rank_start=base + self.data_bytes,
+            per_rank=per_rank,
+            checksum_start=base + end,
+        )
+
+
+def plan_file(chunks: Sequence[Chunk], order: Sequence[int]) -> FilePlan:
+    """The plan of the file that holds chunks[i] for i in `order` (descending item size)."""
+    described: dict[tuple[str, tuple[int, ...]], tuple[str, int]] = {}  # Many chunks have few shapes.
+    entries: list[str] = []
+    ends = [0]
     for i in order:
         chunk = chunks[i]
-        dtype = DTYPES[chunk.dtype]
-        end = position + chunk.size_bytes
-        entries[chunk.entry] = _entry(dtype.stored, (*chunk.shape, *dtype.trailing), position, end)
-        relative.append(position)
-        position = end
-    per_rank_start = position
-    per_rank += b" " * (-(position + len(per_rank)) % 4)
-    position += len(per_rank)
-    entries[PER_RANK_ENTRY] = _entry("U8", (len(per_rank),), per_rank_start, position)
-    # The checksum table covers the header, whose length depends on the table's: settle it by trying.
-    blocks = 0
-    while True:
-        entries[CHECKSUM_ENTRY] = _entry("U32", (blocks,), position, position + 4 * blocks)
-        header = _pad(msgspec.json.encode(entries))
-        needed = -(-(len(header) + position) // BLOCK_BYTES)
-        if needed == blocks:
-            break
-        blocks = needed
-    base = len(header)
-    if base > MAX_HEADER_BYTES + 8:
-        raise CheckpointError(
-            f"a shard file would have a header of {base} bytes, more than the {MAX_HEADER_BYTES} that readers take"
-        )
-    return FileLayout(
-        header=header,
-        order=tuple(order),
-        starts=tuple(base + r for r in relative),
-        per_rank_start=base + per_rank_start,
-        per_rank=per_rank,
-        checksum_start=base + position,
-    )
+        kind = chunk.dtype, chunk.shape
+        known = described.get(kind)
+        if known is None:
+            dtype = DTYPES[chunk.dtype]
+            known = described[kind] = _description(dtype.stored, (*chunk.shape, *dtype.trailing)), chunk.size_bytes
+        description, size = known
+        start = ends[-1]
+        ends.append(start + size)
+        # No name has anything in it that JSON would escape.
+        entries.append(f'"{chunk.entry}"{description}[{start},{start + size}]}},')
+    starts = np.array(ends[:-1], np.int64)
+    return FilePlan(tuple(order), starts, "".join(entries).encode(), ends[-1])
 
 
-def _entry(dtype: str, shape: Iterable[int], start: int, end: int) -> dict[str, object]:
-    return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
-
-
-def _pad(header: bytes) -> bytes:
-    header += b" " * (-(8 + len(header)) % ALIGNMENT)
-    return len(header).to_bytes(8, "little") + header
+def _description(dtype: str, shape: Sequence[int]) -> str:
+    """An entry of the header between its name and its data_offsets."""
+    return f':{{"dtype":"{dtype}","shape":[{",".join(map(str, shape))}],"data_offsets":'
 
 
 class HeaderEntry(msgspec.Struct, frozen=True):
@@ -240,15 +263,17 @@ class Header:
 
 
 _ITEM_BYTES = {d.stored: d.item_bytes // prod(d.trailing) for d in DTYPES.values()}
-_ENTRY_PATTERN = re.compile(r"(?!__)([^@%]|%[0-9A-F]{2})*(@[0-9]+(,[0-9]+)*)?")
+_ENTRY_PATTERN = re.compile(r"(?!__)[^@%]*(?:%[0-9A-F]{2}[^@%]*)*(?:@[0-9]+(?:,[0-9]+)*)?")
 
 
 def _is_chunk_name(name: str) -> bool:
+    if _ENTRY_PATTERN.fullmatch(name) is None:
+        return False
     try:
         key_of_entry(name)
     except UnicodeDecodeError:
         return False
-    return _ENTRY_PATTERN.fullmatch(name) is not None
+    return True
 
 
 def decode_header(data: bytes, *, file_name: str, file_bytes: int) -> Header:
@@ -266,19 +291,21 @@ def decode_header(data: bytes, *, file_name: str, file_bytes: int) -> Header:
     try:
         raw = msgspec.json.decode(data[8:], type=dict[str, msgspec.Raw])
         metadata = msgspec.json.decode(raw.pop("__metadata__", msgspec.Raw(b"{}")), type=dict[str, str])
-        entries = {name: msgspec.json.decode(text, type=HeaderEntry) for name, text in raw.items()}
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        # All entries in one go: each is whole JSON, so that a list of them has as many items.
+        listed = msgspec.json.decode(b"[%b]" % b",".join(raw.values()), type=list[HeaderEntry])
+        entries = dict(zip(raw, listed, strict=True))
+    except (msgspec.DecodeError, RecursionError, ValueError) as error:
         raise fail(str(error)) from error
     position = 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
-        start, end = entry.data_offsets
+        (start, end), shape = entry.data_offsets, entry.shape
         if start != position or end < start:
             raise fail(f"entry {name!r} is at {start}-{end}, expected to start at {position}")
-        if len(entry.shape) > MAX_DIMS + 1:  # Before the product, which is slow to compute when there are many.
-            raise fail(f"entry {name!r} has {len(entry.shape)} dimensions, at most {MAX_DIMS + 1} expected")
-        if any(n < 0 for n in entry.shape) or prod(entry.shape) * _ITEM_BYTES.get(entry.dtype, -1) != end - start:
-            raise fail(f"entry {name!r}: {entry.dtype} {list(entry.shape)} does not take {end - start} bytes")
-        if not (name in (PER_RANK_ENTRY, CHECKSUM_ENTRY) or _is_chunk_name(name)):
+        if len(shape) > MAX_DIMS + 1:  # Before the product, which is slow to compute when there are many.
+            raise fail(f"entry {name!r} has {len(shape)} dimensions, at most {MAX_DIMS + 1} expected")
+        if min(shape, default=0) < 0 or prod(shape) * _ITEM_BYTES.get(entry.dtype, -1) != end - start:
+            raise fail(f"entry {name!r}: {entry.dtype} {list(shape)} does not take {end - start} bytes")
+        if not (_is_chunk_name(name) or name in (PER_RANK_ENTRY, CHECKSUM_ENTRY)):
             raise fail(f"entry {name!r} is not the name of a chunk")
         position = end
     if len(data) + position != file_bytes:

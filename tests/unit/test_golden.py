@@ -18,7 +18,15 @@ import torch
 from safetensors import safe_open
 
 from distckpt import Checkpointer, PerRank, ShardedTensor
-from distckpt.shard_file import CHECKSUM_ENTRY, DTYPES, PER_RANK_ENTRY, Chunk, decode_header, lay_out, split_into_files
+from distckpt.shard_file import (
+    CHECKSUM_ENTRY,
+    DTYPES,
+    PER_RANK_ENTRY,
+    Chunk,
+    decode_header,
+    plan_file,
+    split_into_files,
+)
 from distckpt.testing import run_ranks
 from tests.data import make_v1
 
@@ -220,10 +228,10 @@ HEADER = (
 
 def test_header_bytes() -> None:
     (order,) = split_into_files(CHUNKS)
-    layout = lay_out(CHUNKS, order, b'{"r":1}', {"format": "distckpt", "note": '"q"'})
+    layout = plan_file(CHUNKS, order).lay_out(b'{"r":1}', {"format": "distckpt", "note": '"q"'})
     assert layout.header == (4088).to_bytes(8, "little") + HEADER.ljust(4088)
     assert layout.order == (1, 3, 0, 2)
-    assert layout.starts == (4096, 4112, 4120, 4132)
+    assert layout.starts.tolist() == [4096, 4112, 4120, 4132]
     assert (layout.per_rank_start, layout.per_rank_bytes, layout.checksum_start) == (4133, 7, 4140)
     decode_header(layout.header, file_name="file", file_bytes=layout.size_bytes)
 
@@ -242,4 +250,4 @@ def test_golden_headers_are_laid_out_to_the_same_bytes_again(path: Path) -> None
         chunks.append(Chunk(key, spec["dtype"], offset, entry.shape[: len(offset)], whole))
     per_rank = data[decoded.start_of(PER_RANK_ENTRY) : decoded.start_of(CHECKSUM_ENTRY)]
     (order,) = split_into_files(chunks)
-    assert lay_out(chunks, order, per_rank, decoded.metadata).header == header
+    assert plan_file(chunks, order).lay_out(per_rank, decoded.metadata).header == header

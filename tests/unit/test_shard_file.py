@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import safetensors
@@ -28,8 +29,8 @@ from distckpt.shard_file import (
     decode_header,
     file_name,
     key_of_entry,
-    lay_out,
-    nested_json_bytes,
+    nested_json,
+    plan_file,
     split_into_files,
 )
 
@@ -56,7 +57,7 @@ def chunk_lists(draw: st.DrawFn) -> list[Chunk]:
 
 def lay_out_one(chunks: list[Chunk], per_rank: bytes = b"{}", metadata: dict[str, str] | None = None) -> FileLayout:
     (order,) = split_into_files(chunks)
-    return lay_out(chunks, order, per_rank, metadata or {})
+    return plan_file(chunks, order).lay_out(per_rank, metadata or {})
 
 
 def read_back(layout: FileLayout) -> Any:
@@ -97,6 +98,30 @@ def test_layout_round_trips_aligned_and_without_holes(
     assert header.start_of(PER_RANK_ENTRY) == layout.per_rank_start
     assert list(header.entries)[-1] == CHECKSUM_ENTRY
     assert header.start_of(CHECKSUM_ENTRY) == layout.checksum_start
+    text = layout.header[8:].rstrip(b" ")
+    assert text == msgspec.json.encode(msgspec.json.decode(text))  # as an encoder writes it
+
+
+@settings(deadline=None)
+@given(chunk_lists(), st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 9000)), min_size=2, max_size=4))
+def test_one_plan_lays_out_what_differs_from_save_to_save(chunks: list[Chunk], saves: list[tuple[int, int]]) -> None:
+    (order,) = split_into_files(chunks)
+    plan = plan_file(chunks, order)
+    for per_rank_bytes, note_bytes in saves:
+        per_rank, metadata = b"x" * per_rank_bytes, {"note": "n" * note_bytes}
+        layout, fresh = plan.lay_out(per_rank, metadata), lay_out_one(chunks, per_rank, metadata)
+        assert layout.header == fresh.header
+        assert layout.starts.tolist() == fresh.starts.tolist() == (plan.starts + len(layout.header)).tolist()
+        assert layout.per_rank_start == len(layout.header) + plan.data_bytes
+        assert (layout.per_rank, layout.checksum_start) == (fresh.per_rank, fresh.checksum_start)
+        read_back(layout)
+
+
+@given(st.dictionaries(KEYS, st.lists(KEYS, max_size=2), max_size=2))
+def test_metadata_that_is_json_already_is_taken_as_it_is(value: dict[str, list[str]]) -> None:
+    plan = plan_file([], [])
+    text = msgspec.json.encode(value).decode()
+    assert plan.lay_out(b"", {"v": msgspec.Raw(nested_json(value))}).header == plan.lay_out(b"", {"v": text}).header
 
 
 @pytest.mark.parametrize("past_the_edge", [-4, 0, 4])
@@ -154,22 +179,22 @@ def test_headers_that_would_pass_the_limit_are_split_and_none_does() -> None:
     shared = {"values": json.dumps({"note": "x" * 20_000})}
     files = split_into_files(
         chunks,
-        metadata_bytes=[nested_json_bytes(spec) for spec in specs],
-        first_metadata_bytes=nested_json_bytes(shared),
+        metadata_bytes=[len(nested_json(spec)) for spec in specs],
+        first_metadata_bytes=len(nested_json(shared)),
         max_header_bytes=limit,
     )
     assert len(files) > 3
     assert sorted(i for order in files for i in order) == list(range(len(chunks)))
     for number, order in enumerate(files):
         metadata = {"tensors": json.dumps({k: v for i in order for k, v in specs[i].items()}, separators=(",", ":"))}
-        layout = lay_out(chunks, order, b"{}", metadata | (shared if number == 0 else {}))
+        layout = plan_file(chunks, order).lay_out(b"{}", metadata | (shared if number == 0 else {}))
         assert len(layout.header) <= limit
         read_back(layout)
 
 
 def test_a_header_that_readers_would_refuse_is_not_written() -> None:
     with pytest.raises(CheckpointError, match="more than the 67108864 that readers take"):
-        lay_out([], [], b"{}", {"note": "x" * (MAX_HEADER_BYTES + 1)})
+        plan_file([], []).lay_out(b"{}", {"note": "x" * (MAX_HEADER_BYTES + 1)})
 
 
 def test_a_rank_with_several_files_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
