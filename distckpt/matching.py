@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -102,8 +103,11 @@ def match_state(flat: FlatState, index: Index, mesh: Mesh) -> Request:
     """What of the state this checkpoint can fill, and what it cannot."""
     request = Request()
     left_out: set[int] = set()
+    homes = sorted((_home_path(index, k), k) for k in (*index.tensors, *index.values)) if flat.objects else []
     for leaf in flat.objects:
-        _match_object(leaf, flat.fixed, index, request, left_out)
+        # What starts with the path and "/": up to the path and the character after that.
+        low, high = bisect_left(homes, (f"{leaf.path}/",)), bisect_left(homes, (f"{leaf.path}0",))
+        _match_object(leaf, {key for _, key in homes[low:high]}, flat.fixed, index, request, left_out)
     for tensor in flat.tensors:
         if id(tensor) not in left_out:
             _match_tensor(tensor, index, request)
@@ -129,17 +133,18 @@ def _is_below(key: str, path: str) -> bool:
     return key == path or key.startswith(f"{path}/")
 
 
-def _match_object(leaf: ObjectLeaf, fixed: Iterable[str], index: Index, request: Request, left_out: set[int]) -> None:
-    """An object whose state lacks stored keys (a new optimizer) is given the whole stored subtree instead.
+def _match_object(
+    leaf: ObjectLeaf, stored: set[str], fixed: Iterable[str], index: Index, request: Request, left_out: set[int]
+) -> None:
+    """An object whose state lacks keys that are stored below it (a new optimizer) is given the whole subtree instead.
 
     Not so a module, which knows all its keys: what it lacks is unexpected, as it is below a dict.
     """
-    stored = {k for k in (*index.tensors, *index.values) if _home_path(index, k).startswith(f"{leaf.path}/")}
+    if isinstance(leaf.owner, torch.nn.Module):
+        return
     leaves = {k for k in stored if k in index.tensors or not is_container(bytes(index.values[k]))}
     own = {t.key for t in leaf.tensors} | {v.key for v in leaf.values}
     own |= {key for key in fixed if is_context(key) and _is_below(key, leaf.path)}
-    if isinstance(leaf.owner, torch.nn.Module):
-        return
     request.asked |= stored
     if leaves <= own:
         return
@@ -219,6 +224,8 @@ def _match_tensor(leaf: TensorLeaf, index: Index, request: Request) -> None:
 
 def _shares_elements(tensor: Tensor) -> bool:
     """Whether two elements lie in one place."""
+    if tensor.is_contiguous():
+        return False
     reach = 0
     for stride, size in sorted((s, n) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n > 1):
         if stride == 0 or (stride <= reach and tensor.numel() > _LOOKED_AT):

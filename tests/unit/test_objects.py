@@ -205,3 +205,15 @@ def test_fresh_optimizer_in_a_wrapper_takes_plain_tensors() -> None:
     optimizer.step()
     saved({"o": Wrapper(optimizer)}).load({"o": Wrapper(fresh)})
     assert torch.equal(fresh.state[weight]["exp_avg"], optimizer.state[weight]["exp_avg"])
+
+
+def test_fresh_objects_whose_names_begin_alike_get_what_is_below_their_own() -> None:
+    names = ["a", "a-", "a.b", "a0", "a!", "aa", "a~", "b"]
+    state: State = {name: Holder(value=i, inner={"w": torch.full((2,), float(i))}) for i, name in enumerate(names)}
+    checkpointer = saved(state)
+    target = {name: Holder() for name in names}
+    checkpointer.load(dict(target))
+    for i, name in enumerate(names):
+        assert target[name].state["value"] == i
+        assert torch.equal(target[name].state["inner"]["w"], torch.full((2,), float(i)))
+        assert target[name].state.keys() == {"value", "inner"}
