@@ -35,18 +35,26 @@ def adapt_dtensor(key: str, value: object) -> Adapted | None:
     mesh = value.device_mesh
     shape, placements = tuple(value.shape), tuple(value.placements)
     _check_order(key, value)
-    _check_placements(key, placements)
     coordinates = mesh.get_coordinate()
     if coordinates is None and not shape:
         return Adapted(skip=True)
-    place = _place(shape, placements, mesh.mesh_dim_names, mesh.shape, coordinates and tuple(coordinates))
+    try:
+        place = _place(shape, placements, mesh.mesh_dim_names, mesh.shape, coordinates and tuple(coordinates))
+    except ValueError as error:
+        raise InvalidShardingError(f"{key!r}: {error}") from error
     if coordinates is not None and tuple(local.shape) != place.local_shape:
         raise InvalidShardingError(
             f"{key!r}: a DTensor {shape} with placements {placements} has a local tensor of shape "
             f"{tuple(local.shape)} here, expected {place.local_shape}"
         )
     shards = [
-        ShardedTensor(key, local[at], global_shape=shape, global_offset=offset, partition=place.partition)
+        ShardedTensor(
+            key,
+            local[at] if len(place.pieces) > 1 else local,  # One piece is all of it.
+            global_shape=shape,
+            global_offset=offset,
+            partition=place.partition,
+        )
         for offset, at in place.pieces
     ]
     if not shards:
@@ -77,16 +85,6 @@ def _check_order(key: str, value: DTensor) -> None:
         )
 
 
-def _check_placements(key: str, placements: Sequence[Placement]) -> None:
-    for placement in placements:
-        cuts = placement.is_shard() or hasattr(placement, "split_factor")
-        if not (placement.is_replicate() or (cuts and hasattr(placement, "dim"))):
-            raise InvalidShardingError(
-                f"{key!r}: a DTensor with placement {placement!r} is no tensor yet; redistribute it to Shard or "
-                f"Replicate"
-            )
-
-
 class _Place(NamedTuple):
     """Where a rank's local tensor lies: (offset in the global tensor, slices of the local one) of each box."""
 
@@ -103,7 +101,16 @@ def _place(
     sizes: tuple[int, ...],
     coordinates: tuple[int, ...] | None,
 ) -> _Place:
-    """Of the rank at these coordinates of a mesh of these sizes; of one outside the mesh if there are none: nothing."""
+    """Of the rank at these coordinates of a mesh of these sizes; of one outside the mesh if there are none: nothing.
+
+    Raises ValueError for a placement that is none of a tensor's parts.
+    """
+    for placement in placements:
+        cuts = placement.is_shard() or hasattr(placement, "split_factor")
+        if not (placement.is_replicate() or (cuts and hasattr(placement, "dim"))):
+            raise ValueError(
+                f"a DTensor with placement {placement!r} is no tensor yet; redistribute it to Shard or Replicate"
+            )
     runs: list[Runs] = [[(0, n)] if coordinates is not None else [] for n in shape]
     for placement, at, parts in zip(placements, coordinates or (), sizes, strict=coordinates is not None):
         if not placement.is_replicate():
