@@ -53,13 +53,25 @@ def select_keys(index: Index, keys: Iterable[str] | None) -> tuple[set[str], lis
     stored = set(index.tensors) | set(index.values)
     if keys is None:
         return stored, []
+    homes = _homes(index)
     wanted: set[str] = set()
     missing: list[str] = []
     for key in [keys] if isinstance(keys, str) else keys:
-        below = {k for k in stored if k == key or _home_path(index, k).startswith(f"{key}/")}
+        below = _keys_below(homes, key) | ({key} & stored)
         wanted |= below
         missing += [] if below else [key]
     return wanted, missing
+
+
+def _homes(index: Index) -> list[tuple[str, str]]:
+    """(path, stored key), in the order of paths."""
+    return sorted((_home_path(index, key), key) for key in (*index.tensors, *index.values))
+
+
+def _keys_below(homes: Sequence[tuple[str, str]], path: str) -> set[str]:
+    """The stored keys below a path: those that start with it and "/", up to it and the character after that."""
+    low, high = bisect_left(homes, (f"{path}/",)), bisect_left(homes, (f"{path}0",))
+    return {key for _, key in homes[low:high]}
 
 
 def _home_path(index: Index, key: str) -> str:
@@ -103,11 +115,9 @@ def match_state(flat: FlatState, index: Index, mesh: Mesh) -> Request:
     """What of the state this checkpoint can fill, and what it cannot."""
     request = Request()
     left_out: set[int] = set()
-    homes = sorted((_home_path(index, k), k) for k in (*index.tensors, *index.values)) if flat.objects else []
+    homes = _homes(index) if flat.objects else []
     for leaf in flat.objects:
-        # What starts with the path and "/": up to the path and the character after that.
-        low, high = bisect_left(homes, (f"{leaf.path}/",)), bisect_left(homes, (f"{leaf.path}0",))
-        _match_object(leaf, {key for _, key in homes[low:high]}, flat.fixed, index, request, left_out)
+        _match_object(leaf, _keys_below(homes, leaf.path), flat.fixed, index, request, left_out)
     for tensor in flat.tensors:
         if id(tensor) not in left_out:
             _match_tensor(tensor, index, request)

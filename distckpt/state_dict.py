@@ -136,6 +136,8 @@ def segment(key: object, where: str) -> str:
 
 
 def _key_of_segment(text: str) -> object:
+    if "%" not in text:
+        return text
     if text == "%e":
         return ""
     if text.startswith("%k"):
