@@ -18,7 +18,7 @@ _DTYPE_NAMES = {getattr(torch, name): name for name in DTYPES if hasattr(torch, 
 
 
 class Shard(msgspec.Struct, frozen=True):  # As many as there are tensors: a dataclass takes five times as long.
-    """One box of a global tensor and the view of the local tensor that holds it; the shapes are equal."""
+    """One box of a global tensor and the view of the local tensor that holds it, detached; the shapes are equal."""
 
     box: Box
     data: Tensor
@@ -201,7 +201,7 @@ class ShardedTensor:
     def shards(self) -> list[Shard]:
         """The boxes of this part, each with the view of `data` that holds it."""
         _check_tensor(self.key, self.data)
-        data = self.data.detach() if self.data.requires_grad else self.data
+        data = self.data.detach()
         if data.numel() != self._size:
             raise InvalidShardingError(
                 f"{self.key!r}: data has been replaced by one of shape {tuple(data.shape)}, not of the size of its "

@@ -269,8 +269,8 @@ class _Flattener:
         materialize = None
         if tensor.is_meta:
             materialize = _materialize_tensor(tensor, self._real, _item_setter(container, key))
-        data = tensor.detach() if tensor.requires_grad else tensor
-        self._flat.tensors.append(TensorLeaf(path, spec, [Shard(box, data)], materialize=materialize))
+        # Detached, it keeps its memory whatever memory the tensor is given before it is copied.
+        self._flat.tensors.append(TensorLeaf(path, spec, [Shard(box, tensor.detach())], materialize=materialize))
 
     def _subclass(self, tensor: Tensor, path: str) -> None:
         """A wrapper is its inner tensors, which load fills in place."""

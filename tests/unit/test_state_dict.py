@@ -8,6 +8,7 @@ from collections import Counter, OrderedDict, namedtuple
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -23,8 +24,10 @@ from distckpt import (
     ShardedTensor,
     UnsupportedTypeError,
 )
+from distckpt.json_value import encode_value
 from distckpt.per_rank import OnChange
 from distckpt.shard_file import DTYPES
+from distckpt.state_dict import flatten, segment
 from distckpt.testing import MemoryStorage, run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
@@ -882,3 +885,50 @@ def test_a_tensor_above_four_gib(tmp_path: Path) -> None:
     assert target["b"].tolist() == [0, 1, 2]
     assert bool((target["a"] == 7).all())
     shutil.rmtree(tmp_path)
+
+
+# How a state is flattened
+
+
+def test_adapters_see_neither_plain_tensors_nor_sharded_ones() -> None:
+    seen: list[str] = []
+
+    def adapter(path: str, value: object) -> None:
+        seen.append(path)
+
+    part = ShardedTensor("part", torch.zeros(2), global_shape=(2,), global_offset=(0,))
+    state: State = {
+        "w": torch.zeros(2),
+        "p": torch.nn.Parameter(torch.zeros(2)),
+        "part": part,
+        "list": [torch.zeros(1)],
+    }
+    flatten({**state, "array": np.zeros(1), "step": 3, "below": {"w": torch.zeros(3)}}, [adapter])
+    assert seen == ["list", "array", "step", "below"]
+
+
+def test_tensors_of_one_dtype_and_shape_share_what_describes_them() -> None:
+    alike = [torch.zeros(2, 3), torch.nn.Parameter(torch.zeros(2, 3)), torch.zeros(3, 2).T]
+    other = [torch.zeros(3, 2), torch.zeros(2, 3, dtype=torch.int32), torch.zeros(6)]
+    leaves = flatten({"alike": alike, "other": other}, ()).tensors
+    assert len({id(leaf.spec) for leaf in leaves[:3]}) == len({id(leaf.shards[0].box) for leaf in leaves[:3]}) == 1
+    for leaf, tensor in zip(leaves, alike + other, strict=True):
+        assert (leaf.spec.dtype, leaf.spec.global_shape) == (str(tensor.dtype)[len("torch.") :], tuple(tensor.shape))
+        assert leaf.shards[0].box.shape == tuple(tensor.shape)
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_flattened_tensors_keep_the_memory_that_they_had(is_sharded: bool, requires_grad: bool) -> None:
+    tensor = torch.ones(2, requires_grad=requires_grad)
+    part = ShardedTensor("w", tensor, global_shape=(1, 2), global_offset=(0, 0))
+    (leaf,) = flatten({"w": part if is_sharded else tensor}, ()).tensors
+    tensor.data = torch.zeros(2)
+    assert leaf.shards[0].data.flatten().tolist() == [1, 1]
+    assert not leaf.shards[0].data.requires_grad
+
+
+@pytest.mark.parametrize("key", [0, 7, -7, 2**63 - 1, 2**63, -(2**63) - 1, True, 1.0, (1, 2), "%k7", "7"])
+def test_segment_of_a_key_that_is_no_text_is_its_tagged_json(key: object) -> None:
+    expected = "%25k7" if key == "%k7" else key if key == "7" else "%k" + quote(encode_value(key, "a key"), safe="")
+    assert segment(key, "") == expected
