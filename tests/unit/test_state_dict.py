@@ -928,7 +928,6 @@ def test_flattened_tensors_keep_the_memory_that_they_had(is_sharded: bool, requi
     assert not leaf.shards[0].data.requires_grad
 
 
-@pytest.mark.parametrize("key", [0, 7, -7, 2**63 - 1, 2**63, -(2**63) - 1, True, 1.0, (1, 2), "%k7", "7"])
+@pytest.mark.parametrize("key", [0, 7, -7, 2**63 - 1, 2**63, -(2**63) - 1, True, 1.0, (1, 2)])
 def test_segment_of_a_key_that_is_no_text_is_its_tagged_json(key: object) -> None:
-    expected = "%25k7" if key == "%k7" else key if key == "7" else "%k" + quote(encode_value(key, "a key"), safe="")
-    assert segment(key, "") == expected
+    assert segment(key, "") == "%k" + quote(encode_value(key, "a key"), safe="")
