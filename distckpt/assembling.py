@@ -13,7 +13,7 @@ from distckpt._C import crc32c
 from distckpt.chunk_table import Chunks, encode_record, page_checksums
 from distckpt.geometry import Int64Array
 from distckpt.index import ChunkTable, Index, PerRankEntry, ShardFile, TensorEntry
-from distckpt.planner import ChunkColumns, SavePlan
+from distckpt.planner import SavePlan
 from distckpt.shard_file import FORMAT, FORMAT_VERSION
 
 
@@ -60,11 +60,12 @@ def chunk_table_of(
 def index_of(
     who: Commitment,
     plan: SavePlan,
+    values: Mapping[str, bytes],
     ranks: Sequence[Written],
     table: ChunkTable,
     places: Mapping[str, tuple[int, int]],
 ) -> Index:
-    """The index of a save whose files are all written."""
+    """The index of a save whose files are all written. values: the joined ones."""
     files = [file for written in ranks for file in written.files]
     first_file = {file.rank: number for number, file in reversed(list(enumerate(files)))}
     return Index(
@@ -81,7 +82,7 @@ def index_of(
         tensors={
             key: TensorEntry(**msgspec.structs.asdict(spec), record=places[key]) for key, spec in plan.specs.items()
         },
-        values=raw_json(plan.values),
+        values=raw_json(values),
         metadata=msgspec.Raw(who.metadata),
         per_rank={
             key: PerRankEntry(
@@ -103,15 +104,12 @@ def raw_json(encoded: Mapping[str, bytes]) -> dict[str, msgspec.Raw]:
 
 def _records(plan: SavePlan, ranks: Sequence[Written]) -> dict[str, bytes]:
     """Each tensor's chunk table record, by key."""
-    first = np.cumsum([0] + [len(written.files) for written in ranks])
-    file_of = [np.frombuffer(w.file_of, np.int32) + base for w, base in zip(ranks, first[:-1], strict=True)]
-    start_of = [np.frombuffer(w.start_of, np.int64) for w in ranks]
+    starts, file_of, start_of = _locations(plan, ranks)
     records: dict[int, bytes] = {}
     keys = list(plan.specs)
     for columns in plan.columns:
-        place = _places(columns, plan, len(ranks))
-        file = np.array([file_of[r][i] for r, i in zip(columns.writer, place, strict=True)], np.int64)
-        start = np.array([start_of[r][i] for r, i in zip(columns.writer, place, strict=True)], np.int64)
+        at = starts[columns.writer] + columns.place
+        file, start = file_of[at], start_of[at]
         ndim = columns.boxes.shape[1] // 2
         tensors, at = np.unique(columns.tensor, return_index=True)
         ends = np.append(at, len(columns.tensor))[1:]
@@ -125,13 +123,19 @@ def _records(plan: SavePlan, ranks: Sequence[Written]) -> dict[str, bytes]:
     return {key: records[t] for t, key in enumerate(keys)}
 
 
-def _places(columns: ChunkColumns, plan: SavePlan, world_size: int) -> Int64Array:
-    """Where in its writer's order each chunk stands."""
-    place = np.zeros(len(columns.writer), np.int64)
-    for rank in range(world_size):
-        mine = columns.writer == rank
-        place[mine] = np.searchsorted(plan.shards_of(rank), columns.shard[mine])
-    return place
+def _locations(plan: SavePlan, ranks: Sequence[Written]) -> tuple[Int64Array, Int64Array, Int64Array]:
+    """Number of the file in the index and first byte in it of every chunk, by writer, then place; and where among
+    them each writer's begin. Raises ValueError if a rank tells of other chunks than it was to write."""
+    for rank, written in enumerate(ranks):
+        count = len(plan.shards_of(rank))
+        if (len(written.file_of), len(written.start_of)) != (4 * count, 8 * count):
+            raise ValueError(f"rank {rank} was to write {count} shards, but wrote {len(written.start_of) // 8}")
+    counts = np.array([len(written.start_of) // 8 for written in ranks], np.int64)
+    files = np.array([len(written.files) for written in ranks], np.int64)
+    file_of = np.frombuffer(b"".join(written.file_of for written in ranks), np.int32).astype(np.int64)
+    file_of += np.repeat(np.cumsum(files) - files, counts)
+    start_of = np.frombuffer(b"".join(written.start_of for written in ranks), np.int64)
+    return np.cumsum(counts) - counts, file_of, start_of
 
 
 def _no_chunks(ndim: int) -> Chunks:

@@ -15,6 +15,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+Int32Array: TypeAlias = npt.NDArray[np.int32]
 Int64Array: TypeAlias = npt.NDArray[np.int64]
 MAX_DIMS = 32  # NumPy 1, and what torch exchanges with NumPy, have no more
 
@@ -151,19 +152,69 @@ def find_overlap(offsets: Int64Array, shapes: Int64Array) -> tuple[int, int] | N
     return None
 
 
+def find_untiled(tensor: Int32Array, boxes: Int64Array, wholes: Int64Array) -> list[int]:
+    """Which of many tensors of one number of dimensions their boxes do not tile, as rows of `wholes`, ascending.
+
+    wholes: (t, ndim) global shapes. boxes: (n, 2 * ndim) offsets and shapes, non-empty and inside their tensors;
+    tensor: (n,) rows of `wholes`. Both are sorted by tensor, then by offset in C order.
+    """
+    ndim = wholes.shape[1]
+    start, size = first_elements(tensor, boxes, wholes), boxes[:, ndim:].prod(axis=1)
+    # A box whose first and last elements are as far apart as it has elements is a range of the flattened tensor.
+    last = start + ((boxes[:, ndim:] - 1) * strides_of(wholes)[tensor]).sum(axis=1)
+    begins = np.flatnonzero(np.diff(tensor, prepend=-1))
+    expected = np.zeros(len(tensor), np.int64)
+    expected[1:] = (start + size)[:-1]
+    expected[begins] = 0
+    is_next = (start == expected) & (last - start + 1 == size)
+    covered = np.zeros(len(wholes), np.int64)
+    covered[tensor[begins]] = np.add.reduceat(size, begins) if len(begins) else 0
+    in_sequence = np.ones(len(wholes), bool)
+    in_sequence[tensor[~is_next]] = False
+    is_full = covered == wholes.prod(axis=1)
+    untiled = []
+    for t in np.flatnonzero(~(is_full & in_sequence)).tolist():
+        low, high = np.searchsorted(tensor, [t, t + 1])
+        mine = boxes[low:high]
+        if not is_full[t] or not is_tiling(mine[:, :ndim], mine[:, ndim:], wholes[t].tolist()):
+            untiled.append(t)
+    return untiled
+
+
+def strides_of(shapes: Int64Array) -> Int64Array:
+    """(n, ndim) shapes of arrays in C order -> how many elements apart neighbours along each dimension lie."""
+    strides = np.ones_like(shapes)
+    strides[:, :-1] = shapes[:, :0:-1].cumprod(axis=1)[:, ::-1]
+    return strides
+
+
+def first_elements(tensor: Int32Array, boxes: Int64Array, wholes: Int64Array) -> Int64Array:
+    """Where in its flattened tensor the first element of each box lies; arguments as in find_untiled, unsorted."""
+    strides = strides_of(wholes)
+    first = np.zeros(len(tensor), np.int64)
+    for d in range(wholes.shape[1]):  # One dimension at a time: as few temporary columns as there can be.
+        first += boxes[:, d] * strides[:, d][tensor]
+    return first
+
+
 def is_tiling(offsets: Int64Array, shapes: Int64Array, global_shape: Sequence[int]) -> bool:
     """Whether every element of a tensor is in exactly one of the boxes: (n, ndim) arrays of non-empty boxes inside it.
 
-    By corners: those of a box, with signs that alternate along each dimension, are the mixed difference of its
-    indicator function, which determines that function. So the boxes tile the tensor if and only if the sums of
-    their signed corners are those of the tensor. Time is n log n whatever the boxes are, 2 ** d corners a box.
+    Of a grid each cell must be there once. Other boxes are compared by corners: those of a box, with signs that
+    alternate along each dimension, are the mixed difference of its indicator function, which determines that
+    function. So the boxes tile the tensor if and only if the sums of their signed corners are those of the tensor.
+    Time is n log n whatever the boxes are, 2 ** d corners a box.
     """
     whole = np.array(global_shape, np.int64)
-    if not len(offsets):
-        return prod(global_shape) == 0
+    if not len(offsets) or int(shapes.prod(axis=1).sum()) != prod(global_shape):
+        return prod(global_shape) == 0 and not len(offsets)
     cut = np.flatnonzero(((offsets != 0) | (shapes != whole)).any(axis=0)).tolist()
+    grid = _grid_cells(offsets, shapes)
+    if grid is not None:
+        cuts, cells = grid
+        return prod(map(len, cuts)) == len(offsets) == len(np.unique(_cell_numbers(cuts, cells)))
     if len(cut) > _MAX_CORNER_DIMS:
-        return int(shapes.prod(axis=1).sum()) == prod(global_shape) and find_overlap(offsets, shapes) is None
+        return find_overlap(offsets, shapes) is None
     corner, sign = np.zeros(1, np.int64), np.ones(1, np.int64)
     corner, sign = np.tile(corner, len(offsets) + 1), np.append(np.tile(sign, len(offsets)), -1)
     for d in cut:
@@ -184,14 +235,30 @@ def grid_cuts(offsets: Int64Array, shapes: Int64Array) -> list[Int64Array] | Non
 
     Cells may be missing; the last cell of each dimension ends where its boxes end.
     """
+    grid = _grid_cells(offsets, shapes)
+    return None if grid is None else grid[0]
+
+
+def _grid_cells(offsets: Int64Array, shapes: Int64Array) -> tuple[list[Int64Array], list[Int64Array]] | None:
+    """The same, and per dimension which cell each box is."""
     cuts: list[Int64Array] = []
+    cells: list[Int64Array] = []
     for d in range(offsets.shape[1]):
         starts, cell = np.unique(offsets[:, d], return_inverse=True)
-        end = int((offsets[:, d] + shapes[:, d]).max())
-        if not (np.append(starts[1:], end)[cell] == offsets[:, d] + shapes[:, d]).all():
+        ends = offsets[:, d] + shapes[:, d]
+        if not (np.append(starts[1:], ends.max())[cell] == ends).all():
             return None
         cuts.append(starts.astype(np.int64))
-    return cuts
+        cells.append(cell)
+    return cuts, cells
+
+
+def _cell_numbers(cuts: Sequence[Int64Array], cells: Sequence[Int64Array]) -> Int64Array:
+    """Numbers of cells in C order, for a grid that has no more cells than an array can."""
+    number = np.zeros(len(cells[0]) if cells else 1, np.int64)
+    for starts, cell in zip(cuts, cells, strict=True):
+        number = number * len(starts) + cell
+    return number
 
 
 def boxes_of(offsets: Int64Array, shapes: Int64Array) -> list[Box]:

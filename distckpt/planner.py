@@ -1,110 +1,170 @@
 """Planning: who writes which box, and which stored bytes fill which target. Pure functions on plain records.
 
 Never does I/O, never touches tensors, never talks to other ranks. One rank's own shards are objects; what is as
-long as the world is columns.
+long as the world is columns. What a plan is made of stays the same from save to save (RankShards); what changes at
+every one (RankValues, samples) is checked against the plan apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from math import prod
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from distckpt.chunk_table import Chunks
 from distckpt.errors import InvalidShardingError
-from distckpt.geometry import Box, Int64Array, boxes_of, find_overlap, first_hole, intersect, is_tiling
+from distckpt.geometry import Box, Int32Array, Int64Array
 from distckpt.index import Mesh, MeshCoordinates, OnChange, Spec
 from distckpt.json_value import is_container, is_empty_list
-from distckpt.shard_file import DTYPES
+from distckpt.placement import ByRank, ChunkColumns, GivenShards, Replicas, place_shards, region_of
 
 
-class PerRankItem(msgspec.Struct, frozen=True):
-    """A value that differs by rank, as one rank announces it. `digest` is of its encoded value."""
+class PerRankKind(msgspec.Struct, frozen=True):
+    """How a value that differs by rank is kept: the mesh axes that key it, and what a load does when they changed."""
 
     axes: tuple[str, ...]
     on_change: OnChange
-    digest: int
 
 
 class RankShards(msgspec.Struct, frozen=True, kw_only=True):
-    """What one rank has to save: its message to the planner.
+    """The structure of what one rank has to save; the same at every save until its state changes.
 
-    specs: (key, spec) of its tensors, each pair once. Its shards are columns, one entry a shard: `tensor` int32,
-    number into specs; `boxes` int64, offset then shape, ragged; `samples` uint32, a checksum over samples of its bytes.
-    values: key -> encoded JSON value. mesh: axis -> (coordinate, size).
+    specs: `encode_specs` of (key, spec) of its tensors, each pair once. Its shards are columns, one entry a shard:
+    `tensor` int32, number into specs; `boxes` int64, offset then shape, ragged. mesh: axis -> (coordinate, size).
+    available: int32, ascending, the shards that the rank can still write, as others have changed; None is all.
     """
 
-    specs: list[tuple[str, Spec]]
+    specs: bytes
     tensor: bytes
     boxes: bytes
-    samples: bytes
-    values: dict[str, bytes]
-    per_rank: dict[str, PerRankItem]
+    per_rank: dict[str, PerRankKind]
     mesh: dict[str, tuple[int, int]]
+    available: bytes | None = None
+
+
+class RankValues(msgspec.Struct, frozen=True):
+    """What else one rank has to save, which may change at every save.
+
+    values: `encode_values` of key -> encoded JSON value. per_rank: key -> digest of the encoded PerRank value.
+    """
+
+    values: bytes
+    per_rank: dict[str, int]
+
+
+def encode_specs(specs: Sequence[tuple[str, Spec]]) -> bytes:
+    """Specs as RankShards has them. Equal lists are equal bytes."""
+    return msgspec.msgpack.encode(specs)
+
+
+def encode_values(values: Mapping[str, bytes]) -> bytes:
+    """Values as RankValues has them. Equal values, whatever their order, are equal bytes."""
+    return msgspec.msgpack.encode(dict(sorted(values.items())))
 
 
 @dataclass(frozen=True, slots=True)
 class PerRankPlan:
-    """axes: (name, size); holders: (coordinates, writing rank)."""
+    """axes: (name, size); holders: (coordinates, writing rank). writer: (world,) which rank writes the value that each
+    rank has, -1 where it has none."""
 
     axes: tuple[tuple[str, int], ...]
     on_change: OnChange
     holders: tuple[tuple[tuple[int, ...], int], ...]
+    writer: Int32Array
 
 
 @dataclass(frozen=True, slots=True)
-class ChunkColumns:
-    """Chunks of the tensors of one number of dimensions, sorted by tensor, then offset.
+class _TensorPaths:
+    """Where tensors stand in the state. leaves: paths of those that are their own path. above: each container above
+    one of them -> it. homes: containers of the others, and those above."""
 
-    tensor, writer and shard (its number in the writer's message) are (n,); boxes is (n, 2 * ndim).
-    """
-
-    tensor: Int64Array
-    boxes: Int64Array
-    writer: Int64Array
-    shard: Int64Array
+    leaves: frozenset[str]
+    above: Mapping[str, str]
+    homes: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
 class SavePlan:
-    """What is to be written by whom: rank 0's view of one save."""
+    """What is to be written by whom: rank 0's view of saves of one structure."""
 
     specs: dict[str, Spec]  # sorted by key; ChunkColumns.tensor counts in it
     columns: tuple[ChunkColumns, ...]
-    values: dict[str, bytes]
     per_rank: dict[str, PerRankPlan]
     mesh: MeshCoordinates
     bytes_by_rank: Int64Array
+    _written: ByRank
+    _replicas: Replicas
+    _paths: _TensorPaths
 
-    def shards_of(self, rank: int) -> npt.NDArray[np.int32]:
+    def shards_of(self, rank: int) -> Int32Array:
         """Numbers of the shards that `rank` writes, in the order of its message."""
-        mine = [c.shard[c.writer == rank] for c in self.columns]
-        return np.sort(np.concatenate(mine)).astype(np.int32) if mine else np.zeros(0, np.int32)
+        return self._written.of(rank)
 
     def per_rank_keys_of(self, rank: int) -> list[str]:
-        return [key for key, plan in self.per_rank.items() if any(r == rank for _, r in plan.holders)]
+        """Keys of the PerRank values that `rank` writes."""
+        return [key for key, plan in self.per_rank.items() if plan.writer[rank] == rank]
+
+    def replicated_of(self, rank: int) -> Int32Array:
+        """Numbers of the shards of `rank` whose box is given more than once, by other ranks or twice by itself."""
+        return self._replicas.shards.of(rank)
 
 
 def plan_save(ranks: Sequence[RankShards]) -> SavePlan:
     """Join what all ranks have into one checkpoint.
 
-    Every key has one spec; its boxes tile the global tensor; equal boxes are replicas, whose samples agree, and are
-    written once, by the least loaded rank that has them. Raises InvalidShardingError naming key, rows and ranks.
+    Every key has one spec; its boxes tile the global tensor; equal boxes are replicas, and are written once, by the
+    least loaded rank that can. Raises InvalidShardingError naming key, rows and ranks.
     """
     mesh = join_mesh([message.mesh for message in ranks])
-    specs = _join_specs(ranks)
-    values = _join_values(ranks, specs)
+    specs, numbers = _join_specs(ranks)
     per_rank = _join_per_rank(ranks)
-    rows = _gather_rows(ranks, specs)
-    bytes_by_rank = np.zeros(len(ranks), np.int64)
-    columns = tuple(_assign(r, specs, bytes_by_rank) for r in rows)
-    _check_tiling(specs, columns, rows, len(ranks))
-    return SavePlan(specs, columns, values, per_rank, mesh, bytes_by_rank)
+    for key, plan in per_rank.items():
+        if key in specs:
+            raise _two_kinds(key, plan)
+    paths = _tensor_paths(specs)
+    placement = place_shards(specs, _gather_shards(ranks, numbers))
+    return SavePlan(
+        specs=specs,
+        columns=placement.columns,
+        per_rank=per_rank,
+        mesh=mesh,
+        bytes_by_rank=placement.bytes_by_rank,
+        _written=placement.written,
+        _replicas=placement.replicas,
+        _paths=paths,
+    )
+
+
+def check_replicas(plan: SavePlan, samples: Sequence[bytes]) -> None:
+    """Check that replicas hold the same. samples[r]: uint32 checksums over samples of the bytes of each of
+    plan.replicated_of(r). Raises InvalidShardingError naming key, region and ranks."""
+    replicas = plan._replicas
+    counts = [len(of_rank) // 4 for of_rank in samples]
+    if counts != np.diff(replicas.shards.starts).tolist():
+        raise ValueError(f"{sum(counts)} samples for {len(replicas.chunk)} replicated shards")
+    found = np.frombuffer(b"".join(samples), np.uint32)
+    differs = np.flatnonzero(found != found[replicas.first])
+    if len(differs):
+        i = int(differs[0])
+        ranks = np.searchsorted(replicas.shards.starts, [replicas.first[i], i], side="right") - 1
+        raise _replica_error(plan, int(replicas.chunk[i]), *ranks.tolist())
+
+
+def _replica_error(plan: SavePlan, chunk: int, first: int, other: int) -> InvalidShardingError:
+    for columns in plan.columns:
+        if chunk < len(columns.tensor):
+            break
+        chunk -= len(columns.tensor)
+    key, spec = list(plan.specs.items())[int(columns.tensor[chunk])]
+    offset, shape = columns.boxes[chunk].reshape(2, -1).tolist()
+    return InvalidShardingError(
+        f"{key!r} {spec.global_shape}: {region_of(spec, Box(tuple(offset), tuple(shape)))} differ between rank "
+        f"{first} and rank {other}. A plain tensor, or one box given by several ranks, must hold the same values on "
+        f"all of them; is it a shard without its ShardedTensor, or a name that two stages share?"
+    )
 
 
 def join_mesh(ranks: Sequence[Mesh]) -> MeshCoordinates:
@@ -136,33 +196,59 @@ def check_places(ranks: Sequence[Mesh]) -> None:
             )
 
 
-def _join_specs(ranks: Sequence[RankShards]) -> dict[str, Spec]:
-    first: dict[str, tuple[Spec, int]] = {}
-    containers: dict[str, str | None] = {}
-    sharded: set[str] = set()
+def _join_specs(ranks: Sequence[RankShards]) -> tuple[dict[str, Spec], list[Int32Array]]:
+    """The specs of all ranks by key, sorted; and for each rank which of them each of its pairs is.
+
+    Equal messages are looked at once, and equal pairs are decoded once, so that the work is that of what differs.
+    """
+    joint = _JointSpecs()
+    by_message: dict[bytes, Int32Array] = {}
     for rank, message in enumerate(ranks):
-        for key, spec in message.specs:
-            known, by = first.setdefault(key, (spec, rank))
-            if spec.given_as == "sharded":
-                sharded.add(key)
-            if known is spec:
-                containers[key] = spec.container
-                continue
-            containers[key] = _common_container(containers[key], spec.container)
-            differing = [f for f in _SHARED_FIELDS if getattr(spec, f) != getattr(known, f)]
-            if differing:
-                raise InvalidShardingError(
-                    f"{key!r} is {_describe(known, differing)} on rank {by} but {_describe(spec, differing)} on rank "
-                    f"{rank}. One key is one tensor: give shards their global shape, different tensors different keys."
-                )
-    return {
-        key: msgspec.structs.replace(
-            first[key][0],
-            container=containers[key],
-            given_as="sharded" if key in sharded else first[key][0].given_as,
-        )
-        for key in sorted(first)
-    }
+        if message.specs not in by_message:
+            by_message[message.specs] = joint.add(message.specs, rank)
+    keys = sorted(joint.specs)
+    number = {key: i for i, key in enumerate(keys)}
+    sorted_number = np.array([number[key] for key in joint.specs], np.int32)
+    by_message = {message: sorted_number[numbers] for message, numbers in by_message.items()}
+    return {key: joint.specs[key][0] for key in keys}, [by_message[message.specs] for message in ranks]
+
+
+class _JointSpecs:
+    """What the ranks that were added say of each key: its spec, and who was first to say so. Keys are numbered in
+    order of appearance."""
+
+    def __init__(self) -> None:
+        self.specs: dict[str, tuple[Spec, int]] = {}
+        self._number: dict[str, int] = {}
+        self._number_of_pair: dict[bytes, int] = {}
+        self._pairs = msgspec.msgpack.Decoder(list[msgspec.Raw])
+        self._pair = msgspec.msgpack.Decoder(tuple[str, Spec])
+
+    def add(self, encoded: bytes, rank: int) -> Int32Array:
+        """The numbers of the keys of encoded specs."""
+        pairs = [bytes(pair) for pair in self._pairs.decode(encoded)]
+        known = self._number_of_pair
+        for pair in pairs:
+            if pair not in known:
+                key, spec = self._pair.decode(pair)
+                self._join(key, spec, rank)
+                known[pair] = self._number.setdefault(key, len(self._number))
+        return np.array([known[pair] for pair in pairs], np.int32)
+
+    def _join(self, key: str, spec: Spec, rank: int) -> None:
+        if key not in self.specs:
+            self.specs[key] = spec, rank
+            return
+        known, by = self.specs[key]
+        differing = [f for f in _SHARED_FIELDS if getattr(spec, f) != getattr(known, f)]
+        if differing:
+            raise InvalidShardingError(
+                f"{key!r} is {_describe(known, differing)} on rank {by} but {_describe(spec, differing)} on rank "
+                f"{rank}. One key is one tensor: give shards their global shape, different tensors different keys."
+            )
+        container = _common_container(known.container, spec.container)
+        given_as = "sharded" if spec.given_as == "sharded" else known.given_as
+        self.specs[key] = msgspec.structs.replace(known, container=container, given_as=given_as), by
 
 
 _SHARED_FIELDS = ("dtype", "global_shape", "partition", "owner", "blocks")
@@ -181,38 +267,68 @@ def _common_container(a: str | None, b: str | None) -> str | None:
     return "/".join(segment for segment, _ in common)
 
 
-def _join_values(ranks: Sequence[RankShards], specs: Mapping[str, Spec]) -> dict[str, bytes]:
+def _tensor_paths(specs: Mapping[str, Spec]) -> _TensorPaths:
+    leaves = frozenset(key for key, spec in specs.items() if spec.container is None)
+    above = {parent: key for key in leaves for parent in _ancestors(key)}
+    homes = {spec.container for spec in specs.values() if spec.container}
+    homes |= {parent for home in homes for parent in _ancestors(home)}
+    for parent in sorted(leaves & above.keys()):
+        raise _leaf_and_container(parent, above[parent])
+    return _TensorPaths(leaves, above, frozenset(homes))
+
+
+def join_values(plan: SavePlan, ranks: Sequence[RankValues]) -> dict[str, bytes]:
+    """The shared values of all ranks, sorted by key; and check that PerRank values agree where they must.
+
+    Raises InvalidShardingError naming key and ranks.
+    """
     first: dict[str, tuple[bytes, int]] = {}
+    seen: set[bytes] = set()
     for rank, message in enumerate(ranks):
-        for key, value in message.values.items():
+        if message.values in seen:
+            continue
+        seen.add(message.values)
+        for key, value in msgspec.msgpack.decode(message.values, type=dict[str, bytes]).items():
             known, by = first.setdefault(key, (value, rank))
             if known != value:
                 raise InvalidShardingError(
                     f"value {key!r} is {_shorten(known)} on rank {by} but {_shorten(value)} on rank {rank}. "
                     f"Values are shared by all ranks; wrap what differs by rank in PerRank."
                 )
-            if key in specs:
-                raise InvalidShardingError(
-                    f"{key!r} is a tensor on one rank and the value {_shorten(value)} on rank {rank}"
-                )
-    for rank, message in enumerate(ranks):
-        twice = [key for key in message.per_rank if key in specs or key in first]
-        if twice:
-            raise InvalidShardingError(f"{twice[0]!r} is a PerRank on rank {rank} and something else on another")
-    homes = {
-        home for spec in specs.values() if spec.container for home in (spec.container, *_ancestors(spec.container))
-    }
+    for key, (value, rank) in first.items():
+        if key in plan.specs:
+            raise InvalidShardingError(
+                f"{key!r} is a tensor on one rank and the value {_shorten(value)} on rank {rank}"
+            )
+        if key in plan.per_rank:
+            raise _two_kinds(key, plan.per_rank[key])
+    _check_digests(plan, ranks)
     # A rank may have none of the shards of a list; where that is, the others' shards say.
-    first = {key: known for key, known in first.items() if not (key in homes and is_empty_list(known[0]))}
-    paths = [key for key, spec in specs.items() if spec.container is None] + list(first)
-    leaves = {key for key in paths if key not in first or not is_container(first[key][0])}
-    for key in paths:
+    values = {k: first[k][0] for k in sorted(first) if not (k in plan._paths.homes and is_empty_list(first[k][0]))}
+    _check_paths(values, plan._paths)
+    return values
+
+
+def _check_paths(values: Mapping[str, bytes], tensors: _TensorPaths) -> None:
+    """Refuse a leaf of the state that is a container of others."""
+    leaves = {key for key, value in values.items() if not is_container(value)}
+    for key in leaves & tensors.above.keys():
+        raise _leaf_and_container(key, tensors.above[key])
+    for key in values:
         for parent in _ancestors(key):
-            if parent in leaves:
-                raise InvalidShardingError(
-                    f"{parent!r} is a leaf of the state on one rank and the container of {key!r} on another"
-                )
-    return {key: first[key][0] for key in sorted(first)}
+            if parent in leaves or parent in tensors.leaves:
+                raise _leaf_and_container(parent, key)
+
+
+def _leaf_and_container(leaf: str, below: str) -> InvalidShardingError:
+    return InvalidShardingError(
+        f"{leaf!r} is a leaf of the state on one rank and the container of {below!r} on another"
+    )
+
+
+def _two_kinds(key: str, plan: PerRankPlan) -> InvalidShardingError:
+    rank = min(rank for _, rank in plan.holders)
+    return InvalidShardingError(f"{key!r} is a PerRank on rank {rank} and something else on another")
 
 
 def _ancestors(key: str) -> Iterator[str]:
@@ -227,172 +343,59 @@ def _shorten(value: bytes) -> str:
 
 
 def _join_per_rank(ranks: Sequence[RankShards]) -> dict[str, PerRankPlan]:
-    kinds: dict[str, PerRankItem] = {}
-    holders: dict[str, dict[tuple[int, ...], tuple[int, int]]] = {}
+    kinds: dict[str, tuple[PerRankKind, int]] = {}
+    holders: dict[str, dict[tuple[int, ...], int]] = {}
+    writers: dict[str, Int32Array] = {}
     for rank, message in enumerate(ranks):
-        for key, item in message.per_rank.items():
-            known = kinds.setdefault(key, item)
-            if (known.axes, known.on_change) != (item.axes, item.on_change):
+        for key, kind in message.per_rank.items():
+            known, by = kinds.setdefault(key, (kind, rank))
+            if known != kind:
                 raise InvalidShardingError(
-                    f"PerRank {key!r} has axes {item.axes}, on_change={item.on_change!r} on rank {rank}, "
-                    f"but {known.axes}, {known.on_change!r} on another rank"
+                    f"PerRank {key!r} has axes {kind.axes}, on_change={kind.on_change!r} on rank {rank}, "
+                    f"but {known.axes}, {known.on_change!r} on rank {by}"
                 )
-            coordinates = tuple(message.mesh[axis][0] for axis in item.axes)
-            by, digest = holders.setdefault(key, {}).setdefault(coordinates, (rank, item.digest))
-            if digest != item.digest:
-                raise InvalidShardingError(
-                    f"PerRank {key!r} differs between ranks {by} and {rank}, which share the coordinates "
-                    f"{dict(zip(item.axes, coordinates, strict=True))}; add the axis that tells them apart to its axes"
-                )
+            coordinates = tuple(message.mesh[axis][0] for axis in kind.axes)
+            writer = holders.setdefault(key, {}).setdefault(coordinates, rank)
+            writers.setdefault(key, np.full(len(ranks), -1, np.int32))[rank] = writer
     return {
         key: PerRankPlan(
-            axes=tuple((axis, ranks[0].mesh[axis][1]) for axis in kinds[key].axes),
-            on_change=kinds[key].on_change,
-            holders=tuple((at, rank) for at, (rank, _) in sorted(holders[key].items())),
+            axes=tuple((axis, ranks[0].mesh[axis][1]) for axis in kinds[key][0].axes),
+            on_change=kinds[key][0].on_change,
+            holders=tuple(sorted(holders[key].items())),
+            writer=writers[key],
         )
         for key in sorted(kinds)
     }
 
 
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """All ranks' shards of one number of dimensions: (n,) each, boxes (n, 2 * ndim)."""
-
-    tensor: Int64Array
-    boxes: Int64Array
-    rank: Int64Array
-    shard: Int64Array
-    sample: Int64Array
-
-
-def _gather_rows(ranks: Sequence[RankShards], specs: Mapping[str, Spec]) -> list[_Rows]:
-    number = {key: i for i, key in enumerate(specs)}
-    dims = np.array([len(s.global_shape) for s in specs.values()], np.int64)
-    parts: dict[int, list[_Rows]] = {}
-    for rank, message in enumerate(ranks):
-        to_global = np.array([number[key] for key, _ in message.specs], np.int64)
-        tensor = to_global[np.frombuffer(message.tensor, np.int32)]
-        ndims = dims[tensor]
-        flat = np.frombuffer(message.boxes, np.int64)
-        starts = np.cumsum(2 * ndims) - 2 * ndims
-        samples = np.frombuffer(message.samples, np.uint32).astype(np.int64)
-        for ndim in map(int, np.unique(ndims)):
-            at = np.flatnonzero(ndims == ndim)
-            boxes = flat[starts[at][:, None] + np.arange(2 * ndim)]
-            filled = (boxes[:, ndim:] > 0).all(axis=1)
-            at, boxes = at[filled], boxes[filled]
-            parts.setdefault(ndim, []).append(_Rows(tensor[at], boxes, np.full(len(at), rank), at, samples[at]))
-    return [
-        _Rows(*(np.concatenate([getattr(p, field) for p in part]) for field in _Rows.__slots__))
-        for _, part in sorted(parts.items())
-    ]
+def _check_digests(plan: SavePlan, ranks: Sequence[RankValues]) -> None:
+    for key, per_rank in plan.per_rank.items():
+        for rank, writer in enumerate(per_rank.writer.tolist()):
+            if writer >= 0 and ranks[rank].per_rank[key] != ranks[writer].per_rank[key]:
+                at = next(at for at, by in per_rank.holders if by == writer)
+                coordinates = {axis: c for (axis, _), c in zip(per_rank.axes, at, strict=True)}
+                raise InvalidShardingError(
+                    f"PerRank {key!r} differs between ranks {writer} and {rank}, which share the coordinates "
+                    f"{coordinates}; add the axis that tells them apart to its axes"
+                )
 
 
-def _assign(rows: _Rows, specs: Mapping[str, Spec], bytes_by_rank: Int64Array) -> ChunkColumns:
-    """One writer per box: the least loaded rank that has it. Adds to bytes_by_rank."""
-    order = np.lexsort((rows.rank, *rows.boxes.T[::-1], rows.tensor))
-    tensor, boxes, rank, sample = rows.tensor[order], rows.boxes[order], rows.rank[order], rows.sample[order]
-    is_first = np.ones(len(order), bool)
-    is_first[1:] = (tensor[1:] != tensor[:-1]) | (boxes[1:] != boxes[:-1]).any(axis=1)
-    first = np.flatnonzero(is_first)
-    group = np.cumsum(is_first) - 1
-    differs = np.flatnonzero(sample != sample[first][group])
-    if len(differs):
-        i = int(differs[0])
-        key = list(specs)[int(tensor[i])]
-        raise InvalidShardingError(
-            f"{key!r} {specs[key].global_shape}: {_region(specs[key], _box(boxes[i]))} differ between rank "
-            f"{rank[first[group[i]]]} and rank {rank[i]}. A plain tensor, or one box given by several ranks, must hold "
-            f"the same values on all of them; is it a shard without its ShardedTensor, or a name that two stages share?"
-        )
-    ndim = boxes.shape[1] // 2
-    item_bytes = np.array([DTYPES[s.dtype].item_bytes for s in specs.values()], np.int64)
-    sizes = boxes[first][:, ndim:].prod(axis=1) * item_bytes[tensor[first]]
-    counts = np.diff(np.append(first, len(order)))
-    chosen = first.copy()
-    single = counts == 1
-    np.add.at(bytes_by_rank, rank[first[single]], sizes[single])
-    shared = np.flatnonzero(~single)
-    for g in shared[np.argsort(-sizes[shared], kind="stable")]:
-        holders = np.arange(first[g], first[g] + counts[g])
-        chosen[g] = holders[np.argmin(bytes_by_rank[rank[holders]])]
-        bytes_by_rank[rank[chosen[g]]] += sizes[g]
-    return ChunkColumns(tensor[first], boxes[first], rank[chosen], rows.shard[order][chosen])
-
-
-def _check_tiling(
-    specs: Mapping[str, Spec], columns: Iterable[ChunkColumns], rows: Iterable[_Rows], world_size: int
-) -> None:
-    keys = list(specs)
-    volumes = np.array([prod(s.global_shape) for s in specs.values()], np.int64)
-    covered = np.zeros(len(keys), np.int64)
-    for chunks, group in zip(columns, rows, strict=True):
-        ndim = chunks.boxes.shape[1] // 2
-        np.add.at(covered, chunks.tensor, chunks.boxes[:, ndim:].prod(axis=1))
-        tensors, starts, counts = np.unique(chunks.tensor, return_index=True, return_counts=True)
-        for t, start, count in zip(tensors[counts > 1], starts[counts > 1], counts[counts > 1], strict=True):
-            boxes = chunks.boxes[start : start + count]
-            if is_tiling(boxes[:, :ndim], boxes[:, ndim:], specs[keys[t]].global_shape):
-                continue
-            overlap = find_overlap(boxes[:, :ndim], boxes[:, ndim:])
-            if overlap:
-                raise _overlap_error(keys[t], specs[keys[t]], chunks, start + overlap[0], start + overlap[1], group)
-    for t in np.flatnonzero(covered != volumes):
-        raise _hole_error(keys[t], specs[keys[t]], int(t), columns, rows, world_size)
-
-
-def _overlap_error(key: str, spec: Spec, chunks: ChunkColumns, i: int, j: int, rows: _Rows) -> InvalidShardingError:
-    a, b = _box(chunks.boxes[i]), _box(chunks.boxes[j])
-    common = intersect(a, b)
-    holders = [
-        sorted(set(rows.rank[(rows.tensor == chunks.tensor[n]) & (rows.boxes == chunks.boxes[n]).all(axis=1)].tolist()))
-        for n in (i, j)
-    ]
-    return InvalidShardingError(
-        f"{key!r} {spec.global_shape}: {a} of {_rank_list(holders[0])} and {b} of {_rank_list(holders[1])} overlap: "
-        f"{_region(spec, common or a)} are in both. Shards of one key must not overlap unless they are the same box."
+def _gather_shards(ranks: Sequence[RankShards], numbers: Sequence[Int32Array]) -> GivenShards:
+    """All ranks' shards. numbers: which tensor each of a rank's pairs of key and spec is."""
+    tensor = [of_pair[np.frombuffer(message.tensor, np.int32)] for message, of_pair in zip(ranks, numbers, strict=True)]
+    available = None
+    if any(message.available is not None for message in ranks):
+        parts = [np.full(len(t), message.available is None) for message, t in zip(ranks, tensor, strict=True)]
+        for message, part in zip(ranks, parts, strict=True):
+            if message.available is not None:
+                part[np.frombuffer(message.available, np.int32)] = True
+        available = np.concatenate(parts)
+    return GivenShards(
+        counts=np.array([len(t) for t in tensor], np.int64),
+        tensor=np.concatenate(tensor),
+        boxes=np.frombuffer(b"".join(message.boxes for message in ranks), np.int64),
+        available=available,
     )
-
-
-def _hole_error(
-    key: str, spec: Spec, tensor: int, columns: Iterable[ChunkColumns], rows: Iterable[_Rows], world_size: int
-) -> InvalidShardingError:
-    boxes: list[Box] = []
-    given: set[int] = set()
-    for chunks, group in zip(columns, rows, strict=True):
-        mine = chunks.boxes[chunks.tensor == tensor]
-        ndim = chunks.boxes.shape[1] // 2
-        boxes += boxes_of(mine[:, :ndim], mine[:, ndim:])
-        given |= set(group.rank[group.tensor == tensor].tolist())
-    hole = first_hole(spec.global_shape, boxes) or Box.whole(spec.global_shape)
-    absent = sorted(set(range(world_size)) - given)
-    verb, whose = ("are", "their") if len(absent) > 1 else ("is", "its")
-    hint = f"{verb} {_rank_list(absent)} missing it from {whose} state?"
-    if not absent:
-        hint = "is a shard's offset or shape wrong?"
-    return InvalidShardingError(
-        f"{key!r} {spec.global_shape}: {_region(spec, hole)} are in no shard.\n"
-        f"  {_rank_list(sorted(given), 'Rank') or 'No rank'} gave shards; {hint}"
-    )
-
-
-def _box(row: Int64Array) -> Box:
-    offset, shape = row.reshape(2, -1).tolist()
-    return Box(tuple(offset), tuple(shape))
-
-
-def _region(spec: Spec, box: Box) -> str:
-    """ "rows 4096-6143" where whole rows are meant, "elements [0:4, 2:3]" otherwise."""
-    if box.shape[1:] == spec.global_shape[1:] and box.shape:
-        return f"rows {box.offset[0]}-{box.end[0] - 1}"
-    return f"elements {box}"
-
-
-def _rank_list(ranks: Sequence[int], word: str = "rank") -> str:
-    if not ranks:
-        return ""
-    shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
-    return f"{word}{'s' if len(ranks) > 1 else ''} {shown}"
 
 
 @dataclass(frozen=True, slots=True)

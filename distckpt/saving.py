@@ -34,7 +34,17 @@ from distckpt.geometry import Box
 from distckpt.index import Mesh, ShardFile, Spec
 from distckpt.json_value import EMPTY_DICT, encode_value
 from distckpt.leaf_value import encode_leaf
-from distckpt.planner import PerRankItem, RankShards, SavePlan, plan_save
+from distckpt.planner import (
+    PerRankKind,
+    RankShards,
+    RankValues,
+    SavePlan,
+    check_replicas,
+    encode_specs,
+    encode_values,
+    join_values,
+    plan_save,
+)
 from distckpt.report import SaveReport
 from distckpt.shard_file import FORMAT, FORMAT_VERSION, Chunk, file_name, nested_json, plan_file, split_into_files
 from distckpt.sharded_tensor import Shard
@@ -52,6 +62,8 @@ class _Offer(msgspec.Struct, frozen=True):
     iteration: int
     metadata: bytes
     shards: RankShards
+    values: RankValues
+    samples: bytes  # uint32, a checksum over samples of the bytes of each shard
     filesystem_id: str
     free_bytes: int
 
@@ -99,6 +111,7 @@ class Save:
     _shards: list[tuple[str, Spec, Shard]] = field(default_factory=list)
     _encoded: dict[str, bytes] = field(default_factory=dict)
     _plan: SavePlan | None = None
+    _values: dict[str, bytes] = field(default_factory=dict)
     _order: _Order | None = None
     _files: list[StagedFile] = field(default_factory=list)
     _stage_error: BaseException | None = None
@@ -128,11 +141,13 @@ class Save:
         self.iteration = operator.index(self.iteration)
         if self.iteration < 0:
             raise ValueError(f"iteration {self.iteration} is negative")
-        shards = self._describe_shards(flatten(self.state, ADAPTERS))
+        flat = flatten(self.state, ADAPTERS)
+        shards, values = self._describe_shards(flat), self._describe_values(flat)
+        samples = np.array([sample_checksum(s.data) for _, _, s in self._shards], np.uint32).tobytes()
         self.state = {}
         self._metadata = encode_value(self.metadata, "metadata")
         free = _free_space(self.context.storage)
-        return _Offer(self.iteration, self._metadata, shards, free.filesystem_id, free.size_bytes)
+        return _Offer(self.iteration, self._metadata, shards, values, samples, free.filesystem_id, free.size_bytes)
 
     def _describe_shards(self, flat: FlatState) -> RankShards:
         number: dict[tuple[str, Spec], int] = {}
@@ -144,25 +159,26 @@ class Save:
             of_shard += [described] * len(leaf.shards)
             self._shards += [(leaf.key, leaf.spec, shard) for shard in leaf.shards]
         boxes = [n for _, _, shard in self._shards for n in (*shard.box.offset, *shard.box.shape)]
-        self._encoded = {leaf.key: encode_leaf(leaf.leaf.value, leaf.key) for leaf in flat.per_rank}
-        values = {leaf.key: leaf.encoded for leaf in flat.values}
-        values |= flat.fixed | dict.fromkeys(flat.empty, EMPTY_DICT)
         return RankShards(
-            specs=list(number),
+            specs=encode_specs(list(number)),
             tensor=np.array(of_shard, np.int32).tobytes(),
             boxes=np.array(boxes, np.int64).tobytes(),
-            samples=np.array([sample_checksum(s.data) for _, _, s in self._shards], np.uint32).tobytes(),
-            values=values,
             per_rank={leaf.key: self._describe_per_rank(leaf) for leaf in flat.per_rank},
             mesh=dict(self.context.mesh),
         )
 
-    def _describe_per_rank(self, leaf: PerRankLeaf) -> PerRankItem:
+    def _describe_values(self, flat: FlatState) -> RankValues:
+        self._encoded = {leaf.key: encode_leaf(leaf.leaf.value, leaf.key) for leaf in flat.per_rank}
+        values = {leaf.key: leaf.encoded for leaf in flat.values}
+        values |= flat.fixed | dict.fromkeys(flat.empty, EMPTY_DICT)
+        return RankValues(encode_values(values), {key: crc32c(encoded) for key, encoded in self._encoded.items()})
+
+    def _describe_per_rank(self, leaf: PerRankLeaf) -> PerRankKind:
         axes = tuple(self.context.mesh) if leaf.leaf.axes is None else leaf.leaf.axes
         unknown = [axis for axis in axes if axis not in self.context.mesh]
         if unknown:
             raise CheckpointError(f"PerRank {leaf.key!r}: axes {unknown} are not in the mesh {list(self.context.mesh)}")
-        return PerRankItem(axes, leaf.leaf.on_change, crc32c(self._encoded[leaf.key]))
+        return PerRankKind(axes, leaf.leaf.on_change)
 
     def _decide_plan(self, offers: Sequence[_Offer]) -> list[_Order]:
         """Rank 0."""
@@ -173,6 +189,9 @@ class Save:
                     f"iteration {offer.iteration} with {offer.metadata!r}"
                 )
         plan = plan_save([offer.shards for offer in offers])
+        self._values = join_values(plan, [offer.values for offer in offers])
+        samples = [np.frombuffer(offer.samples, np.uint32) for offer in offers]
+        check_replicas(plan, [of_rank[plan.replicated_of(r)].tobytes() for r, of_rank in enumerate(samples)])
         context = self.context
         if context.writer is None:
             context.writer = Writer.claim(context.storage)
@@ -251,7 +270,7 @@ class Save:
         """The same, of what belongs to no tensor: in the first file of rank 0, unless it is too long for a header."""
         if self._plan is None:
             return {}
-        values = msgspec.json.encode(raw_json(self._plan.values)).decode()
+        values = msgspec.json.encode(raw_json(self._values)).decode()
         shared = {"values": values, "metadata": self._metadata.decode()}
         return shared if sum(map(len, shared.values())) <= MAX_SHARED_METADATA_BYTES else {}
 
@@ -320,7 +339,7 @@ class Save:
             name = f"{iteration_directory(self.iteration)}/{table.name}"
             with new_file(self.context.storage, name, len(data)) as file:
                 file.write(0, data)
-            writer.publish(index_of(who, plan, ranks, table, places))
+            writer.publish(index_of(who, plan, self._values, ranks, table, places))
         except CommitFailed as error:
             raise DistributedError(
                 f"saving iteration {self.iteration}: {error}",

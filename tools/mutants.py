@@ -405,7 +405,7 @@ MUTANTS = (
     Mutant(
         "plan: replicas may differ",
         "distckpt/planner.py",
-        "    differs = np.flatnonzero(sample != sample[first][group])\n",
+        "    differs = np.flatnonzero(found != found[replicas.first])\n",
         "    differs = np.zeros(0, np.int64)\n",
         ALL_RANKS,
     ),
@@ -419,8 +419,29 @@ MUTANTS = (
     Mutant(
         "plan: per-rank values of the same coordinates may differ",
         "distckpt/planner.py",
-        "            if digest != item.digest:\n",
+        "            if writer >= 0 and ranks[rank].per_rank[key] != ranks[writer].per_rank[key]:\n",
         "            if False:\n",
+        PLANNER,
+    ),
+    Mutant(
+        "plan: a shard that has changed is written",
+        "distckpt/placement.py",
+        "    usable = None if given.available is None else given.available[rows]\n",
+        "    usable = None\n",
+        PLANNER,
+    ),
+    Mutant(
+        "plan: a box that nobody can write is left out",
+        "distckpt/placement.py",
+        "    if len(gone):\n",
+        "    if False:\n",
+        PLANNER,
+    ),
+    Mutant(
+        "plan: a tensor may have holes",
+        "distckpt/placement.py",
+        "    for t in sorted(unfilled):\n",
+        "    for t in ():\n",
         PLANNER,
     ),
     # Agreements in use

@@ -14,6 +14,7 @@ from distckpt.geometry import (
     Box,
     boxes_of,
     find_overlap,
+    find_untiled,
     first_hole,
     flat_range_boxes,
     grid_cuts,
@@ -291,3 +292,37 @@ def test_runs_place_every_local_element_at_its_index(ranges: list[list[list[int]
         for here, there in zip(elements(inner), elements(outer), strict=True)
     }
     assert found == expected
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_untiled_tensors_are_those_that_their_boxes_do_not_tile(data: st.DataObject) -> None:
+    """Of several tensors at once, as of each alone: flat ranges, grids, any other boxes, and boxes missing."""
+    ndim = data.draw(st.integers(0, 3))
+    wholes, rows = [], []
+    for t in range(data.draw(st.integers(1, 4))):
+        whole = data.draw(st.tuples(*[st.integers(0, 4)] * ndim))
+        wholes.append(whole)
+        boxes = [Box.whole(whole)] if prod(whole) else []
+        for _ in range(data.draw(st.integers(0, 4)) if boxes and ndim else 0):
+            box = boxes.pop(data.draw(st.integers(0, len(boxes) - 1)))
+            d = data.draw(st.integers(0, ndim - 1))
+            cut = data.draw(st.integers(1, box.shape[d] - 1)) if box.shape[d] > 1 else 0
+            for at, n in ((0, cut), (cut, box.shape[d] - cut)):
+                offset, shape = list(box.offset), list(box.shape)
+                offset[d], shape[d] = offset[d] + at, n
+                boxes += [Box(tuple(offset), tuple(shape))] if n else []
+        change = data.draw(st.sampled_from(["none", "none", "drop", "twice"])) if boxes else "none"
+        if change != "none":
+            i = data.draw(st.integers(0, len(boxes) - 1))
+            boxes[i : i + 1] = [] if change == "drop" else [boxes[i], data.draw(st.sampled_from(boxes))]
+        rows += [(t, *box.offset, *box.shape) for box in sorted(boxes)]
+    table = np.array(rows, np.int64).reshape(len(rows), 1 + 2 * ndim)
+    expected = []
+    for t, whole in enumerate(wholes):
+        covered = np.zeros(whole, np.int64)
+        for row in table[table[:, 0] == t, 1:]:
+            covered[tuple(slice(a, a + n) for a, n in row.reshape(2, ndim).T.tolist())] += 1
+        expected += [] if bool((covered == 1).all()) else [t]
+    shapes = np.array(wholes, np.int64).reshape(len(wholes), ndim)
+    assert find_untiled(table[:, 0].astype(np.int32), table[:, 1:], shapes) == expected

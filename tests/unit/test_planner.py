@@ -1,11 +1,12 @@
-"""plan_save and plan_load as functions of plain records."""
+"""plan_save, join_values, check_replicas and plan_load as functions of plain records."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -16,7 +17,19 @@ from distckpt.errors import InvalidShardingError
 from distckpt.geometry import Box
 from distckpt.index import Spec
 from distckpt.json_value import encode_value
-from distckpt.planner import Copy, PerRankItem, RankShards, SavePlan, plan_load, plan_save
+from distckpt.planner import (
+    Copy,
+    PerRankKind,
+    RankShards,
+    RankValues,
+    SavePlan,
+    check_replicas,
+    encode_specs,
+    encode_values,
+    join_values,
+    plan_load,
+    plan_save,
+)
 
 PATIENT = settings(deadline=None)
 
@@ -37,49 +50,87 @@ def rows(key: str, start: int, stop: int, of: int, **options: object) -> Piece:
     return Piece(key, Box((start, 0), (stop - start, 4)), (of, 4), **options)  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True)
+class Message:
+    """What one rank says of its state: the structure, the values, and a sample of each shard."""
+
+    shards: RankShards
+    values: RankValues
+    samples: tuple[int, ...]
+
+    def with_available(self, *numbers: int) -> Message:
+        available = np.array(numbers, np.int32).tobytes()
+        return replace(self, shards=msgspec.structs.replace(self.shards, available=available))
+
+
 def message(
     *pieces: Piece,
     values: Mapping[str, object] | None = None,
-    per_rank: Mapping[str, PerRankItem] | None = None,
+    encoded: Mapping[str, bytes] | None = None,
+    per_rank: Mapping[str, tuple[PerRankKind, int]] | None = None,
     mesh: Mapping[str, tuple[int, int]] | None = None,
-) -> RankShards:
+) -> Message:
+    """values: to be encoded, `encoded`: as they are. per_rank: kind and digest."""
     specs: dict[str, Spec] = {}
     for p in pieces:
         specs.setdefault(p.key, Spec(dtype=p.dtype, global_shape=p.of, partition=p.partition, container=p.container))
     number = {key: i for i, key in enumerate(specs)}
-    return RankShards(
-        specs=list(specs.items()),
-        tensor=np.array([number[p.key] for p in pieces], np.int32).tobytes(),
-        boxes=np.array([n for p in pieces for n in (*p.box.offset, *p.box.shape)], np.int64).tobytes(),
-        samples=np.array([p.sample for p in pieces], np.uint32).tobytes(),
-        values={key: encode_value(value, key) for key, value in (values or {}).items()},
-        per_rank=dict(per_rank or {}),
-        mesh=dict(mesh or {}),
+    per_rank = per_rank or {}
+    json = {key: encode_value(value, key) for key, value in (values or {}).items()} | dict(encoded or {})
+    return Message(
+        RankShards(
+            specs=encode_specs(list(specs.items())),
+            tensor=np.array([number[p.key] for p in pieces], np.int32).tobytes(),
+            boxes=np.array([n for p in pieces for n in (*p.box.offset, *p.box.shape)], np.int64).tobytes(),
+            per_rank={key: kind for key, (kind, _) in per_rank.items()},
+            mesh=dict(mesh or {}),
+        ),
+        RankValues(encode_values(json), {key: digest for key, (_, digest) in per_rank.items()}),
+        tuple(p.sample for p in pieces),
     )
+
+
+def plan_of(*messages: Message) -> SavePlan:
+    return plan_save([m.shards for m in messages])
+
+
+def join(*messages: Message) -> dict[str, bytes]:
+    return join_values(plan_of(*messages), [m.values for m in messages])
+
+
+def compare(plan: SavePlan, *messages: Message) -> None:
+    samples = [np.array(m.samples, np.uint32)[plan.replicated_of(r)] for r, m in enumerate(messages)]
+    check_replicas(plan, [of_rank.tobytes() for of_rank in samples])
 
 
 def written(plan: SavePlan) -> list[tuple[str, tuple[int, ...], int, int]]:
     """key, box as numbers, writer, number of the shard in its message; of every chunk."""
     keys = list(plan.specs)
     return [
-        (keys[t], tuple(box), writer, shard)
+        (keys[t], tuple(box), writer, int(plan.shards_of(writer)[place]))
         for c in plan.columns
-        for t, box, writer, shard in zip(
-            c.tensor.tolist(), c.boxes.tolist(), c.writer.tolist(), c.shard.tolist(), strict=True
+        for t, box, writer, place in zip(
+            c.tensor.tolist(), c.boxes.tolist(), c.writer.tolist(), c.place.tolist(), strict=True
         )
     ]
 
 
-def fails(text: str, *messages: RankShards) -> None:
+def check_all(*messages: Message) -> None:
+    plan = plan_of(*messages)
+    join_values(plan, [m.values for m in messages])
+    compare(plan, *messages)
+
+
+def fails(text: str, *messages: Message) -> None:
     with pytest.raises(InvalidShardingError, match=re.escape(text)):
-        plan_save(messages)
+        check_all(*messages)
 
 
 # Who writes.
 
 
 def test_every_box_is_written_by_the_rank_that_has_it() -> None:
-    plan = plan_save([message(rows("w", 0, 2, 5)), message(rows("w", 2, 5, 5), rows("b", 0, 1, 1))])
+    plan = plan_of(message(rows("w", 0, 2, 5)), message(rows("w", 2, 5, 5), rows("b", 0, 1, 1)))
     assert written(plan) == [("b", (0, 0, 1, 4), 1, 1), ("w", (0, 0, 2, 4), 0, 0), ("w", (2, 0, 3, 4), 1, 0)]
     assert plan.shards_of(0).tolist() == [0]
     assert plan.shards_of(1).tolist() == [0, 1]
@@ -89,7 +140,7 @@ def test_every_box_is_written_by_the_rank_that_has_it() -> None:
 def test_replicas_are_written_once_by_the_least_loaded_rank_that_has_them() -> None:
     own = [rows(f"own{r}", 0, n, n) for r, n in enumerate((10, 0, 3))]
     big, small = rows("big", 0, 8, 8), rows("small", 0, 1, 1)
-    plan = plan_save([message(p, big, small) for p in own])
+    plan = plan_of(*(message(p, big, small) for p in own))
     assert {(key, writer) for key, _, writer, _ in written(plan)} == {
         ("own0", 0),
         ("own2", 2),
@@ -101,13 +152,13 @@ def test_replicas_are_written_once_by_the_least_loaded_rank_that_has_them() -> N
 
 def test_replicas_spread_evenly() -> None:
     pieces = [rows(f"k{i}", 0, 1 + i % 3, 1 + i % 3) for i in range(12)]
-    plan = plan_save([message(*pieces)] * 4)
+    plan = plan_of(*[message(*pieces)] * 4)
     assert plan.bytes_by_rank.tolist() == [6 * 16] * 4
     assert sorted(n for r in range(4) for n in plan.shards_of(r).tolist()) == list(range(12))
 
 
 def test_a_box_given_twice_by_one_rank_is_written_once() -> None:
-    plan = plan_save([message(rows("tied", 0, 3, 3), rows("tied", 0, 3, 3))])
+    plan = plan_of(message(rows("tied", 0, 3, 3), rows("tied", 0, 3, 3)))
     assert written(plan) == [("tied", (0, 0, 3, 4), 0, 0)]
 
 
@@ -117,7 +168,7 @@ def test_each_box_has_one_writer_that_holds_it(held: list[list[int]]) -> None:
     """Row n of "w" is held by the ranks that list it; row 0 to 5 by rank 0 too, so that nothing is missing."""
     held = [[*held[0], *range(6)], *held[1:]]
     messages = [message(*(rows("w", n, n + 1, 6) for n in numbers)) for numbers in held]
-    plan = plan_save(messages)
+    plan = plan_of(*messages)
     chunks = written(plan)
     assert [box[0] for _, box, _, _ in chunks] == list(range(6))
     for _, box, writer, shard in chunks:
@@ -128,12 +179,8 @@ def test_each_box_has_one_writer_that_holds_it(held: list[list[int]]) -> None:
 def test_tensors_without_dimensions_or_elements_and_empty_shards() -> None:
     scalar = Piece("step", Box((), ()), (), "int64")
     hollow = Piece("hollow", Box((0, 0), (0, 4)), (0, 4))
-    plan = plan_save(
-        [
-            message(scalar, rows("w", 0, 0, 3), hollow),
-            message(scalar, rows("w", 0, 3, 3), rows("w", 3, 3, 3)),
-            message(),
-        ]
+    plan = plan_of(
+        message(scalar, rows("w", 0, 0, 3), hollow), message(scalar, rows("w", 0, 3, 3), rows("w", 3, 3, 3)), message()
     )
     assert [(key, box) for key, box, _, _ in written(plan)] == [("step", ()), ("w", (0, 0, 3, 4))]
     assert list(plan.specs) == ["hollow", "step", "w"]
@@ -142,7 +189,7 @@ def test_tensors_without_dimensions_or_elements_and_empty_shards() -> None:
 
 
 def test_a_state_of_nothing() -> None:
-    plan = plan_save([message(), message()])
+    plan = plan_of(message(), message())
     assert written(plan) == []
     assert plan.bytes_by_rank.tolist() == [0, 0]
 
@@ -150,16 +197,14 @@ def test_a_state_of_nothing() -> None:
 def test_tensors_of_different_numbers_of_dimensions_share_the_load() -> None:
     flat = Piece("flat", Box((0,), (8,)), (8,), "float64")
     cube = Piece("cube", Box((0, 0, 0), (2, 2, 2)), (2, 2, 2), "float64")
-    plan = plan_save([message(flat, cube)] * 2)
+    plan = plan_of(*[message(flat, cube)] * 2)
     assert plan.bytes_by_rank.tolist() == [64, 64]
 
 
 def test_specs_are_joined_over_the_ranks_and_a_key_keeps_its_innermost_common_container() -> None:
-    plan = plan_save(
-        [
-            message(rows("w", 0, 1, 2, container="model/layers/0"), rows("v", 0, 1, 1, container="model")),
-            message(rows("w", 1, 2, 2, container="model/layers/1")),
-        ]
+    plan = plan_of(
+        message(rows("w", 0, 1, 2, container="model/layers/0"), rows("v", 0, 1, 1, container="model")),
+        message(rows("w", 1, 2, 2, container="model/layers/1")),
     )
     assert {key: spec.container for key, spec in plan.specs.items()} == {"w": "model/layers", "v": "model"}
 
@@ -213,6 +258,30 @@ def test_an_overlap_names_both_boxes_and_their_ranks() -> None:
     )
 
 
+def test_an_overlap_of_boxes_with_one_offset() -> None:
+    fails(
+        "[0:2, 0:4] of rank 0 and [0:3, 0:4] of rank 1 overlap",
+        message(rows("w", 0, 2, 3)),
+        message(rows("w", 0, 3, 3)),
+    )
+
+
+def test_a_box_outside_its_tensor() -> None:
+    outside = Piece("w", Box((3, 0), (2, 4)), (4, 4))
+    fails(
+        "'w': offset and shape [[3, 0], [2, 4]] of rank 1 are not inside the global shape (4, 4)",
+        message(rows("w", 0, 3, 4)),
+        message(outside),
+    )
+
+
+@pytest.mark.parametrize("shape", [(2**60,), (2**40, 2**40), (0, 2**62)], ids=str)
+def test_a_global_shape_that_no_checkpoint_can_have(shape: tuple[int, ...]) -> None:
+    fails(
+        "more than 288230376151711744 elements", message(Piece("w", Box((0,) * len(shape), (0,) * len(shape)), shape))
+    )
+
+
 def test_an_overlap_that_makes_up_for_a_hole_is_still_one() -> None:
     fails(
         "'w' (6, 4): [0:3, 0:4] of rank 0 and [2:5, 0:4] of rank 1 overlap",
@@ -255,17 +324,59 @@ def test_replicas_whose_samples_differ() -> None:
     )
 
 
-def test_equal_samples_of_different_boxes_are_no_matter() -> None:
-    plan = plan_save([message(rows("w", 0, 1, 2, sample=1)), message(rows("w", 1, 2, 2, sample=2))])
+def test_samples_of_different_boxes_may_differ() -> None:
+    messages = message(rows("w", 0, 1, 2, sample=1)), message(rows("w", 1, 2, 2, sample=2))
+    plan = plan_of(*messages)
     assert len(written(plan)) == 2
+    assert [plan.replicated_of(r).tolist() for r in range(2)] == [[], []]
+    compare(plan, *messages)
+
+
+def test_the_shards_to_compare_are_those_whose_box_is_given_more_than_once() -> None:
+    cube = Piece("cube", Box((0, 0, 0), (2, 2, 2)), (2, 2, 2))
+    tied = rows("tied", 0, 3, 3)
+    plan = plan_of(message(rows("w", 0, 1, 3), cube), message(), message(cube, tied, rows("w", 1, 3, 3), tied))
+    assert [plan.replicated_of(r).tolist() for r in range(3)] == [[1], [], [0, 1, 3]]
+    check_replicas(plan, [bytes(4), b"", bytes(12)])
+    with pytest.raises(ValueError, match="3 samples for 4 replicated shards"):
+        check_replicas(plan, [bytes(4), b"", bytes(8)])
+
+
+def test_a_box_given_twice_by_one_rank_with_other_values() -> None:
+    fails(
+        "'w' (2, 4): rows 0-1 differ between rank 0 and rank 0",
+        message(rows("w", 0, 2, 2, sample=1), rows("w", 0, 2, 2)),
+    )
+
+
+# Shards that changed.
+
+
+def test_a_box_is_written_by_a_rank_that_can_still_write_it() -> None:
+    both = message(rows("w", 0, 2, 4), rows("w", 2, 4, 4))
+    plan = plan_of(both.with_available(1), both)
+    assert [(box[0], writer) for _, box, writer, _ in written(plan)] == [(0, 1), (2, 0)]
+    assert [plan.replicated_of(r).tolist() for r in range(2)] == [[0, 1], [0, 1]]
+    assert plan.bytes_by_rank.tolist() == [32, 32]
+
+
+def test_a_box_that_no_rank_can_write_any_more() -> None:
+    a, b = message(rows("v", 0, 1, 1), rows("w", 0, 4, 4)), message(rows("w", 0, 4, 4))
+    fails(
+        "'w' (4, 4): rows 0-3 can no longer be written: ranks 0, 2, which gave them, have changed them since.",
+        a.with_available(0),
+        message(),
+        b.with_available(),
+    )
+    fails("'v' (1, 4): rows 0-0 can no longer be written: rank 0, which gave them, has changed", a.with_available(1))
 
 
 # Values.
 
 
 def test_values_are_joined_and_sorted() -> None:
-    plan = plan_save([message(values={"b": 1, "a": [2]}), message(values={"c": None, "b": 1})])
-    assert list(plan.values.items()) == [("a", b"[2]"), ("b", b"1"), ("c", b"null")]
+    values = join(message(values={"b": 1, "a": [2]}), message(values={"c": None, "b": 1}))
+    assert list(values.items()) == [("a", b"[2]"), ("b", b"1"), ("c", b"null")]
 
 
 def test_values_that_differ() -> None:
@@ -296,20 +407,18 @@ def test_a_tensor_on_one_rank_and_a_value_on_another() -> None:
     ],
     ids=["value in value", "value in tensor", "tensor in tensor"],
 )
-def test_a_leaf_on_one_rank_and_a_container_on_another(messages: Sequence[RankShards]) -> None:
+def test_a_leaf_on_one_rank_and_a_container_on_another(messages: Sequence[Message]) -> None:
     for order in (messages, messages[::-1]):
         with pytest.raises(InvalidShardingError, match="is a leaf of the state on one rank and the container of 'a/b"):
-            plan_save(order)
+            join(*order)
 
 
 def test_the_own_key_of_a_sharded_tensor_is_no_path() -> None:
-    plan = plan_save([message(rows("a/b", 0, 1, 1, container="x"), values={"a": 1})])
-    assert list(plan.specs) == ["a/b"]
+    assert list(join(message(rows("a/b", 0, 1, 1, container="x"), values={"a": 1}))) == ["a"]
 
 
 def test_the_marker_of_a_list_that_other_ranks_have_longer() -> None:
-    one, two = message(), message()
-    one.values["l"], two.values["l"] = b'{"%list":1}', b'{"%list":2}'
+    one, two = (message(encoded={"l": b'{"%%list":%d}' % n}) for n in (1, 2))
     fails('value \'l\' is {"%list":1} on rank 0 but {"%list":2} on rank 1', one, two)
 
 
@@ -317,8 +426,7 @@ def test_the_marker_of_a_list_that_other_ranks_have_longer() -> None:
 def test_an_empty_list_where_other_ranks_have_shards_is_no_value(nothing: object) -> None:
     shard = rows("w", 0, 1, 1, container="optimizer/moments")
     values = {"optimizer/moments": nothing, "optimizer/other": nothing}
-    plan = plan_save([message(shard), message(values=values)])
-    assert list(plan.values) == ["optimizer/other"]
+    assert list(join(message(shard), message(values=values))) == ["optimizer/other"]
 
 
 # Meshes and PerRank.
@@ -335,14 +443,13 @@ def test_a_coordinate_outside_the_mesh() -> None:
     fails("rank 1: mesh coordinates {'tp': 2} are outside", message(mesh={"tp": (0, 2)}), message(mesh={"tp": (2, 2)}))
 
 
-def per_rank_message(
-    tp: int, dp: int, digest: int, axes: tuple[str, ...] = ("tp",), change: str = "exact"
-) -> RankShards:
-    return message(mesh={"tp": (tp, 2), "dp": (dp, 2)}, per_rank={"rng": PerRankItem(axes, change, digest)})
+def per_rank_message(tp: int, dp: int, digest: int, axes: tuple[str, ...] = ("tp",), change: str = "exact") -> Message:
+    kind = PerRankKind(axes, change)  # type: ignore[arg-type]
+    return message(mesh={"tp": (tp, 2), "dp": (dp, 2)}, per_rank={"rng": (kind, digest)})
 
 
 def test_per_rank_values_are_written_once_for_each_combination_of_coordinates() -> None:
-    plan = plan_save([per_rank_message(tp, dp, 10 + tp) for dp in range(2) for tp in range(2)])
+    plan = plan_of(*(per_rank_message(tp, dp, 10 + tp) for dp in range(2) for tp in range(2)))
     assert plan.per_rank["rng"].axes == (("tp", 2),)
     assert plan.per_rank["rng"].holders == (((0,), 0), ((1,), 1))
     assert [plan.per_rank_keys_of(r) for r in range(4)] == [["rng"], ["rng"], [], []]
