@@ -15,6 +15,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+BoolArray: TypeAlias = npt.NDArray[np.bool_]
 Int32Array: TypeAlias = npt.NDArray[np.int32]
 Int64Array: TypeAlias = npt.NDArray[np.int64]
 MAX_DIMS = 32  # NumPy 1, and what torch exchanges with NumPy, have no more
@@ -156,7 +157,7 @@ def find_untiled(tensor: Int32Array, boxes: Int64Array, wholes: Int64Array) -> l
     """Which of many tensors of one number of dimensions their boxes do not tile, as rows of `wholes`, ascending.
 
     wholes: (t, ndim) global shapes. boxes: (n, 2 * ndim) offsets and shapes, non-empty and inside their tensors;
-    tensor: (n,) rows of `wholes`. Both are sorted by tensor, then by offset in C order.
+    tensor: (n,) rows of `wholes`, ascending. Sorted by offset in C order, too, it is found faster.
     """
     ndim = wholes.shape[1]
     start, size = first_elements(tensor, boxes, wholes), boxes[:, ndim:].prod(axis=1)

@@ -8,7 +8,7 @@ are checked before they are used. No torch, no I/O.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Annotated, Literal, TypeAlias
 
@@ -16,9 +16,9 @@ import msgspec
 import numpy as np
 
 from distckpt._C import crc32c
-from distckpt.chunk_table import Chunks
+from distckpt.chunk_table import Hits
 from distckpt.errors import CheckpointError, CorruptionError
-from distckpt.geometry import MAX_DIMS
+from distckpt.geometry import MAX_DIMS, Int64Array
 from distckpt.shard_file import DTYPES, FORMAT, FORMAT_VERSION
 
 MAX_INDEX_BYTES = 1 << 30
@@ -225,12 +225,17 @@ def _find_tensor_fault(entry: TensorEntry, table: ChunkTable) -> str | None:
     return None
 
 
-def check_locations(index: Index, key: str, chunks: Chunks) -> None:
-    """Raises CorruptionError unless every chunk of `key` is aligned and lies in the data part of a file there is."""
-    item_bytes = DTYPES[index.tensors[key].dtype].item_bytes
+def check_locations(index: Index, keys: Sequence[str], tensor: Int64Array, chunks: Hits) -> None:
+    """Raises CorruptionError unless every chunk is aligned and lies in the data part of a file there is.
+
+    tensor: (h,) which of `keys` each of the chunks is of.
+    """
     count = len(index.files)
-    if len(chunks) and int(chunks.files.max()) >= count:
-        raise CorruptionError(f"tensor {key!r}: a chunk is in file {int(chunks.files.max())} of {count}")
+    beyond = np.flatnonzero(chunks.files >= count)
+    if len(beyond):
+        i = int(beyond[0])
+        raise CorruptionError(f"tensor {keys[tensor[i]]!r}: a chunk is in file {chunks.files[i]} of {count}")
+    item_bytes = np.array([DTYPES[index.tensors[key].dtype].item_bytes for key in keys], np.int64)[tensor]
     first = np.array([f.header_bytes for f in index.files], np.int64)[chunks.files]
     last = np.array([f.per_rank[0] for f in index.files], np.int64)[chunks.files]
     sizes = chunks.shapes.prod(axis=1) * item_bytes
@@ -238,6 +243,6 @@ def check_locations(index: Index, key: str, chunks: Chunks) -> None:
     if bad.any():
         i = int(np.flatnonzero(bad)[0])
         raise CorruptionError(
-            f"tensor {key!r}: a chunk of {sizes[i]} bytes at {chunks.starts[i]} of "
+            f"tensor {keys[tensor[i]]!r}: a chunk of {sizes[i]} bytes at {chunks.starts[i]} of "
             f"{index.files[int(chunks.files[i])].name}, whose data lies at {first[i]}-{last[i]}"
         )

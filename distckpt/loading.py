@@ -37,8 +37,7 @@ from distckpt.matching import (
     subtree,
 )
 from distckpt.meta import is_meta_module, make_module_real
-from distckpt.planner import plan_load
-from distckpt.reader import ChunkTableReader, fill_targets, read_per_rank
+from distckpt.reader import Wanted, plan_reads, read_chunks, read_files, read_per_rank
 from distckpt.report import LoadReport
 from distckpt.sharded_tensor import Shard
 from distckpt.state_dict import FlatState, PerRankLeaf, flatten, set_per_rank
@@ -98,15 +97,6 @@ class LoadContext:
     coordinator: Coordinator
     mesh: Mesh
     timeout_s: float
-
-
-@dataclass(slots=True)
-class _Target:
-    """A region of a stored tensor and the tensor that takes it."""
-
-    key: str
-    box: Box
-    data: Tensor
 
 
 @dataclass(slots=True)
@@ -297,13 +287,10 @@ class Load:
         storage, request = self.context.storage, self._request
         targets = self._targets(index, request)
         buffers = [_host_buffer(t.data) for t in targets]
-        with ChunkTableReader(storage, directory, index) as table:
-            order = sorted(range(len(targets)), key=lambda i: targets[i].key)
-            located = [(targets[i].box, table.chunks(targets[i].key)) for i in order]
-        keys = [targets[i].key for i in order]
-        self._bytes_read += fill_targets(
-            storage, directory, index, plan_load(located), [buffers[i] for i in order], keys
-        )
+        keys = sorted({t.key for t in targets})
+        chunks = read_chunks(storage, directory, index, keys)
+        wanted = [Wanted(t.key, t.box, buffer) for t, buffer in zip(targets, buffers, strict=True)]
+        self._bytes_read += read_files(storage, directory, index, plan_reads(index, keys, chunks, wanted))
         for target, buffer in zip(targets, buffers, strict=True):
             if buffer is not target.data:
                 target.data.copy_(buffer)
@@ -329,19 +316,19 @@ class Load:
             self._flat = flatten(self.state, ADAPTERS)
             self._request = match_state(self._flat, index, self.context.mesh)
 
-    def _targets(self, index: Index, request: Request) -> list[_Target]:
-        targets: list[_Target] = []
+    def _targets(self, index: Index, request: Request) -> list[Wanted]:
+        targets: list[Wanted] = []
         for leaf, entry in request.tensors:
             if leaf.materialize is not None:
                 leaf.shards, leaf.materialize = leaf.materialize(self.device), None
             for shard in leaf.shards:
                 target = _clip(shard, entry)
                 if target is not None:
-                    targets.append(_Target(leaf.key, *target))
+                    targets.append(Wanted(leaf.key, *target))
         request.whole_tensors = empty_tensors(index, request.whole)
         for key, tensor in request.whole_tensors.items():
             if tensor.numel():
-                targets.append(_Target(key, Box.whole(tensor.shape), tensor))
+                targets.append(Wanted(key, Box.whole(tensor.shape), tensor))
         return targets
 
     def _apply(self, index: Index) -> None:

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from math import prod
 
 import numpy as np
-import numpy.typing as npt
 
 from distckpt.errors import InvalidShardingError
 from distckpt.geometry import (
+    BoolArray,
     Box,
     Int32Array,
     Int64Array,
@@ -27,7 +27,6 @@ from distckpt.geometry import (
 from distckpt.index import MAX_BYTES, Spec
 from distckpt.shard_file import DTYPES
 
-BoolArray = npt.NDArray[np.bool_]
 _MAX_ELEMENTS = MAX_BYTES // 16  # of the largest items, as the index has it
 _BATCH = 1 << 16  # boxes whose holders are Python integers at a time
 

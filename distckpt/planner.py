@@ -14,7 +14,7 @@ from itertools import takewhile
 import msgspec
 import numpy as np
 
-from distckpt.chunk_table import Chunks
+from distckpt.chunk_table import Boxes, Grids, Hits
 from distckpt.errors import InvalidShardingError
 from distckpt.geometry import Box, Int32Array, Int64Array
 from distckpt.index import Mesh, MeshCoordinates, OnChange, Spec
@@ -399,42 +399,37 @@ def _gather_shards(ranks: Sequence[RankShards], numbers: Sequence[Int32Array]) -
 
 
 @dataclass(frozen=True, slots=True)
-class Copy:
-    """One region to bring from a stored chunk into a target; numbers of elements, but for chunk_start (bytes)."""
+class Copies:
+    """Regions to bring from stored chunks into targets, all of one number of dimensions; (h,) or (h, ndim).
 
-    file: int
-    chunk_start: int
-    chunk_origin: tuple[int, ...]  # of the chunk in the global tensor
-    chunk_shape: tuple[int, ...]
-    chunk_offset: tuple[int, ...]  # of the region in the chunk
-    target: int
-    target_offset: tuple[int, ...]  # of the region in the target's box
-    shape: tuple[int, ...]
-
-
-def plan_load(targets: Sequence[tuple[Box, Chunks]]) -> list[Copy]:
-    """What fills every target box from the chunks that are stored of its tensor, in order of file and position.
-
-    Target boxes lie inside the stored global shape; then the copies cover them, since stored chunks tile it.
+    target: its number. hits: the chunks. low, shape: offset and shape of the
+    region in the global tensor.
     """
-    copies: list[Copy] = []
-    for number, (box, chunks) in enumerate(targets):
-        low = np.maximum(chunks.offsets, np.array(box.offset, np.int64))
-        high = np.minimum(chunks.offsets + chunks.shapes, np.array(box.end, np.int64))
-        hits = np.flatnonzero((low < high).all(axis=1))
-        copies += [_copy(number, box, chunks, i, low[i], high[i]) for i in hits.tolist()]
-    return sorted(copies, key=lambda c: (c.file, c.chunk_start))
+
+    target: Int64Array
+    hits: Hits
+    low: Int64Array
+    shape: Int64Array
 
 
-def _copy(target: int, box: Box, chunks: Chunks, i: int, low: Int64Array, high: Int64Array) -> Copy:
-    """From chunk i into the target: the region low..high of the global tensor."""
-    return Copy(
-        file=int(chunks.files[i]),
-        chunk_start=int(chunks.starts[i]),
-        chunk_origin=tuple(chunks.offsets[i].tolist()),
-        chunk_shape=tuple(chunks.shapes[i].tolist()),
-        chunk_offset=tuple((low - chunks.offsets[i]).tolist()),
-        target=target,
-        target_offset=tuple((low - np.array(box.offset, np.int64)).tolist()),
-        shape=tuple((high - low).tolist()),
-    )
+def plan_load(stored: Sequence[Grids | Boxes], tensor: Int64Array, boxes: Sequence[Box]) -> list[Copies]:
+    """What fills every box from the chunks that are stored of its tensor, (k,) by the numbers that `stored` gives them.
+
+    The boxes lie inside the stored global shapes; then the copies cover them, since stored chunks tile them.
+    """
+    copies = []
+    is_filled = np.array([box.size > 0 for box in boxes], bool)
+    row_of = np.full(max((int(group.tensors.max()) + 1 for group in stored), default=0), -1, np.int64)
+    for group in stored:
+        row_of[group.tensors] = np.arange(len(group.tensors))
+        targets = np.flatnonzero(is_filled & (row_of[tensor] >= 0))
+        if len(targets):
+            mine = [boxes[i] for i in targets.tolist()]
+            low = np.array([box.offset for box in mine], np.int64)
+            high = np.array([box.end for box in mine], np.int64)
+            hits = group.meeting(row_of[tensor[targets]], low, high)
+            start = np.maximum(hits.offsets, low[hits.box])
+            shape = np.minimum(hits.offsets + hits.shapes, high[hits.box]) - start
+            copies.append(Copies(targets[hits.box], hits, start, shape))
+        row_of[group.tensors] = -1
+    return copies

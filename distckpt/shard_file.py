@@ -90,12 +90,7 @@ class Chunk(NamedTuple):
     @property
     def entry(self) -> str:
         """Its name in the header: the escaped key, and the offset unless the chunk is the whole tensor."""
-        name = self.key
-        if not _PLAIN_KEY.fullmatch(name):
-            name = quote(name, safe=_SAFE)
-            if name.startswith("__"):
-                name = "%5F%5F" + name[2:]
-        return name if self.whole else f"{name}@{','.join(map(str, self.offset))}"
+        return escape_key(self.key) if self.whole else entry_of_part(escape_key(self.key), self.offset)
 
     @property
     def size_bytes(self) -> int:
@@ -104,6 +99,17 @@ class Chunk(NamedTuple):
 
 _SAFE = "".join(chr(c) for c in range(32, 127) if chr(c) not in '%@"\\')
 _PLAIN_KEY = re.compile(rf"(?!__)[{re.escape(_SAFE)}]*")
+
+
+def escape_key(key: str) -> str:
+    """A key as names of entries have it, which is also the name of a chunk that is the whole tensor."""
+    name = quote(key, safe=_SAFE)
+    return "%5F%5F" + name[2:] if name.startswith("__") else name
+
+
+def entry_of_part(escaped_key: str, offset: Sequence[int]) -> str:
+    """The name of the chunk at `offset` of a tensor of which it is a part."""
+    return f"{escaped_key}@{','.join(map(str, offset))}"
 
 
 def key_of_entry(entry: str) -> str:

@@ -6,6 +6,7 @@ import itertools
 import tracemalloc
 from collections.abc import Sequence
 from math import prod
+from random import Random
 
 import numpy as np
 import pytest
@@ -13,7 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distckpt import CorruptionError
-from distckpt.chunk_table import PAGE_BYTES, Chunks, check_pages, decode_record, encode_record, page_checksums
+from distckpt.chunk_table import (
+    PAGE_BYTES,
+    Boxes,
+    Chunks,
+    Grids,
+    check_pages,
+    decode_records,
+    encode_record,
+    page_checksums,
+)
 from distckpt.geometry import is_tiling
 
 Shape = tuple[int, ...]
@@ -24,6 +34,19 @@ def chunks_of(boxes: Sequence[tuple[Shape, Shape]], ndim: int) -> Chunks:
     offsets = np.array([o for o, _ in boxes], np.int64).reshape(len(boxes), ndim)
     shapes = np.array([s for _, s in boxes], np.int64).reshape(len(boxes), ndim)
     return Chunks(offsets, shapes, np.arange(len(boxes)) % 3, 4096 + 64 * np.arange(len(boxes)))
+
+
+def decode_record(record: bytes, shape: Shape, *, where: str) -> Chunks:
+    """All chunks of one record."""
+    (group,) = decode_records(record, [(0, len(record))], [shape], ["w"], where=where)
+    return all_of(group, 0, shape)
+
+
+def all_of(group: Grids | Boxes, row: int, shape: Shape) -> Chunks:
+    whole = np.array([shape], np.int64).reshape(1, len(shape))
+    boxes = int(prod(shape) > 0)  # Nothing meets a box of nothing.
+    hits = group.meeting(np.full(boxes, row), 0 * whole[:boxes], whole[:boxes])
+    return Chunks(hits.offsets, hits.shapes, hits.files, hits.starts)
 
 
 def described(chunks: Chunks) -> set[tuple[Shape, Shape, int, int]]:
@@ -100,6 +123,51 @@ def test_scalar_and_empty_tensors_have_records() -> None:
     for shape in ((0,), (3, 0, 2)):
         record = encode_record(chunks_of([], len(shape)), shape)
         assert len(decode_record(record, shape, where="t")) == 0
+
+
+Tensor = tuple[Shape, list[tuple[Shape, Shape]]]
+
+
+@settings(deadline=None)
+@given(st.lists(grids() | partitions(), max_size=6), st.randoms())
+def test_many_records_are_decoded_at_once_and_wherever_they_lie(tensors: list[Tensor], random: Random) -> None:
+    records = [encode_record(chunks_of(boxes, len(shape)), shape) for shape, boxes in tensors]
+    order = random.sample(range(len(records)), len(records))
+    data, places = b"?", {}
+    for t in order:
+        places[t] = (len(data), len(records[t]))
+        data += records[t] + b"?" * random.randrange(3)
+    found = {}
+    every = [places[t] for t in range(len(records))]
+    for group in decode_records(data, every, [s for s, _ in tensors], [str(t) for t in order], where="t"):
+        for row, t in enumerate(group.tensors.tolist()):
+            found[t] = described(all_of(group, row, tensors[t][0]))
+    assert found == {t: described(chunks_of(boxes, len(shape))) for t, (shape, boxes) in enumerate(tensors)}
+
+
+def test_the_record_that_is_wrong_is_named() -> None:
+    good, bad = grid((0, 2), (0,)), grid((0, 3, 2), (0,))
+    data = good + bad + good
+    places = [(0, len(good)), (len(good), len(bad)), (len(good) + len(bad), len(good))]
+    with pytest.raises(CorruptionError, match=r"^t: tensor 'b': chunk table record: cuts are not ascending"):
+        decode_records(data, places, [(4, 4)] * 3, ["a", "b", "c"], where="t")
+
+
+def test_boxes_are_compared_in_batches() -> None:
+    """More chunks than are compared at a time, once for each of two boxes."""
+    columns = np.arange(600_000)
+    offsets = np.concatenate([np.stack([0 * columns, columns], 1), np.stack([1 + columns % 2, columns], 1)])
+    shapes = np.concatenate(
+        [np.stack([1 + columns % 2, 0 * columns + 1], 1), np.stack([2 - columns % 2, 0 * columns + 1], 1)]
+    )
+    files = np.arange(len(offsets))
+    shape = (3, len(columns))
+    data = encode_record(Chunks(offsets, shapes, files, files), shape)
+    (group,) = decode_records(data, [(0, len(data))], [shape], ["w"], where="t")
+    low = np.array([[0, 7], [0, 599_999], [2, 0]])
+    hits = group.meeting(np.zeros(3, np.int64), low, np.array([[3, 8], [1, 600_000], [3, 2]]))
+    assert hits.box.tolist() == [0, 0, 1, 2, 2]
+    assert hits.files.tolist() == [7, 600_007, 599_999, 600_000, 600_001]
 
 
 GOLDEN_GRID = (
@@ -228,7 +296,7 @@ def boxes(*pairs: tuple[Shape, Shape], width: int = 1) -> bytes:
     ],
 )
 def test_hostile_record(data: bytes, shape: Shape, why: str) -> None:
-    with pytest.raises(CorruptionError, match=f"^t: chunk table record: .*{why}"):
+    with pytest.raises(CorruptionError, match=f"^t: tensor 'w': chunk table record: .*{why}"):
         decode_record(data, shape, where="t")
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from distckpt import CheckpointError, CorruptionError
 from distckpt._C import crc32c
-from distckpt.chunk_table import Chunks
+from distckpt.chunk_table import Hits
 from distckpt.index import (
     ChunkTable,
     Index,
@@ -424,13 +424,15 @@ def test_random_changes_of_the_text_are_refused_or_give_a_sound_index(data: st.D
 # Where chunks lie
 
 
-def places(files: list[int], starts: list[int]) -> Chunks:
-    """Two chunks of w: rows 0-1 and rows 2-3, 48 bytes each."""
-    return Chunks(np.array([[0, 0], [2, 0]]), np.array([[2, 6], [2, 6]]), np.array(files), np.array(starts))
+def check_places(files: list[int], starts: list[int]) -> None:
+    """Check two chunks of w: rows 0-1 and rows 2-3, 48 bytes each."""
+    both, shapes = np.arange(2), np.array([[2, 6], [2, 6]])
+    chunks = Hits(both, both, np.array(files), np.array(starts), np.array([[0, 0], [2, 0]]), shapes)
+    check_locations(INDEX, ["model/b", "w"], np.array([1, 1]), chunks)
 
 
 def test_chunks_inside_the_data_of_their_files_are_good() -> None:
-    check_locations(INDEX, "w", places([0, 1], [4096, 4120]))
+    check_places([0, 1], [4096, 4120])
 
 
 @pytest.mark.parametrize(
@@ -449,4 +451,4 @@ def test_chunks_inside_the_data_of_their_files_are_good() -> None:
 )
 def test_hostile_locations(files: list[int], starts: list[int], why: str) -> None:
     with pytest.raises(CorruptionError, match=f"tensor 'w': .*{why}" if "chunk of" in why else why):
-        check_locations(INDEX, "w", places(files, starts))
+        check_places(files, starts)

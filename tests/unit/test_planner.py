@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise, product
 
 import msgspec
 import numpy as np
@@ -12,13 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distckpt.chunk_table import Chunks
+from distckpt.chunk_table import Boxes, Chunks, Grids, decode_records, encode_record
 from distckpt.errors import InvalidShardingError
-from distckpt.geometry import Box
+from distckpt.geometry import Box, intersect, subtract
 from distckpt.index import Spec
 from distckpt.json_value import encode_value
 from distckpt.planner import (
-    Copy,
     PerRankKind,
     RankShards,
     RankValues,
@@ -471,44 +471,111 @@ def test_per_rank_values_of_two_kinds(other: dict[str, object]) -> None:
 # Loading.
 
 
-def chunks(*boxes: Box) -> Chunks:
-    """Chunk i lies in file i % 2 from byte 100 * i on."""
-    ndim = len(boxes[0].shape)
-    return Chunks(
-        np.array([b.offset for b in boxes], np.int64).reshape(len(boxes), ndim),
-        np.array([b.shape for b in boxes], np.int64).reshape(len(boxes), ndim),
-        np.arange(len(boxes)) % 2,
-        100 * np.arange(len(boxes)),
-    )
+@dataclass(frozen=True)
+class Region:
+    """One copy, for one tensor of which chunk i lies in file i % 2 from byte 100 * i on."""
+
+    file: int
+    start: int
+    chunk: Box
+    target: int
+    box: Box
+
+
+def stored(*tensors: Sequence[Box]) -> list[Grids | Boxes]:
+    """What is stored of tensors 0, 1, ... of these chunks."""
+    records, shapes = [], []
+    for boxes in tensors:
+        ndim = len(boxes[0].shape)
+        offsets, extents = (
+            np.array([getattr(b, name) for b in boxes], np.int64).reshape(len(boxes), ndim)
+            for name in ("offset", "shape")
+        )
+        shapes.append(tuple((offsets + extents).max(axis=0).tolist()))
+        chunks = Chunks(offsets, extents, np.arange(len(boxes)) % 2, 100 * np.arange(len(boxes)))
+        records.append(encode_record(chunks, shapes[-1]))
+    ends = np.cumsum([len(r) for r in records]).tolist()
+    places = [(end - len(r), len(r)) for end, r in zip(ends, records, strict=True)]
+    return decode_records(b"".join(records), places, shapes, [str(t) for t in range(len(tensors))], where="t")
+
+
+def planned(chunks: list[Grids | Boxes], *targets: tuple[int, Box]) -> list[Region]:
+    """The copies for targets: number of the tensor, box. In order of target and position."""
+    found = []
+    for c in plan_load(chunks, np.array([t for t, _ in targets], np.int64), [box for _, box in targets]):
+        columns = (c.hits.files, c.hits.starts, c.hits.offsets, c.hits.shapes, c.target, c.low, c.shape)
+        for file, start, offset, extent, target, low, shape in zip(*(x.tolist() for x in columns), strict=True):
+            chunk, box = Box(tuple(offset), tuple(extent)), Box(tuple(low), tuple(shape))
+            found.append(Region(file, start, chunk, target, box))
+    return sorted(found, key=lambda r: (r.target, r.start))
+
+
+ROWS = [Box((0, 0), (2, 4)), Box((2, 0), (2, 4)), Box((4, 0), (2, 4))]
+UNEVEN = [Box((0, 0), (2, 2)), Box((0, 2), (1, 2)), Box((1, 2), (1, 2))]
 
 
 def test_a_target_is_filled_from_all_chunks_it_meets_and_no_other() -> None:
-    stored = chunks(Box((0, 0), (2, 4)), Box((2, 0), (2, 4)), Box((4, 0), (2, 4)))
-    common = {"chunk_shape": (2, 4), "target": 0, "shape": (1, 2)}
-    assert plan_load([(Box((1, 1), (2, 2)), stored)]) == [
-        Copy(file=0, chunk_start=0, chunk_origin=(0, 0), chunk_offset=(1, 1), target_offset=(0, 0), **common),
-        Copy(file=1, chunk_start=100, chunk_origin=(2, 0), chunk_offset=(0, 1), target_offset=(1, 0), **common),
+    assert planned(stored(ROWS), (0, Box((1, 1), (2, 2)))) == [
+        Region(file=0, start=0, chunk=ROWS[0], target=0, box=Box((1, 1), (1, 2))),
+        Region(file=1, start=100, chunk=ROWS[1], target=0, box=Box((2, 1), (1, 2))),
+    ]
+    assert planned(stored(UNEVEN), (0, Box((1, 1), (1, 3)))) == [
+        Region(file=0, start=0, chunk=UNEVEN[0], target=0, box=Box((1, 1), (1, 1))),
+        Region(file=0, start=200, chunk=UNEVEN[2], target=0, box=Box((1, 2), (1, 2))),
     ]
 
 
-def test_copies_come_in_order_of_file_and_position() -> None:
-    stored = chunks(*(Box((n,), (1,)) for n in range(5)))
-    copies = plan_load([(Box((3,), (2,)), stored), (Box((0,), (4,)), stored)])
-    assert [(c.file, c.chunk_start, c.target) for c in copies] == [
-        (0, 0, 1),
-        (0, 200, 1),
-        (0, 400, 0),
-        (1, 100, 1),
-        (1, 300, 0),
-        (1, 300, 1),
+def test_targets_of_several_tensors_and_several_of_one() -> None:
+    scalar = Box((), ())
+    chunks = stored(UNEVEN, [scalar], ROWS)
+    targets = [(2, Box((5, 0), (1, 1))), (1, scalar), (0, Box((0, 3), (1, 1))), (2, Box((0, 0), (1, 1))), (1, scalar)]
+    assert [(r.target, r.chunk, r.box) for r in planned(chunks, *targets)] == [
+        (0, ROWS[2], Box((5, 0), (1, 1))),
+        (1, scalar, scalar),
+        (2, UNEVEN[1], Box((0, 3), (1, 1))),
+        (3, ROWS[0], Box((0, 0), (1, 1))),
+        (4, scalar, scalar),
     ]
-
-
-def test_a_target_without_dimensions() -> None:
-    (copy,) = plan_load([(Box((), ()), chunks(Box((), ())))])
-    assert (copy.file, copy.chunk_start, copy.target) == (0, 0, 0)
-    assert copy.chunk_shape == copy.chunk_offset == copy.target_offset == copy.shape == ()
 
 
 def test_a_target_without_elements_needs_nothing() -> None:
-    assert plan_load([(Box((1, 0), (0, 4)), chunks(Box((0, 0), (2, 4))))]) == []
+    assert planned(stored(ROWS, UNEVEN), (0, Box((1, 0), (0, 4))), (1, Box((1, 1), (1, 0)))) == []
+    assert planned(stored(ROWS)) == []
+    assert planned([]) == []
+
+
+@st.composite
+def cut_tensors(draw: st.DrawFn) -> list[Box]:
+    """Boxes that tile a tensor: a grid or not."""
+    shape = draw(st.lists(st.integers(1, 6), min_size=1, max_size=3))
+    if draw(st.booleans()):
+        edges = [sorted({0, n, *draw(st.lists(st.integers(1, n), max_size=3))}) for n in shape]
+        cells = product(*(pairwise(e) for e in edges))
+        return [Box(tuple(a for a, _ in cell), tuple(b - a for a, b in cell)) for cell in cells]
+    boxes = [Box.whole(shape)]
+    for _ in range(draw(st.integers(0, 6))):  # Cut one in two, again and again.
+        box = boxes.pop(draw(st.integers(0, len(boxes) - 1)))
+        d = draw(st.integers(0, len(shape) - 1))
+        first = Box(box.offset, (*box.shape[:d], draw(st.integers(1, box.shape[d])), *box.shape[d + 1 :]))
+        boxes += [first, *subtract(box, first)]
+    return boxes
+
+
+@PATIENT
+@given(st.lists(cut_tensors(), min_size=1, max_size=3), st.data())
+def test_copies_are_the_intersections_of_targets_and_chunks(tensors: list[list[Box]], data: st.DataObject) -> None:
+    targets = []
+    for _ in range(data.draw(st.integers(0, 4))):
+        t = data.draw(st.integers(0, len(tensors) - 1))
+        shape = np.max([b.end for b in tensors[t]], axis=0).tolist()
+        edges = [sorted(data.draw(st.tuples(st.integers(0, n), st.integers(0, n)))) for n in shape]
+        targets.append((t, Box(tuple(a for a, _ in edges), tuple(b - a for a, b in edges))))
+    expected = {
+        (i, chunk, common)
+        for i, (t, box) in enumerate(targets)
+        for chunk in tensors[t]
+        if (common := intersect(chunk, box)) is not None
+    }
+    found = planned(stored(*tensors), *targets)
+    assert {(r.target, r.chunk, r.box) for r in found} == expected
+    assert len(found) == len(expected)
