@@ -174,9 +174,9 @@ def find_untiled(tensor: Int32Array, boxes: Int64Array, wholes: Int64Array) -> l
     in_sequence[tensor[~is_next]] = False
     is_full = covered == wholes.prod(axis=1)
     untiled = []
+    edges = np.searchsorted(tensor, np.arange(len(wholes) + 1, dtype=np.int32)).tolist()
     for t in np.flatnonzero(~(is_full & in_sequence)).tolist():
-        low, high = np.searchsorted(tensor, [t, t + 1])
-        mine = boxes[low:high]
+        mine = boxes[edges[t] : edges[t + 1]]
         if not is_full[t] or not is_tiling(mine[:, :ndim], mine[:, ndim:], wholes[t].tolist()):
             untiled.append(t)
     return untiled

@@ -261,20 +261,25 @@ def _regions(
         low.tolist(),
         [memory.data for memory in mine],
         target_start.tolist(),
-        map(tuple, copies.shape.tolist()),
-        map(tuple, source_strides.tolist()),
-        map(tuple, target_strides.tolist()),
+        _tuples(copies.shape),
+        _tuples(source_strides),
+        _tuples(target_strides),
         items,
         strict=True,
     )
     return low, high, list(columns)
 
 
+def _tuples(rows: Int64Array) -> Iterable[tuple[int, ...]]:
+    """The rows of an (n, ndim) array."""
+    return zip(*rows.T.tolist(), strict=True) if rows.shape[1] else [()] * len(rows)
+
+
 def _expected_entries(index: Index, keys: Sequence[str], tensor: Int64Array, chunks: Hits) -> Iterator[ExpectedEntry]:
     """The entries of chunks, of keys[tensor[i]] each, in the headers of their files."""
     used = np.unique(tensor).tolist()
     of_tensor = {t: (escape_key(keys[t]), index.tensors[keys[t]]) for t in used}
-    columns = (tensor.tolist(), chunks.starts.tolist(), chunks.offsets.tolist(), map(tuple, chunks.shapes.tolist()))
+    columns = (tensor.tolist(), chunks.starts.tolist(), _tuples(chunks.offsets), _tuples(chunks.shapes))
     for t, start, offset, shape in zip(*columns, strict=True):
         name, entry = of_tensor[t]
         dtype = DTYPES[entry.dtype]
