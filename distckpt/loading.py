@@ -383,6 +383,8 @@ def _is_damage(error: CorruptionError | OSError) -> bool:
 
 def _clip(shard: Shard, entry: TensorEntry) -> tuple[Box, Tensor] | None:
     """The part of a shard that is stored (all of it, but for allow_shape_mismatch), and the view of its data."""
+    if shard.box.size and shard.box.is_inside(entry.global_shape):
+        return shard.box, shard.data
     box = intersect(shard.box, Box.whole(entry.global_shape))
     if box is None:
         return None

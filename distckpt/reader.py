@@ -150,10 +150,13 @@ class TargetMemory:
     @classmethod
     def of(cls, tensor: Tensor) -> TargetMemory:
         elements = carrier(tensor)
-        item = elements.element_size()
-        span = 1 + sum((n - 1) * s for n, s in zip(elements.shape, elements.stride(), strict=True))
-        flat = elements.as_strided((span,), (1,)).numpy().view(np.uint8)
-        return cls(flat.data, tuple(s * item for s in elements.stride()), item)
+        array = elements.numpy()
+        if array.flags.c_contiguous:
+            flat = array.reshape(-1)
+        else:  # Over what lies between its elements, too; it is not written.
+            span = 1 + sum((n - 1) * s for n, s in zip(elements.shape, elements.stride(), strict=True))
+            flat = elements.as_strided((span,), (1,)).numpy()
+        return cls(flat.view(np.uint8).data, array.strides, array.itemsize)
 
 
 @dataclass(frozen=True, slots=True)
