@@ -36,7 +36,7 @@ from distckpt.reader import Wanted, plan_reads, read_chunks
 from distckpt.shard_file import BLOCK_BYTES, file_name
 from distckpt.testing import MemoryStorage
 
-SIZES = ((64, 10_000, 1), (1024, 1_000_000, 1), (1024, 1_250_000, 8), (16_384, 10_000_000, 1))
+SIZES = ((64, 10_000, 1), (256, 100_000, 1), (1024, 1_000_000, 1), (1024, 1_250_000, 8), (16_384, 10_000_000, 1))
 DIRECTORY, SAVE_ID = "iter_0000001", "5" * 32
 HEADER_BYTES = 1 << 20
 

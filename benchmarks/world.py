@@ -60,7 +60,7 @@ class World:
             is_weight, is_by_rows = i >= self.shards, i % 2 == 0
             parts_here = 1 if is_weight else parts
             shape = (ROWS * parts_here * (tp if is_by_rows else 1), COLUMNS * (1 if is_by_rows else tp))
-            name = f"layers.{stage * 100 + i // 12}.mlp.{i % 12}.{'weight' if is_weight else 'exp_avg'}"
+            name = f"stages.{stage}.layers.{i // 12}.mlp.{i % 12}.{'weight' if is_weight else 'exp_avg'}"
             spec = Spec(
                 dtype="bfloat16" if is_weight else "float32",
                 global_shape=shape,

@@ -13,7 +13,7 @@ from benchmarks.scale import ENGINES, SIZES, Measured, main, print_runs
 from benchmarks.world import World
 from distckpt.planner import plan_save
 
-WORLDS = [World(1, 5), World(8, 100), World(64, 500), World(64, 120, replicas=4)]
+WORLDS = [World(1, 5), World(8, 100), World(64, 500), World(64, 120, replicas=4), World(16, 40_000)]
 
 
 @pytest.mark.parametrize("world", [*WORLDS, *(World(*size) for size in SIZES)], ids=str)
@@ -36,7 +36,7 @@ def test_the_ranks_of_a_world_have_whole_tensors(world: World) -> None:
         assert box.is_inside(plan.specs[key].global_shape)
 
 
-@pytest.mark.parametrize("world", WORLDS, ids=str)
+@pytest.mark.parametrize("world", WORLDS[:-1], ids=str)
 def test_both_engines_go_through_all_steps_of_a_world(world: World) -> None:
     ours, peers = (ENGINES[name](world) for name in ("distckpt", "DCP"))
     assert peers.seconds.keys() <= ours.seconds.keys() == ours.peak_bytes.keys()
