@@ -7,13 +7,17 @@ from distckpt.coordinator.threads import ThreadCoordinator, run_ranks
 from distckpt.storage.contract import StorageContract
 from distckpt.storage.faults import Crash, CrashingStorage
 from distckpt.storage.memory import MemoryStorage
+from distckpt.transport.contract import TransportContract
+from distckpt.transport.fake import FakeAccelerator
 
 __all__ = [
     "CoordinatorContract",
     "Crash",
     "CrashingStorage",
+    "FakeAccelerator",
     "MemoryStorage",
     "StorageContract",
     "ThreadCoordinator",
+    "TransportContract",
     "run_ranks",
 ]

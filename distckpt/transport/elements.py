@@ -1,0 +1,59 @@
+"""Elements as bytes: what any transport moves. Decides how a tensor is viewed and cut, never where it goes.
+
+Elements are moved as integers of their size, so that element types which have no arithmetic are copied too, and
+every bit pattern comes out as it went in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+
+
+def is_lazy(tensor: Tensor) -> bool:
+    """Whether its memory holds the conjugates or negatives of its elements."""
+    return tensor.is_conj() or tensor.is_neg()
+
+
+def carrier(tensor: Tensor) -> Tensor:
+    """A view of the same elements as integers of their size (complex128 as it is); a copy if they are lazy."""
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    return plain.view(_CARRIERS[plain.element_size()])
+
+
+def movable(tensor: Tensor) -> Tensor:
+    """A view of the same elements in their own memory, that copy_() reads and writes bit by bit."""
+    return tensor.detach() if is_lazy(tensor) else carrier(tensor)
+
+
+def flat_bytes(tensor: Tensor) -> Tensor:
+    """The elements in C order as 1-d uint8, where they are: a view of a contiguous tensor, else a copy."""
+    return carrier(tensor).contiguous().view(-1).view(torch.uint8)
+
+
+def host_bytes(source: Tensor) -> memoryview:
+    """The elements of `source` in C order as bytes on the host: a view where they lie so, else a copy."""
+    elements = carrier(source).cpu().contiguous()
+    if not elements.numel():
+        return memoryview(b"")
+    return elements.reshape(-1).numpy().view(np.uint8).data
+
+
+def pieces(tensor: Tensor, max_bytes: int, dim: int = 0) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """Views that make up the tensor, in C order of its elements, each with the index of its first element.
+
+    Each has at most max_bytes, unless that is less than one element. The dimensions before `dim` have size 1.
+    """
+    if tensor.nbytes <= max_bytes or dim == tensor.dim():
+        yield (0,) * tensor.dim(), tensor
+        return
+    rows = max_bytes // (tensor.nbytes // tensor.shape[dim])
+    for first in range(0, tensor.shape[dim], max(rows, 1)):
+        part = tensor.narrow(dim, first, min(max(rows, 1), tensor.shape[dim] - first))
+        for at, piece in pieces(part, max_bytes, dim + 1):
+            yield (*at[:dim], first, *at[dim + 1 :]), piece
