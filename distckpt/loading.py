@@ -39,9 +39,11 @@ from distckpt.matching import (
 from distckpt.meta import is_meta_module, make_module_real
 from distckpt.reader import Wanted, plan_reads, read_chunks, read_files, read_per_rank
 from distckpt.report import LoadReport
+from distckpt.ring import fill_through_ring
 from distckpt.sharded_tensor import Shard
 from distckpt.state_dict import FlatState, PerRankLeaf, flatten, set_per_rank
 from distckpt.storage import Storage
+from distckpt.transport import Transports, is_lazy
 
 logger = logging.getLogger("distckpt")
 M = TypeVar("M")
@@ -97,6 +99,7 @@ class LoadContext:
     coordinator: Coordinator
     mesh: Mesh
     timeout_s: float
+    transports: Transports = field(default_factory=Transports)
 
 
 @dataclass(slots=True)
@@ -115,6 +118,7 @@ class Load:
     _failed: dict[Commit, str] = field(default_factory=dict)
     _bytes_read: int = 0
     _size_bytes: int = 0
+    _warning: str | None = None  # of this rank alone
 
     def run(self) -> tuple[LoadReport, Index]:
         """Fill the state. Raises, the same on all ranks: CheckpointNotFoundError, MismatchError (nothing has been
@@ -147,7 +151,7 @@ class Load:
             fell_back_from=resolved.fell_back_from,
             reseeded=tuple(sorted(leaf.key for leaf in self._request.reseed)),
             skipped=tuple(sorted(leaf.key for leaf in self._request.skip)),
-            warnings=(resolved.warning,) if resolved.warning else (),
+            warnings=tuple(warning for warning in (resolved.warning, self._warning) if warning),
         )
         return report, index
 
@@ -286,16 +290,7 @@ class Load:
         self._make_modules_real(index)
         storage, request = self.context.storage, self._request
         targets = self._targets(index, request)
-        buffers = [_host_buffer(t.data) for t in targets]
-        keys = sorted({t.key for t in targets})
-        chunks = read_chunks(storage, directory, index, keys)
-        wanted = [Wanted(t.key, t.box, buffer) for t, buffer in zip(targets, buffers, strict=True)]
-        self._bytes_read += read_files(storage, directory, index, plan_reads(index, keys, chunks, wanted))
-        for target, buffer in zip(targets, buffers, strict=True):
-            if buffer is not target.data:
-                target.data.copy_(buffer)
-            else:  # Filled behind autograd's back: a backward through the old values must fail.
-                torch.autograd.graph.increment_version(target.data)
+        self._fill(directory, index, sorted(targets, key=lambda t: t.key))
         self._size_bytes = sum(t.data.nbytes for t in targets)
         numbers = {number for _, number in request.per_rank}
         stored = {number: read_per_rank(storage, directory, index, number) for number in numbers}
@@ -305,6 +300,31 @@ class Load:
             request.per_rank_values[leaf.key] = decode_leaf(bytes(stored[number][leaf.key]), leaf.key)
         for key, _ in request.values:
             request.decoded[key] = decode_leaf(bytes(index.values[key]), key)
+
+    def _fill(self, directory: str, index: Index, targets: Sequence[_Target]) -> None:
+        """Targets in host memory where they are; the others, in order of keys, through the ring."""
+        context = self.context
+        in_place: list[_Target] = []
+        others: list[_Target] = []
+        for target in targets:
+            is_plain = context.transports.of(target.data).is_host and not is_lazy(target.data)
+            (in_place if is_plain else others).append(target)
+        with ChunkTableReader(context.storage, directory, index) as table:
+
+            def read(wanted: Sequence[_Target]) -> None:
+                copies = plan_load([(t.box, table.chunks(t.key)) for t in wanted])
+                data, keys = [t.data for t in wanted], [t.key for t in wanted]
+                self._bytes_read += fill_targets(context.storage, directory, index, copies, data, keys)
+
+            read(in_place)
+            self._warning = fill_through_ring(
+                [(t.box, t.data) for t in others],
+                lambda pieces: read([_Target(others[p.number].key, p.box, p.data) for p in pieces]),
+                context.transports,
+                timeout_s=context.timeout_s,
+            )
+        for target in in_place:  # Filled behind autograd's back: a backward through the old values must fail.
+            torch.autograd.graph.increment_version(target.data)
 
     def _make_modules_real(self, index: Index) -> None:
         """Give modules on the meta device real tensors, and match anew what then stands in the state."""
@@ -390,10 +410,3 @@ def _clip(shard: Shard, entry: TensorEntry) -> tuple[Box, Tensor] | None:
         return None
     inner = tuple(slice(o - s, o - s + n) for o, s, n in zip(box.offset, shard.box.offset, box.shape, strict=True))
     return box, shard.data[inner]
-
-
-def _host_buffer(target: Tensor) -> Tensor:
-    """Where to read a target's bytes: the target if it lies plainly on the host, else a buffer of its shape there."""
-    if target.device.type == "cpu" and not target.is_conj() and not target.is_neg():
-        return target
-    return torch.empty(target.shape, dtype=target.dtype)

@@ -6,8 +6,10 @@ the host gets is not there before it has been waited for. What was relied on too
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
+from bisect import bisect_right, insort
 from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Protocol
@@ -42,7 +44,7 @@ class FakeAccelerator:
         self.refuses_registration = refuses_registration
         self.wait_error: Exception | None = None
         self._memories: list[npt.NDArray[np.uint8]] = []  # never given back: who reads a freed tensor finds it reused
-        self._addresses: set[int] = set()
+        self._extents: list[tuple[int, int]] = []  # of the tensors that live, sorted
         self._registered: list[tuple[int, int]] = []
         self._queue: deque[_Copy] = deque()
         self._enqueued = 0
@@ -56,17 +58,24 @@ class FakeAccelerator:
         data = torch.frombuffer(lease, dtype=torch.uint8)[: tensor.nbytes].view(tensor.dtype)
         weakref.finalize(lease, self._reuse, memory).atexit = False
         self._memories.append(memory)
-        self._addresses.add(memory.ctypes.data)
+        with self._lock:
+            insort(self._extents, (memory.ctypes.data, memory.ctypes.data + len(memory)))
         with torch.no_grad():
             return data.as_strided(tensor.shape, strides).copy_(tensor)
 
     def _reuse(self, memory: npt.NDArray[np.uint8]) -> None:
-        self._addresses.discard(memory.ctypes.data)
+        with self._lock:
+            self._extents.remove((memory.ctypes.data, memory.ctypes.data + len(memory)))
         memory.fill(REUSED_BYTE)
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether the tensor is on this device."""
-        return tensor.device.type == "cpu" and tensor.untyped_storage().data_ptr() in self._addresses
+        if tensor.device.type != "cpu":
+            return False
+        address = tensor.untyped_storage().data_ptr()
+        with self._lock:
+            before = bisect_right(self._extents, (address, sys.maxsize))
+            return before > 0 and address < self._extents[before - 1][1]
 
     def transports(self) -> Transports:
         """For what takes tensors of any devices: this one moves its own."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise, product
 from math import prod
+from unittest.mock import patch
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +20,9 @@ from hypothesis import strategies as st
 from distckpt import Checkpointer, ShardedTensor
 from distckpt.coordinator import Coordinator
 from distckpt.geometry import Box
+from distckpt.ring import fill_through_ring
 from distckpt.storage import PosixStorage, Storage
-from distckpt.testing import MemoryStorage, run_ranks
+from distckpt.testing import FakeAccelerator, MemoryStorage, run_ranks
 
 Array = npt.NDArray[np.generic]
 
@@ -75,18 +78,21 @@ class Case:
         return mixed.astype(CARRIERS[self.dtype]).reshape(self.shape)
 
 
-def lay_out(shape: Sequence[int], memory: str, carrier: npt.DTypeLike) -> tuple[Array, Array]:
+Full = Callable[[int | tuple[int, ...], int, npt.DTypeLike], Array]
+
+
+def lay_out(shape: Sequence[int], memory: str, carrier: npt.DTypeLike, full: Full = np.full) -> tuple[Array, Array]:
     """A buffer full of POISON, and a view of it of this shape that lies in it as `memory` says."""
     if memory == "contiguous":
-        buffer = np.full(prod(shape), POISON % 2, carrier)
+        buffer = full(prod(shape), POISON % 2, carrier)
         return buffer, buffer.reshape(shape)
     if memory == "transposed":
-        buffer = np.full(prod(shape) + 3, POISON % 2, carrier)
+        buffer = full(prod(shape) + 3, POISON % 2, carrier)
         return buffer, buffer[3:].reshape(tuple(shape)[::-1]).transpose()
     if memory == "padded":
-        buffer = np.full((2, *(n + 3 for n in shape)), POISON % 2, carrier)
+        buffer = full((2, *(n + 3 for n in shape)), POISON % 2, carrier)
         return buffer, buffer[(1, *(slice(1, 1 + n) for n in shape), ...)]
-    buffer = np.full((1, *(2 * n + 1 for n in shape)), POISON % 2, carrier)
+    buffer = full((1, *(2 * n + 1 for n in shape)), POISON % 2, carrier)
     return buffer, buffer[(0, *(slice(1, 2 * n + 1, 2) for n in shape), ...)]
 
 
@@ -106,7 +112,12 @@ def sharded(case: Case, part: Part, view: Array) -> ShardedTensor:
     return ShardedTensor.from_flat_range(case.key, data, of=boxes, flat_range=slice(*part.flat))
 
 
-def check(cases: Sequence[Case], storage: Storage) -> None:
+def full_on(accelerator: FakeAccelerator) -> Full:
+    """np.full, in the memory of an accelerator."""
+    return lambda shape, value, dtype: accelerator.put(torch.from_numpy(np.full(shape, value, dtype))).numpy()
+
+
+def check(cases: Sequence[Case], storage: Storage, *, on_accelerator: bool = False) -> None:
     """Save under one layout, load under the other, and compare every byte of every target's memory."""
 
     def save(coordinator: Coordinator) -> None:
@@ -122,17 +133,21 @@ def check(cases: Sequence[Case], storage: Storage) -> None:
     def load(coordinator: Coordinator) -> None:
         state: dict[str, object] = {}
         compare: list[tuple[str, Part, Array, Array]] = []
+        accelerator = FakeAccelerator()
+        full = full_on(accelerator) if on_accelerator else np.full
         for case in cases:
             for i, part in enumerate(case.loaded[coordinator.rank]):
                 local = part.cut(case.whole())
-                buffer, view = lay_out(local.shape, part.memory, CARRIERS[case.dtype])
+                buffer, view = lay_out(local.shape, part.memory, CARRIERS[case.dtype], full)
                 expected, expected_view = lay_out(local.shape, part.memory, CARRIERS[case.dtype])
                 expected_view[...] = local
                 state[f"{case.key} {i}"] = sharded(case, part, view)
                 compare.append((case.key, part, buffer, expected))
         with Checkpointer(storage, coordinator=coordinator) as checkpointer:
+            checkpointer._load_context.transports = accelerator.transports()
             report = checkpointer.load({"model": state})
             assert report.iteration == 3
+            assert accelerator.counts["bytes"] == (report.bytes if on_accelerator else 0)
             for key, part, found, expected in compare:
                 np.testing.assert_array_equal(found, expected, err_msg=f"{key} {part} on rank {coordinator.rank}")
 
@@ -250,6 +265,13 @@ def test_any_layout_loads_as_any_other(cases: list[Case]) -> None:
 def test_any_layout_loads_as_any_other_from_files(cases: list[Case]) -> None:
     with tempfile.TemporaryDirectory() as root:
         check(cases, PosixStorage(root))
+
+
+@settings(PROPERTY, max_examples=60)
+@given(all_cases(), st.sampled_from([128, 1024, 1 << 20]))
+def test_any_layout_loads_as_any_other_onto_an_accelerator(cases: list[Case], ring_bytes: int) -> None:
+    with patch("distckpt.loading.fill_through_ring", partial(fill_through_ring, ring_bytes=ring_bytes)):
+        check(cases, MemoryStorage(), on_accelerator=True)
 
 
 def swiglu(tp: int, dp: int, rows: int, columns: int) -> tuple[tuple[Part, ...], ...]:

@@ -137,6 +137,7 @@ def test_fake_accelerator_holds_what_was_put_on_it_and_its_views() -> None:
     assert fake.holds(put[1:, ::2])
     assert fake.holds(torch.nn.Parameter(put).data)
     assert fake.holds(fake.put(torch.empty(0)))
+    assert fake.holds(torch.from_numpy(put[1:].numpy()))
     assert not fake.holds(tensor)
     assert not fake.holds(put + 1)
     assert not FakeAccelerator().holds(put)
