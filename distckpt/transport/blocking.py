@@ -7,7 +7,7 @@ from torch import Tensor
 
 from distckpt._C import Memory
 from distckpt.transport.elements import movable
-from distckpt.transport.port import Copies, Done, Event, NoRegistration, Registration
+from distckpt.transport.port import Copies, Done, Event, NoRegistration, Registration, check_sizes
 
 
 def copy_to_host(source: Tensor, target: Tensor) -> None:
@@ -30,11 +30,13 @@ class BlockingTransport:
         return NoRegistration()
 
     def copy_to_host(self, copies: Copies) -> Event:
+        check_sizes(copies)
         for source, target in copies:
             copy_to_host(source, target)
         return Done()
 
     def copy_from_host(self, copies: Copies) -> Event:
+        check_sizes(copies)
         for source, target in copies:
             elements = movable(target)
             elements.copy_(source.view(elements.dtype).view(elements.shape))

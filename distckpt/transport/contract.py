@@ -99,7 +99,17 @@ class TransportContract:
         assert torch.equal(to_host(transport, self.put(transport, row).expand(7, 10)), flat_bytes(row.expand(7, 10)))
 
     def test_large_tensor_with_any_strides_goes_both_ways(self) -> None:
-        self._check_both_ways(random_tensor((1200, 1100), torch.float64), lambda t: t.t()[1:, 2:])
+        self._check_both_ways(random_tensor((310, 300), torch.float64), lambda t: t.t()[1:, 2:])
+
+    def test_sides_that_differ_in_size_are_refused(self) -> None:
+        transport = self.transport()
+        tensor, host = self.put(transport, torch.ones(4)), torch.zeros(17, dtype=torch.uint8)
+        for size in (0, 15, 17):
+            with pytest.raises(ValueError, match="both sides must have as many"):
+                transport.copy_to_host([(tensor, host[:size])])
+            with pytest.raises(ValueError, match="both sides must have as many"):
+                transport.copy_from_host([(host[:size], tensor)])
+        assert not host.any()
 
     def test_no_copies_at_all(self) -> None:
         event = self.transport().copy_to_host([])
@@ -150,7 +160,7 @@ class TransportContract:
 
     def test_host_memory_may_be_used_again_after_the_wait(self) -> None:
         transport = self.transport()
-        source = torch.zeros(4 << 20, dtype=torch.uint8)
+        source = torch.zeros(1 << 20, dtype=torch.uint8)
         targets = [self.put(transport, torch.zeros_like(source)) for _ in range(5)]
         for number, target in enumerate(targets):
             source.fill_(number + 1)
@@ -201,7 +211,7 @@ class TransportContract:
         assert self._check_memory(self.refusing())
 
     def _check_memory(self, transport: Transport) -> str | None:
-        tensor = random_tensor((1 << 20,), torch.int32)
+        tensor = random_tensor((1 << 18,), torch.int32)
         source = self.put(transport, tensor)
         memory = Memory(tensor.nbytes + 128)
         registration = transport.register(memory, source.device)

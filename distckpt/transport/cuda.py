@@ -21,7 +21,7 @@ from torch import Tensor
 from distckpt._C import Memory
 from distckpt.errors import CheckpointError
 from distckpt.transport.elements import flat_bytes, is_lazy, movable, pieces
-from distckpt.transport.port import AllOf, Copies, Event, Registration
+from distckpt.transport.port import AllOf, Copies, Event, Registration, check_sizes
 
 logger = logging.getLogger("distckpt")
 
@@ -64,6 +64,7 @@ class CudaTransport:
         return self._enqueue(copies, 1, self._from_host)
 
     def _enqueue(self, copies: Copies, device_side: int, copy: Callable[[Tensor, Tensor], None]) -> Event:
+        check_sizes(copies)
         by_device: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
         for pair in copies:
             by_device.setdefault(pair[device_side].device, []).append(pair)

@@ -22,7 +22,7 @@ from torch import Tensor
 from distckpt._C import Memory
 from distckpt.transport.devices import Transports
 from distckpt.transport.elements import flat_bytes, movable
-from distckpt.transport.port import Copies, Event, Registration, Transport
+from distckpt.transport.port import Copies, Event, Registration, Transport, check_sizes
 
 PENDING_BYTE = 0xA5  # what the host sees of a copy that it has not waited for
 REUSED_BYTE = 0x5A  # what becomes of the memory of a tensor that was freed
@@ -87,10 +87,12 @@ class FakeAccelerator:
 
     def copy_to_host(self, copies: Copies) -> Event:
         self.counts["copy_to_host"] += 1
+        check_sizes(copies)
         return self._enqueue([_ToHost(source, target) for source, target in copies])
 
     def copy_from_host(self, copies: Copies) -> Event:
         self.counts["copy_from_host"] += 1
+        check_sizes(copies)
         return self._enqueue([_FromHost(source, target) for source, target in copies])
 
     def _enqueue(self, copies: Sequence[_Copy]) -> Event:

@@ -18,6 +18,13 @@ from distckpt._C import Memory
 Copies: TypeAlias = Sequence[tuple[Tensor, Tensor]]
 
 
+def check_sizes(copies: Copies) -> None:
+    """ValueError when one side of a copy has more bytes than the other."""
+    for source, target in copies:
+        if source.nbytes != target.nbytes:
+            raise ValueError(f"a copy of {source.nbytes} bytes into {target.nbytes}: both sides must have as many")
+
+
 class Event(Protocol):
     """The end of a batch of copies, and of all that were enqueued before it for the same device."""
 
@@ -68,11 +75,12 @@ class Transport(Protocol):
     def copy_to_host(self, copies: Copies) -> Event:
         """Enqueue copies of tensors (any strides, any element type) into host memory.
 
-        They see what the caller's current stream was asked to do before.
+        They see what the caller's current stream was asked to do before. Raises ValueError, with nothing enqueued, when
+        the sides of a copy differ in size.
         """
 
     def copy_from_host(self, copies: Copies) -> Event:
-        """Enqueue copies of host memory into tensors, whose strides must not lead twice to one place."""
+        """The same in the other direction, into tensors whose strides do not lead twice to one place."""
 
 
 class Done:

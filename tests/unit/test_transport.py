@@ -14,6 +14,8 @@ from distckpt.transport import BlockingTransport, Registration, Transport, Trans
 from distckpt.transport.cuda import CudaTransport
 from distckpt.transport.fake import PENDING_BYTE, REUSED_BYTE
 
+SEGMENT_BYTES = 256 << 10
+
 
 class TestHost(TransportContract):
     def transport(self) -> Transport:
@@ -43,23 +45,23 @@ class TestFakeAccelerator(TransportContract):
 class TestCuda(TransportContract):
     def transport(self) -> Transport:
         # Small enough for the contract's tensors to be cut.
-        return CudaTransport(segment_bytes=1 << 20, piece_bytes=1 << 20)
+        return CudaTransport(segment_bytes=SEGMENT_BYTES, piece_bytes=16 << 10)
 
     def put(self, transport: Transport, tensor: Tensor) -> Tensor:
         return tensor.to("cuda")
 
     def refusing(self) -> Transport:
-        return _RegisteredBefore(segment_bytes=1 << 20)
+        return _RegisteredBefore(segment_bytes=SEGMENT_BYTES)
 
 
 class _RegisteredBefore(CudaTransport):
     """The runtime refuses to page-lock what is page-locked: here the second of the segments."""
 
     def register(self, memory: Memory, device: torch.device) -> Registration:
-        address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr() + (1 << 20)
+        address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr() + SEGMENT_BYTES
         runtime = torch.cuda.cudart()
         with torch.cuda.device(device):
-            assert int(runtime.cudaHostRegister(address, 1 << 20, 1)) == 0
+            assert int(runtime.cudaHostRegister(address, SEGMENT_BYTES, 1)) == 0
             try:
                 return super().register(memory, device)
             finally:
