@@ -41,6 +41,8 @@ AGREEMENT = ("tests/unit/test_agreement.py",)
 INDEX = ("tests/unit/test_index.py",)
 CHUNK_TABLE = ("tests/unit/test_chunk_table.py",)
 PLANNER = ("tests/unit/test_planner.py",)
+TRANSPORT = ("tests/unit/test_transport_cuda.py",)
+RING = ("tests/unit/test_ring.py",)
 SAVE_POWER_CUT = ("tests/crash/test_save_power_cut.py",)
 
 # What is left of an agreement when nobody is asked: a rank decides on its own data alone.
@@ -72,6 +74,7 @@ class Mutant:
 
 
 POSIX = "distckpt/storage/posix.py"
+CUDA = "distckpt/transport/cuda.py"
 MUTANTS = (
     # Files and directories of the file system
     Mutant("no fsync of small files", POSIX, "            os.fsync(descriptor)\n", "", POWER_CUT),
@@ -555,6 +558,78 @@ MUTANTS = (
         "        if self.unseen is not None:\n",
         "        if False:\n",
         ALL_RANKS,
+    ),
+    # Copies from and to accelerators
+    Mutant(
+        "cuda: copies do not wait for what computes their sources",
+        CUDA,
+        "            stream.wait_stream(torch.cuda.current_stream(device))\n",
+        "",
+        TRANSPORT,
+    ),
+    Mutant(
+        "cuda: the allocator is not told of the side stream",
+        CUDA,
+        "                        pair[device_side].record_stream(stream)\n",
+        "",
+        TRANSPORT,
+    ),
+    Mutant(
+        "cuda: tensors and memory are not held", CUDA, "self._held = held\n", "self._held: Copies = ()\n", TRANSPORT
+    ),
+    Mutant("cuda: an event that nobody keeps holds nothing", CUDA, "        in_flight.add(self)\n", "", TRANSPORT),
+    Mutant(
+        "cuda: a batch that failed is still under way", CUDA, "event.wait(_FAILED_BATCH_TIMEOUT_S)\n", "\n", TRANSPORT
+    ),
+    Mutant(
+        "cuda: copies are captured in a graph",
+        CUDA,
+        "if torch.cuda.is_current_stream_capturing():",
+        "if False:",
+        TRANSPORT,
+    ),
+    Mutant("cuda: a wait has no bound", CUDA, "if time.monotonic() >= deadline:", "if False:", TRANSPORT),
+    Mutant(
+        "cuda: a refused page lock leaves its error to the next kernel",
+        CUDA,
+        "                    _clear_error(device)\n                    break\n",
+        "                    break\n",
+        TRANSPORT,
+    ),
+    Mutant(
+        "cuda: a copy crosses the edge of a page-locked segment",
+        CUDA,
+        "pairwise([start, *self._edges[first:last], stop])",
+        "pairwise([start, stop])",
+        TRANSPORT,
+    ),
+    Mutant(
+        "transport: the sides of a copy may differ in size",
+        "distckpt/transport/port.py",
+        "        if source.nbytes != target.nbytes:\n",
+        "        if False:\n",
+        TRANSPORT,
+    ),
+    Mutant(
+        "ring: a slot is read into while it is copied",
+        "distckpt/ring.py",
+        "in_flight.popleft().wait(timeout_s)",
+        "in_flight.popleft()",
+        RING,
+    ),
+    Mutant(
+        "ring: memory is given back while it is copied",
+        "distckpt/ring.py",
+        "        for event in in_flight:\n            event.wait(timeout_s)\n",
+        "",
+        RING,
+    ),
+    Mutant(
+        "load: a lazy conjugate is filled as if it were plain",
+        "distckpt/loading.py",
+        "is_host and not is_lazy(target.data)",
+        "is_host",
+        RING,
     ),
     # Agreement itself
     Mutant(

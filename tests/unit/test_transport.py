@@ -196,6 +196,28 @@ def test_mixed_tensors_go_each_by_the_transport_of_its_device() -> None:
     assert all(torch.equal(t, m) for t, m in zip(tensors, mixed, strict=True))
 
 
+def test_snapshot_of_tensors_that_change_and_go_away_is_enqueued_without_a_wait() -> None:
+    fake = FakeAccelerator()
+    transports = fake.transports()
+    tensors = [torch.full((n,), float(n)) for n in range(1, 200)]
+    state = [fake.put(t) if i % 3 else t.clone() for i, t in enumerate(tensors)]
+    memory = Memory(sum(t.nbytes for t in tensors))
+    registration = transports.register(memory, state)
+    image = torch.frombuffer(memory, dtype=torch.uint8)
+    parts = image.split([t.nbytes for t in tensors])
+    event = transports.copy_to_host(list(zip(state, parts, strict=True)))
+    event.order_before_compute()
+    for tensor in state[: len(state) // 2]:
+        tensor.zero_()
+    state.clear()
+    del tensor
+    assert fake.counts["wait"] == fake.counts["pageable copies"] == 0
+    assert fake.counts["copy_to_host"] == fake.counts["order_before_compute"] == 1
+    event.wait(1.0)  # as whoever writes the image does
+    registration.release()
+    assert torch.equal(image.view(torch.float32), torch.cat(tensors))
+
+
 def test_a_registration_for_several_devices_says_what_all_have_locked() -> None:
     memory, tensor = Memory(4096), torch.ones(4)
     fake = FakeAccelerator()
