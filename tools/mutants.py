@@ -599,8 +599,8 @@ MUTANTS = (
     Mutant(
         "cuda: a copy crosses the edge of a page-locked segment",
         CUDA,
-        "pairwise([start, *self._edges[first:last], stop])",
-        "pairwise([start, stop])",
+        "        if not edges:\n            target.copy_",
+        "        if True:\n            target.copy_",
         TRANSPORT,
     ),
     Mutant(

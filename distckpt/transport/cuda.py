@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import logging
 import time
-from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Protocol, cast
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from distckpt._C import Memory
 from distckpt.errors import CheckpointError
-from distckpt.transport.elements import flat_bytes, is_lazy, movable, pieces
+from distckpt.transport.elements import flat_bytes, is_plain, movable, pieces
 from distckpt.transport.port import AllOf, Copies, Event, Registration, check_sizes
 
 logger = logging.getLogger("distckpt")
@@ -97,41 +97,39 @@ class CudaTransport:
             return event
 
     def _to_host(self, source: Tensor, target: Tensor) -> None:
+        if is_plain(source):
+            self._copy(target, flat_bytes(source), target)
+            return
         at = 0
-        for piece in self._contiguous_pieces(source):
+        for _, piece in pieces(source, self._piece_bytes):
             elements = flat_bytes(piece)  # A temporary goes back to the side stream's own pool: no copy overtakes it.
-            for begin, end in self._within_segments(target[at : at + len(elements)]):
-                target[at + begin : at + end].copy_(elements[begin:end], non_blocking=True)
+            host = target[at : at + len(elements)]
+            self._copy(host, elements, host)
             at += len(elements)
 
     def _from_host(self, source: Tensor, target: Tensor) -> None:
+        if is_plain(target):
+            self._copy(flat_bytes(target), source, source)
+            return
         at = 0
-        for piece in self._contiguous_pieces(target):
-            in_place = piece.is_contiguous() and not is_lazy(piece)
-            if in_place:
-                elements = flat_bytes(piece)
-            else:
-                elements = torch.empty(piece.nbytes, dtype=torch.uint8, device=piece.device)
-            for begin, end in self._within_segments(source[at : at + len(elements)]):
-                elements[begin:end].copy_(source[at + begin : at + end], non_blocking=True)
-            if not in_place:
-                out = movable(piece)
-                out.copy_(elements.view(out.dtype).view(out.shape))
+        for _, piece in pieces(target, self._piece_bytes):
+            elements = torch.empty(piece.nbytes, dtype=torch.uint8, device=piece.device)
+            host = source[at : at + len(elements)]
+            self._copy(elements, host, host)
+            scattered = movable(piece)
+            scattered.copy_(elements.view(scattered.dtype).view(scattered.shape))
             at += len(elements)
 
-    def _contiguous_pieces(self, tensor: Tensor) -> Iterator[Tensor]:
-        """The tensor itself if it is plain bytes, else what may be made so in one step."""
-        if tensor.is_contiguous() and not is_lazy(tensor):
-            yield tensor
-        else:
-            yield from (piece for _, piece in pieces(tensor, self._piece_bytes))
-
-    def _within_segments(self, host: Tensor) -> Iterator[tuple[int, int]]:
-        """The same bytes as ranges that cross no edge of a page-locked segment: one copy may be refused to."""
+    def _copy(self, target: Tensor, source: Tensor, host: Tensor) -> None:
+        """Bytes, one side of which is `host`; cut where a page-locked segment ends, which one copy must not cross."""
         start, stop = host.data_ptr(), host.data_ptr() + len(host)
-        first, last = bisect_right(self._edges, start), bisect_right(self._edges, stop - 1)
-        for begin, end in pairwise([start, *self._edges[first:last], stop]):
-            yield begin - start, end - start
+        edges = self._edges[bisect_right(self._edges, start) : bisect_left(self._edges, stop)]
+        if not edges:
+            target.copy_(source, non_blocking=True)
+            return
+        for begin, end in pairwise([start, *edges, stop]):
+            part = slice(begin - start, end - start)
+            target[part].copy_(source[part], non_blocking=True)
 
 
 class _CudaEvent:

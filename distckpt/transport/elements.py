@@ -20,6 +20,11 @@ def is_lazy(tensor: Tensor) -> bool:
     return tensor.is_conj() or tensor.is_neg()
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether its memory is its elements in C order."""
+    return tensor.is_contiguous() and not is_lazy(tensor)
+
+
 def carrier(tensor: Tensor) -> Tensor:
     """A view of the same elements as integers of their size (complex128 as it is); a copy if they are lazy."""
     plain = tensor.detach().resolve_conj().resolve_neg()
@@ -28,12 +33,13 @@ def carrier(tensor: Tensor) -> Tensor:
 
 def movable(tensor: Tensor) -> Tensor:
     """A view of the same elements in their own memory, that copy_() reads and writes bit by bit."""
-    return tensor.detach() if is_lazy(tensor) else carrier(tensor)
+    own = tensor.detach()
+    return own if is_lazy(own) else own.view(_CARRIERS[own.element_size()])
 
 
 def flat_bytes(tensor: Tensor) -> Tensor:
     """The elements in C order as 1-d uint8, where they are: a view of a contiguous tensor, else a copy."""
-    return carrier(tensor).contiguous().view(-1).view(torch.uint8)
+    return tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
 
 
 def host_bytes(source: Tensor) -> memoryview:

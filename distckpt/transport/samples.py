@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distckpt._C import crc32c
 from distckpt.transport.devices import Transports
-from distckpt.transport.elements import carrier, is_lazy, movable
+from distckpt.transport.elements import carrier, is_plain, movable
 from distckpt.transport.port import Transport
 
 _PLACES = 64  # and the last element
@@ -97,7 +97,7 @@ def _sample(tensor: Tensor) -> list[Tensor]:
         return [carrier(tensor).reshape(-1)]
     last = tensor.numel() - 1
     step = last // (_PLACES - 1)
-    if tensor.is_contiguous() and not is_lazy(tensor):
+    if is_plain(tensor):
         flat = carrier(tensor).view(-1)
         return [flat[: (_PLACES - 1) * step + 1 : step], flat[-1:]]
     rest = (torch.arange(_PLACES + 1, device=tensor.device) * step).clamp(max=last)
