@@ -579,7 +579,11 @@ MUTANTS = (
     ),
     Mutant("cuda: an event that nobody keeps holds nothing", CUDA, "        in_flight.add(self)\n", "", TRANSPORT),
     Mutant(
-        "cuda: a batch that failed is still under way", CUDA, "event.wait(_FAILED_BATCH_TIMEOUT_S)\n", "\n", TRANSPORT
+        "cuda: a batch that failed is still under way",
+        CUDA,
+        "AllOf(list(self._in_flight)).wait(_FAILED_BATCH_TIMEOUT_S)",
+        "pass",
+        TRANSPORT,
     ),
     Mutant(
         "cuda: copies are captured in a graph",

@@ -68,16 +68,23 @@ class CudaTransport:
         by_device: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
         for pair in copies:
             by_device.setdefault(pair[device_side].device, []).append(pair)
+        for device in by_device:
+            with torch.cuda.device(device):
+                if torch.cuda.is_current_stream_capturing():
+                    raise CheckpointError(f"{device}: the current stream captures a graph; save and load outside of it")
         for event in list(self._in_flight):
             event.forget_if_done()
-        return AllOf([self._enqueue_on(d, own, device_side, copy) for d, own in by_device.items()])
+        try:
+            return AllOf([self._enqueue_on(d, own, device_side, copy) for d, own in by_device.items()])
+        except BaseException:
+            # The caller has no event to wait for, and may free what the first copies still use.
+            AllOf(list(self._in_flight)).wait(_FAILED_BATCH_TIMEOUT_S)
+            raise
 
     def _enqueue_on(
         self, device: torch.device, copies: Copies, device_side: int, copy: Callable[[Tensor, Tensor], None]
     ) -> Event:
         with torch.cuda.device(device):
-            if torch.cuda.is_current_stream_capturing():
-                raise CheckpointError(f"{device}: the current stream captures a graph; save and load outside of it")
             stream = self._streams.get(device)
             if stream is None:
                 stream = self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -88,12 +95,8 @@ class CudaTransport:
                     for pair in copies:
                         copy(*pair)
                         pair[device_side].record_stream(stream)
-            except BaseException:
-                # The caller has no event to wait for, and may free what the first copies still use.
+            finally:
                 event.record(stream)
-                event.wait(_FAILED_BATCH_TIMEOUT_S)
-                raise
-            event.record(stream)
             return event
 
     def _to_host(self, source: Tensor, target: Tensor) -> None:
