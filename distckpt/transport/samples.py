@@ -6,7 +6,7 @@ strides and devices.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -43,14 +43,14 @@ def sample_checksums(
         else:
             on_device.setdefault((transport, tensor.device), []).append(number)
     sums = np.zeros(len(tensors), np.uint32)
-    sums[on_host] = _checksums([_sample(tensors[i]) for i in on_host])
+    sums[on_host] = _checksums(_sample(tensors[i]) for i in on_host)
     for (transport, _), numbers in on_device.items():
         for batch in _batches(tensors, numbers):
             samples, order, sizes = _gather([tensors[i] for i in batch])
             host = torch.empty_like(samples, device="cpu")
             transport.copy_to_host([(samples, host)]).wait(timeout_s)
             ends = np.cumsum(sizes).tolist()
-            found = [[host[end - size : end]] for end, size in zip(ends, sizes, strict=True)]
+            found = ([host[end - size : end]] for end, size in zip(ends, sizes, strict=True))
             sums[np.array(batch)[order]] = _checksums(found)
     return sums
 
@@ -108,7 +108,7 @@ def _sample(tensor: Tensor) -> list[Tensor]:
     return [carrier(movable(tensor)[tuple(index)])]
 
 
-def _checksums(samples: Sequence[Sequence[Tensor]]) -> list[int]:
+def _checksums(samples: Iterable[Sequence[Tensor]]) -> list[int]:
     """CRC32C of the elements of each sample, which is on the host."""
     sums = []
     for parts in samples:
