@@ -17,7 +17,7 @@
 #include "file.h"
 #include "gather.h"
 #include "memory.h"
-#include "sample.h"
+#include "shared_memory.h"
 #include "stream.h"
 
 namespace distckpt {
@@ -138,7 +138,7 @@ void WriteChecked(BlockIO& io, File& file, const py::sequence& parts, const py::
 }
 
 // (chunk_start, target, target_start, shape, source_strides, target_strides, item_size)
-RegionCopy ToTarget(py::handle object, Buffers& buffers) {
+Targets::Target ToTarget(py::handle object, Buffers& buffers) {
   const py::tuple item(py::reinterpret_borrow<py::object>(object));
   if (item.size() != 7) throw std::invalid_argument("a target has seven items");
   const Buffer& memory = buffers.emplace_back(py::object(item[1]), true);
@@ -147,6 +147,30 @@ RegionCopy ToTarget(py::handle object, Buffers& buffers) {
                           ToInt64(py::object(item[0])),  ToInt64(py::object(item[2]))};
   return RegionCopy(region, memory.data(), static_cast<int64_t>(memory.size()));
 }
+
+std::vector<Targets::Target> ToTargets(const py::sequence& sequence, Buffers& buffers) {
+  std::vector<Targets::Target> targets;
+  for (const py::handle item : sequence) targets.push_back(ToTarget(item, buffers));
+  return targets;
+}
+
+// Targets with the buffers that they lie in.
+class HeldTargets {
+ public:
+  explicit HeldTargets(const py::sequence& targets) : targets_(ToTargets(targets, buffers_)) {}
+
+  void CopyFrom(const py::object& source, const py::object& source_start) const {
+    const Buffer from(source, false);
+    const size_t begin = ToCount(source_start, "source_start", 0);
+    const int64_t end = CheckedAdd(static_cast<int64_t>(begin), static_cast<int64_t>(from.size()));
+    const py::gil_scoped_release release;
+    targets_.CopyFrom(begin, static_cast<uint64_t>(end), from.data());
+  }
+
+ private:
+  Buffers buffers_;
+  const Targets targets_;
+};
 
 std::vector<ByteRange> ToBlockRanges(const py::sequence& ranges, size_t block_size, size_t end) {
   std::vector<ByteRange> wanted;
@@ -172,16 +196,12 @@ py::object ReadChecked(BlockIO& io, File& file, const py::sequence& ranges, cons
   const size_t size = ToCount(end, "end", 0);
   const std::vector<ByteRange> wanted = ToBlockRanges(ranges, block, size);
   Buffers buffers;
-  std::vector<RegionCopy> places;
-  for (const py::handle item : targets) places.push_back(ToTarget(item, buffers));
   const Buffer table(expected, false);
   CheckSums(table, size, block);
-  VerifyingSink sink(std::move(places), block, size, table.data());
-  uint64_t file_end;
-  {
-    const py::gil_scoped_release release;
-    file_end = io.ReadInto(sink, file, wanted);
-  }
+  VerifyingSink sink(ToTargets(targets, buffers), block, size, table.data());
+  auto release = std::make_unique<py::gil_scoped_release>();
+  const uint64_t file_end = io.ReadInto(sink, file, wanted);
+  release.reset();
   if (sink.failed()) return py::make_tuple(sink.bad_block(), sink.found());
   for (const ByteRange& range : wanted) {
     if (range.begin == range.end || range.end <= file_end) continue;
@@ -216,6 +236,20 @@ void BindMemory(py::module_& m) {
       .def("__len__", &Memory::size)
       .def_buffer(
           [](Memory& self) { return py::buffer_info(self.data(), static_cast<py::ssize_t>(self.size())); });
+}
+
+void BindSharedMemory(py::module_& m) {
+  const auto without_gil = py::call_guard<py::gil_scoped_release>();
+  py::class_<SharedMemory>(m, "SharedMemory", py::buffer_protocol())
+      .def(py::init<const std::string&, size_t>(), py::arg("path"), py::arg("size"))
+      .def("reserve", &SharedMemory::Reserve, py::arg("begin"), py::arg("size"), without_gil)
+      .def("populate", &SharedMemory::Populate, py::arg("begin"), py::arg("size"), without_gil)
+      .def("load", &SharedMemory::Load, py::arg("word"))
+      .def("store", &SharedMemory::Store, py::arg("word"), py::arg("value"))
+      .def("exchange", &SharedMemory::Exchange, py::arg("word"), py::arg("expected"), py::arg("desired"))
+      .def_buffer([](SharedMemory& self) {
+        return py::buffer_info(self.data(), static_cast<py::ssize_t>(self.size()));
+      });
 }
 
 void BindFile(py::module_& m) {
@@ -317,6 +351,7 @@ PYBIND11_MODULE(_C, m) {
   py::register_local_exception_translator(&distckpt::Translate);
   distckpt::BindChecksums(m);
   distckpt::BindMemory(m);
+  distckpt::BindSharedMemory(m);
   distckpt::BindFile(m);
   distckpt::BindBlockIO(m);
   m.def("gather", &distckpt::GatherParts, py::arg("parts"), py::arg("target"), py::arg("offsets"),
@@ -324,4 +359,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("copy_chunk", &distckpt::Copy, py::arg("source"), py::arg("source_start"), py::arg("chunk_start"),
         py::arg("target"), py::arg("target_start"), py::arg("shape"), py::arg("source_strides"),
         py::arg("target_strides"), py::arg("item_size"));
+  py::class_<distckpt::HeldTargets>(m, "Targets")
+      .def(py::init<const py::sequence&>(), py::arg("targets"))
+      .def("copy_from", &distckpt::HeldTargets::CopyFrom, py::arg("source"), py::arg("source_start"));
 }

@@ -81,10 +81,8 @@ void ChecksummedSource::Sum(uint64_t begin, const uint8_t* data, size_t size) {
   std::memcpy(place, &sum, sizeof(sum));
 }
 
-VerifyingSink::VerifyingSink(std::vector<RegionCopy> targets, size_t block_size, uint64_t end,
-                             const uint8_t* expected)
-    : targets_(std::move(targets)), block_size_(block_size), end_(end), expected_(expected) {
-  int64_t reach = 0;
+Targets::Targets(std::vector<Target> targets) : targets_(std::move(targets)) {
+  uint64_t reach = 0;
   reach_.reserve(targets_.size());
   for (const RegionCopy& target : targets_) reach_.push_back(reach = std::max(reach, target.end()));
   const auto before = [](const RegionCopy& a, const RegionCopy& b) { return a.begin() < b.begin(); };
@@ -93,11 +91,7 @@ VerifyingSink::VerifyingSink(std::vector<RegionCopy> targets, size_t block_size,
   }
 }
 
-bool VerifyingSink::Take(uint64_t begin, uint64_t end, const uint8_t* data) {
-  end = std::min(end, end_);
-  if (end != end_) end -= end % block_size_;  // The file may end inside a block.
-  if (begin >= end) return true;
-  if (!Check(begin, end, data)) return false;
+void Targets::CopyFrom(uint64_t begin, uint64_t end, const uint8_t* data) const {
   // From the first target of which, or of whose predecessors, one reaches past `begin`.
   const auto start = static_cast<int64_t>(begin);
   const auto stop = static_cast<int64_t>(end);
@@ -105,6 +99,18 @@ bool VerifyingSink::Take(uint64_t begin, uint64_t end, const uint8_t* data) {
   for (; i < targets_.size() && targets_[i].begin() < stop; ++i) {
     if (targets_[i].end() > start) targets_[i].CopyFrom(data, start, stop - start);
   }
+}
+
+VerifyingSink::VerifyingSink(std::vector<Target> targets, size_t block_size, uint64_t end,
+                             const uint8_t* expected)
+    : targets_(std::move(targets)), block_size_(block_size), end_(end), expected_(expected) {}
+
+bool VerifyingSink::Take(uint64_t begin, uint64_t end, const uint8_t* data) {
+  end = std::min(end, end_);
+  if (end != end_) end -= end % block_size_;  // The file may end inside a block.
+  if (begin >= end) return true;
+  if (!Check(begin, end, data)) return false;
+  targets_.CopyFrom(begin, end, data);
   return true;
 }
 

@@ -62,13 +62,37 @@ class ChecksummedSource : public Source {
   uint64_t parts_end_ = 0;
 };
 
+// Regions of a file that are wanted in memory. Never changes; any thread may use it.
+class Targets {
+ public:
+  struct Target {
+    CopyRegion region;
+    uint8_t* data;
+    int64_t size;
+    uint64_t begin;  // The region's first byte in the file, and past its last.
+    uint64_t end;
+  };
+
+  // In ascending order of `begin`, else std::invalid_argument.
+  explicit Targets(std::vector<Target> targets);
+
+  // Copies what bytes [begin, end) of the file, which lie at `data`, hold of every target.
+  void CopyFrom(uint64_t begin, uint64_t end, const uint8_t* data) const;
+
+ private:
+  const std::vector<Target> targets_;
+  std::vector<uint64_t> reach_;  // The largest end of targets_[0 .. i].
+};
+
 // Checks blocks against a table and copies what they hold of the targets.
 class VerifyingSink : public Sink {
  public:
-  // Targets in ascending order of begin(), else std::invalid_argument. `expected` has the checksum of every
-  // block of the file up to `end`, aligned or not. Every request begins at a block, and ends at one's end, at
-  // `end` or where the file does: then its last block is neither checked nor copied.
-  VerifyingSink(std::vector<RegionCopy> targets, size_t block_size, uint64_t end, const uint8_t* expected);
+  using Target = Targets::Target;
+
+  // Targets as above. `expected` has the checksum of every block of the file up to `end`, aligned or not.
+  // Every request begins at a block, and ends at one's end, at `end` or where the file does: then its last
+  // block is neither checked nor copied.
+  VerifyingSink(std::vector<Target> targets, size_t block_size, uint64_t end, const uint8_t* expected);
 
   bool Take(uint64_t begin, uint64_t end, const uint8_t* data) override;
 
@@ -80,8 +104,7 @@ class VerifyingSink : public Sink {
  private:
   bool Check(uint64_t begin, uint64_t end, const uint8_t* data);
 
-  const std::vector<RegionCopy> targets_;
-  std::vector<int64_t> reach_;  // The largest end of targets_[0 .. i].
+  const Targets targets_;
   const size_t block_size_;
   const uint64_t end_;
   const uint8_t* const expected_;

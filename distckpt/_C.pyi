@@ -62,6 +62,33 @@ class Memory:
     def __len__(self) -> int: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
+class SharedMemory:
+    """A file's content as memory that several processes share; its first bytes are also words of 4 bytes.
+
+    Supports the (writable) buffer protocol; unmapped when the last buffer over it is gone. Not inherited by forks:
+    touching it in a child is a segmentation fault.
+    """
+
+    def __init__(self, path: str, size: int) -> None:
+        """Open or make (for the owner alone) the file, of `size` bytes from then on. All who open it give one size.
+
+        OSError ENODEV if it does not lie in memory. The path may be removed as soon as all have opened it.
+        """
+    def reserve(self, begin: int, size: int) -> None:
+        """Take memory for these bytes, zero where they are new; OSError ENOSPC where there is none.
+
+        Touching bytes that nobody has reserved can end the process (SIGBUS).
+        """
+    def populate(self, begin: int, size: int) -> None:
+        """Map the pages of bytes that are reserved, all at once, where the kernel can."""
+    def load(self, word: int) -> int:
+        """A word; whoever reads a value also sees what was written before it was stored (acquire)."""
+    def store(self, word: int, value: int) -> None:
+        """Set a word (release)."""
+    def exchange(self, word: int, expected: int, desired: int) -> int:
+        """Set a word to `desired` if it is `expected`; returns what it was."""
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
 class File:
     """One file descriptor, owned. Closed by close() or with the object."""
 
@@ -165,3 +192,17 @@ def copy_chunk(
     The two memories must not overlap. ValueError, before anything is copied, when any item would fall outside
     `target`, the source strides do not grow or an argument overflows 63 bits.
     """
+
+class Targets:
+    """Regions of a file that are wanted in memory, looked at once to be copied from many windows.
+
+    Keeps the targets' buffers. Any thread may use it.
+    """
+
+    def __init__(
+        self,
+        targets: Sequence[tuple[int, Buffer, int, tuple[int, ...], tuple[int, ...], tuple[int, ...], int]],
+    ) -> None:
+        """As copy_chunk takes them and in ascending order of chunk_start, else ValueError; see read_checked."""
+    def copy_from(self, source: Buffer, source_start: int) -> None:
+        """Copy what `source`, bytes [source_start, source_start + len(source)) of the file, holds of each target."""

@@ -12,6 +12,7 @@ import operator
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import msgspec
@@ -24,6 +25,7 @@ from distckpt.commit import Commit, decode_index_of, find_commits, read_index, t
 from distckpt.coordinator import Coordinator, agree
 from distckpt.errors import CheckpointError, CorruptionError, MismatchError
 from distckpt.geometry import Box, intersect
+from distckpt.host_group import Board, Host, HostGroup, PeerFailed, group_ranks, this_host
 from distckpt.index import Index, Mesh, TensorEntry
 from distckpt.leaf_value import decode_leaf
 from distckpt.matching import (
@@ -37,10 +39,12 @@ from distckpt.matching import (
     subtree,
 )
 from distckpt.meta import is_meta_module, make_module_real
-from distckpt.reader import Wanted, plan_reads, read_chunks, read_files, read_per_rank
+from distckpt.planner import plan_load
+from distckpt.reader import ChunkTableReader, open_checked, plan_reads, read_per_rank
 from distckpt.report import LoadReport
 from distckpt.ring import fill_through_ring
 from distckpt.sharded_tensor import Shard
+from distckpt.shared_reading import read_together, row_bytes
 from distckpt.state_dict import FlatState, PerRankLeaf, flatten, set_per_rank
 from distckpt.storage import Storage
 from distckpt.transport import Transports, is_lazy
@@ -58,9 +62,10 @@ class _Wanted(msgspec.Struct, frozen=True):
 
 
 class _ReadOutcome(msgspec.Struct, frozen=True):
-    """Why a checkpoint could not be read, or None."""
+    """Why a checkpoint could not be read, or None. is_echo: because another rank could not, which says so itself."""
 
     why: str | None
+    is_echo: bool = False
 
 
 class _Resolved(msgspec.Struct, frozen=True):
@@ -84,11 +89,22 @@ class _Match(msgspec.Struct, frozen=True):
     mismatched: dict[str, str]
     asked: bytes
     named: bytes
+    host: Host
 
 
 class _Differences(msgspec.Struct, frozen=True):
+    """The decision: what the ranks' states and the checkpoint do not share, and who reads together with this rank."""
+
     missing: list[str]
     unexpected: list[str]
+    group: HostGroup
+
+
+class _Selection(msgspec.Struct, frozen=True):
+    """A rank's message: the keys that it asks for and that are not there."""
+
+    missing: list[str]
+    host: Host
 
 
 @dataclass(slots=True)
@@ -116,6 +132,8 @@ class Load:
     _flat: FlatState = field(default_factory=FlatState)
     _request: Request = field(default_factory=Request)
     _failed: dict[Commit, str] = field(default_factory=dict)
+    _group: HostGroup = field(default_factory=HostGroup.alone)
+    _not_shared: str | None = None
     _bytes_read: int = 0
     _size_bytes: int = 0
     _warning: str | None = None  # of this rank alone
@@ -151,7 +169,8 @@ class Load:
             fell_back_from=resolved.fell_back_from,
             reseeded=tuple(sorted(leaf.key for leaf in self._request.reseed)),
             skipped=tuple(sorted(leaf.key for leaf in self._request.skip)),
-            warnings=tuple(warning for warning in (resolved.warning, self._warning) if warning),
+            warnings=(resolved.warning,) if resolved.warning else (),
+            not_shared=self._not_shared,
         )
         return report, index
 
@@ -228,6 +247,7 @@ class Load:
                 mismatched=request.mismatched,
                 asked=np.packbits([key in request.asked for key in stored]).tobytes(),
                 named=np.packbits([key in named for key in stored]).tobytes(),
+                host=this_host(),
             )
 
         def decide(ranks: Sequence[_Match]) -> list[_Differences]:
@@ -240,30 +260,34 @@ class Load:
             if mismatched or (self.strict and (missing or unexpected)):
                 passed_over = [f"{commit.name}: {why}" for commit, why in self._failed.items()]
                 raise mismatch_error(index, missing, unexpected, mismatched, self.strict, passed_over)
-            return [_Differences(missing, unexpected)] * len(ranks)
+            groups = group_ranks([r.host for r in ranks], row_bytes(index))
+            answers = {group.nonce: _Differences(missing, unexpected, group) for group in groups}
+            return [answers[group.nonce] for group in groups]
 
-        return self._agree("match", local, decide, _Match, _Differences)
+        differences = self._agree("match", local, decide, _Match, _Differences)
+        self._group = differences.group
+        return differences
 
     def select(self, index: Index, keys: Iterable[str] | None) -> set[str]:
         """The stored keys that `keys` mean; agreed, as the ranks may ask for different ones."""
         wanted: set[str] = set()
 
-        def local() -> list[str]:
+        def local() -> _Selection:
             nonlocal wanted
             wanted, missing = select_keys(index, keys)
-            return missing
+            return _Selection(missing, this_host())
 
-        def decide(ranks: Sequence[list[str]]) -> list[None]:
-            absent = sorted({key for rank in ranks for key in rank})
+        def decide(ranks: Sequence[_Selection]) -> list[HostGroup]:
+            absent = sorted({key for rank in ranks for key in rank.missing})
             if absent:
                 raise MismatchError(
                     f"iteration {index.iteration} has nothing under {', '.join(map(repr, absent))}; it has "
                     f"{sorted({key.partition('/')[0] for key in stored_keys(index)})}",
                     missing=tuple(absent),
                 )
-            return [None] * len(ranks)
+            return group_ranks([r.host for r in ranks], row_bytes(index))
 
-        self._agree("select", local, decide, list, type(None))
+        self._group = self._agree("select", local, decide, _Selection, HostGroup)
         return wanted
 
     def _read(self, resolved: _Resolved, index: Index) -> str | None:
@@ -272,7 +296,12 @@ class Load:
 
         def local() -> _ReadOutcome:
             try:
-                self._read_own(directory, index)
+                with Board(
+                    self._group, self.context.coordinator.rank, row_bytes(index), self.context.timeout_s
+                ) as board:
+                    self._read_own(directory, index, board)
+            except PeerFailed as stopped:
+                return _ReadOutcome(str(stopped), is_echo=True)
             except (CorruptionError, OSError) as error:
                 if not _is_damage(error):
                     raise
@@ -280,17 +309,30 @@ class Load:
             return _ReadOutcome(None)
 
         def decide(ranks: Sequence[_ReadOutcome]) -> list[_ReadOutcome]:
-            bad = [f"rank {rank}: {r.why}" for rank, r in enumerate(ranks) if r.why is not None]
+            failed = sorted((r.is_echo, rank) for rank, r in enumerate(ranks) if r.why is not None)
+            bad = [f"rank {rank}: {ranks[rank].why}" for is_echo, rank in failed if is_echo == failed[0][0]]
             why = None if not bad else bad[0] + (f" (and {len(bad) - 1} more ranks)" if len(bad) > 1 else "")
             return [_ReadOutcome(why)] * len(ranks)
 
         return self._agree("read", local, decide, _ReadOutcome, _ReadOutcome).why
 
-    def _read_own(self, directory: str, index: Index) -> None:
+    def _read_own(self, directory: str, index: Index, board: Board) -> None:
         self._make_modules_real(index)
         storage, request = self.context.storage, self._request
         targets = self._targets(index, request)
-        self._fill(directory, index, sorted(targets, key=lambda t: t.key))
+        buffers = [_host_buffer(t.data) for t in targets]
+        with ChunkTableReader(storage, directory, index) as table:
+            order = sorted(range(len(targets)), key=lambda i: targets[i].key)
+            located = [(targets[i].box, table.chunks(targets[i].key)) for i in order]
+        keys = [targets[i].key for i in order]
+        reads = plan_reads(index, plan_load(located), [buffers[i] for i in order], keys)
+        self._bytes_read += read_together(reads, partial(open_checked, storage, directory, index), index, board)
+        self._not_shared = board.obstacle
+        for target, buffer in zip(targets, buffers, strict=True):
+            if buffer is not target.data:
+                target.data.copy_(buffer)
+            else:  # Filled behind autograd's back: a backward through the old values must fail.
+                torch.autograd.graph.increment_version(target.data)
         self._size_bytes = sum(t.data.nbytes for t in targets)
         numbers = {number for _, number in request.per_rank}
         stored = {number: read_per_rank(storage, directory, index, number) for number in numbers}

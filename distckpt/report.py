@@ -35,6 +35,8 @@ class LoadReport:
     missing: keys the state has and the checkpoint has not; unexpected: stored keys below a container of the state
     that nobody asked for (both empty unless strict=False). fell_back_from: iteration -> why it was passed over.
     reseeded, skipped: PerRank keys left alone because the layout changed. warnings: whatever else was odd.
+    not_shared: why ranks of one host could not read for each other what several of them need; None if nothing was in
+    the way.
     """
 
     iteration: int
@@ -49,3 +51,4 @@ class LoadReport:
     reseeded: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    not_shared: str | None = None

@@ -359,8 +359,8 @@ MUTANTS = (
     Mutant(
         "shard file: header and index may disagree about a tensor",
         "distckpt/reader.py",
-        "            file.check_entries(of_file.entries)\n",
-        "",
+        "        _check_entries(file, index.files[reads.file].name, reads.entries)\n",
+        "        pass\n",
         ("tests/unit/test_hostile_checkpoint.py",),
     ),
     Mutant(

@@ -16,7 +16,7 @@ VALUES = {"errors", "geometry", "json_value"}
 FORMAT = {"chunk_table", "shard_file", "index"}
 PORTS = {"storage", "coordinator"}
 TENSORS = {"per_rank", "sharded_tensor", "meta", "leaf_value", "state_dict"}
-MOVEMENT = {"transport", "ring", "staging", "reader", "commit", "retention"}
+MOVEMENT = {"transport", "staging", "host_group", "reader", "shared_reading", "commit", "retention"}
 FLOWS = {"matching", "saving", "loading"}
 
 # What each module may import of this package. A row for a package stands for all modules in it, which may
@@ -42,6 +42,8 @@ ALLOWED: dict[str, set[str]] = {
     "ring": VALUES | {"_C", "transport"},
     "staging": VALUES | FORMAT | PORTS | {"_C", "planner", "transport"},
     "reader": VALUES | FORMAT | PORTS | {"_C", "planner", "transport"},
+    "host_group": {"_C"},
+    "shared_reading": FORMAT | {"_C", "host_group", "reader"},
     "commit": VALUES | FORMAT | PORTS,
     "retention": VALUES | FORMAT | PORTS | {"commit"},
     "reshard": VALUES | FORMAT | PORTS | MOVEMENT | {"_C", "planner"},
@@ -66,7 +68,8 @@ PLANNED = {"reshard", "cli"}
 # Only these touch tensors. The others stay usable where torch is not installed or takes too long to load.
 MAY_IMPORT_TORCH = {
     *TENSORS | FLOWS,
-    *("transport", "ring", "staging", "reader", "reshard", "checkpointer", "one_directory", "adapters", "testing"),
+    *("transport", "staging", "reader", "shared_reading", "reshard", "checkpointer", "one_directory", "adapters"),
+    "testing",
 }
 # Extras: imported in the function that needs them.
 NEVER_AT_MODULE_LEVEL = {"mpi4py", "zarr", "obstore", "megatron", "deepspeed", "safetensors", "matplotlib"}
