@@ -160,7 +160,7 @@ class Board:
         if memory is None:
             return
         if error is not None:
-            memory.exchange(_FAILED, 0, self.position + 1)
+            self.fail()
         if memory.load(_DOOR) == _OPEN:
             # Who comes after the name is gone would wait for the others in vain.
             while not self._all_are(_INSIDE) and not self._is_late():
@@ -168,14 +168,23 @@ class Board:
             self._remove_name()
         self._memory = None
 
-    def exchange(self, row: bytes) -> list[bytes] | None:
-        """Tell the others row_bytes bytes; what all have told, by position. None: this rank works alone.
+    @property
+    def is_entered(self) -> bool:
+        """Whether this rank has the memory open."""
+        return self._memory is not None
 
-        The same for all who get here; see the module's steps 2 and 3.
+    def fail(self) -> None:
+        """Stop the others, and this rank's own other threads, at their next wait."""
+        if self._memory is not None:
+            self._memory.exchange(_FAILED, 0, self.position + 1)
+
+    def exchange(self, row: bytes) -> list[bytes] | None:
+        """Tell the others row_bytes bytes; what all have told, by position. None, for all inside: work alone.
+
+        Only where is_entered; see the module's steps 2 and 3.
         """
         memory = self._memory
-        if memory is None:
-            return None
+        assert memory is not None
         start, size = self._layout.rows_start, self._layout.row_bytes
         view = memoryview(memory)
         view[start + self.position * size :][:size] = row
@@ -193,8 +202,7 @@ class Board:
         """Take memory for the rings; False, for all, if one of the ranks gets none. rooms, the same on all ranks, has
         for each position how many slots are used, and how many bytes of each."""
         memory = self._memory
-        if memory is None:
-            return False
+        assert memory is not None
         slots = [[self._layout.slot(p, i) for i in range(count)] for p, (count, _) in enumerate(rooms)]
         try:
             for start in slots[self.position]:

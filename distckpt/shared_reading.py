@@ -5,19 +5,17 @@ The protocol, over the board of distckpt.host_group:
 1. Each rank tells the group, as a bitmap, which blocks it needs. All compute from that the same list of shared
    windows: what several need of an aligned piece of a file, in order of file and position; and who publishes each, one
    of those who need it.
-2. A rank reads the windows that it is to publish in the order of the list, checks them, and lays the k-th into slot
-   k % SLOTS of its ring. Then it stores how far in the list it has published.
-3. A rank takes what it needs from the windows in the order of the list, its own ones included, as soon as their
-   publishers have stored a number beyond theirs. Then it stores how far in the list it has taken.
+2. A thread of each rank reads the windows that it is to publish in the order of the list, checks them, and lays the
+   k-th into slot k % SLOTS of its ring. After each it stores how far in the list it has published.
+3. Another takes what it needs from the windows in the order of the list, its own ones included, as soon as their
+   publishers have stored a number beyond theirs. After each it stores how far in the list it has taken.
 4. A slot is filled anew when all who need the window in it have stored that they have taken it.
-5. A rank waits only when it can do neither: its next window to publish has no free slot, and its next window to take
-   is not published.
-6. What one rank alone needs it reads for itself after all that, straight into its targets.
+5. What one rank alone needs it reads for itself after all that, straight into its targets.
 
 Nobody waits for ever. Look at the first window of the list that not everybody who needs it has taken. If it is not
 published, its publisher has published its earlier ones, and they are taken, so the slot is free: it can go on. If it
-is published, whoever has not taken it has taken all before, and can go on. So some rank can always do something, each
-of these things ends, and there are finitely many. A rank that stops or dies in the middle is found by the same look.
+is published, whoever has not taken it has taken all before, and can go on. So some thread can always do something,
+each of these things ends, and there are finitely many. A rank that stops or dies is found by the same look.
 
 Nothing unchecked is taken: a slot has what passed the checksums, and who meets damage, or fails in any other way,
 marks the board instead of publishing.
@@ -25,15 +23,17 @@ marks the board instead of publishing.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from distckpt._C import Targets
-from distckpt.host_group import SLOTS, Board
+from distckpt.host_group import SLOTS, Board, PeerFailed
 from distckpt.index import Index
 from distckpt.reader import CheckedFile, FileReads
 from distckpt.shard_file import BLOCK_BYTES
@@ -57,7 +57,8 @@ def read_together(reads: Sequence[FileReads], open_file: OpenFile, index: Index,
     OSError, and what the board raises; the targets are then undefined.
     """
     bytes_read = 0
-    rows = board.exchange(_encode_row(reads, index))
+    # A rank that works alone makes no bitmap: its length is what the index says, and was checked against the room.
+    rows = board.exchange(_encode_row(reads, index)) if board.is_entered else None
     if rows is not None:
         windows = list_windows(rows, index, board.window_bytes // BLOCK_BYTES)
         if len(windows.file) and board.take_room([windows.room(p) for p in range(board.size)]):
@@ -167,96 +168,92 @@ class _SharedPass:
         self._to_publish: list[int] = np.flatnonzero(windows.publisher == board.position).tolist()
         self._to_take: list[int] = np.flatnonzero(windows.needs[:, board.position].any(axis=1)).tolist()
         self._published = self._taken = 0  # of these lists
-        self._reader = ThreadPoolExecutor(1, "distckpt-read")
-        self._reading: Future[None] | None = None  # of the next window to publish
+        self._lock = threading.Lock()  # of the files, which both threads use
         self._files: dict[int, CheckedFile] = {}
-        self._targets: tuple[int, Targets] | None = None
         self.bytes_read = 0
 
     def __enter__(self) -> _SharedPass:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._reader.shutdown()
         self._close_before(len(self._index.files))
 
     def run(self) -> None:
-        while self._published < len(self._to_publish) or self._taken < len(self._to_take):
-            if self._can_read():
-                self._read()
-            elif self._reading is not None and self._reading.done():
-                self._publish(self._reading)
-            elif self._can_take():
-                self._take()
-            else:
-                self._board.wait(self._can_go_on, self._find_culprit)
+        """Publish in a thread of its own, and take in this one."""
+        with ThreadPoolExecutor(1, "distckpt-publish") as threads:
+            publishing = threads.submit(self._stop_all_on_error, self._publish_all)
+            try:
+                self._stop_all_on_error(self._take_all)
+            except PeerFailed:
+                publishing.result()  # If it was this rank's own thread that failed, its error is the one to raise.
+                raise
+            publishing.result()
 
-    def _can_go_on(self) -> bool:
-        is_read = self._reading is not None and self._reading.done()
-        return is_read or self._can_read() or self._can_take()
+    def _stop_all_on_error(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException:
+            self._board.fail()
+            raise
 
-    def _can_read(self) -> bool:
-        """Whether the slot of the next window to publish is free."""
-        if self._reading is not None or self._published == len(self._to_publish):
-            return False
-        if self._published < SLOTS:
-            return True
-        previous = self._to_publish[self._published - SLOTS]
-        return all(self._board.taken(user) > previous for user in self._windows.users(previous))
+    def _publish_all(self) -> None:
+        for number, window in enumerate(self._to_publish):
+            if number >= SLOTS:
+                previous = self._to_publish[number - SLOTS]
+                self._board.wait(
+                    partial(self._all_have_taken, previous, self._windows.users(previous)), self._find_culprit
+                )
+            begin, size = self._windows.begin(window), self._size(window)
+            slot = self._board.slot(self._board.position, int(self._windows.slot[window]), size)
+            ranges = self._windows.ranges(window, self._index)
+            file = self._file(int(self._windows.file[window]))
+            file.copy(ranges, [(begin, slot, 0, (size,), (1,), (1,), 1)])
+            self._board.publish(window + 1)
+            self._published += 1
 
-    def _read(self) -> None:
-        """Begin to read the next window to publish, beside what else there is to do."""
-        window = self._to_publish[self._published]
-        begin, size = self._windows.begin(window), self._size(window)
-        slot = self._board.slot(self._board.position, int(self._windows.slot[window]), size)
-        ranges = self._windows.ranges(window, self._index)
-        file = self._file(int(self._windows.file[window]))
-        self._reading = self._reader.submit(file.copy, ranges, [(begin, slot, 0, (size,), (1,), (1,), 1)])
+    def _all_have_taken(self, window: int, users: Sequence[int]) -> bool:
+        return all(self._board.taken(user) > window for user in users)
 
-    def _publish(self, reading: Future[None]) -> None:
-        reading.result()
-        self._reading = None
-        self._board.publish(self._to_publish[self._published] + 1)
-        self._published += 1
+    def _take_all(self) -> None:
+        number, targets = -1, Targets([])
+        for window in self._to_take:
+            publisher = int(self._windows.publisher[window])
+            self._board.wait(partial(self._is_published, window, publisher), self._find_culprit)
+            if number != int(self._windows.file[window]):
+                number = int(self._windows.file[window])
+                self._file(number)  # Nothing is filled from a file that is not what the index says.
+                targets = Targets(self._reads[number].targets)
+            data = self._board.slot(publisher, int(self._windows.slot[window]), self._size(window))
+            begin = self._windows.begin(window)
+            for low, high in self._windows.ranges(window, self._index, self._board.position):
+                targets.copy_from(data[low - begin : high - begin], low)
+            self._board.take(window + 1)
+            self._taken += 1
+            self._close_before(self._next_file())
 
-    def _can_take(self) -> bool:
-        if self._taken == len(self._to_take):
-            return False
-        window = self._to_take[self._taken]
-        return self._board.published(int(self._windows.publisher[window])) > window
-
-    def _take(self) -> None:
-        window = self._to_take[self._taken]
-        number, begin = int(self._windows.file[window]), self._windows.begin(window)
-        if self._targets is None or self._targets[0] != number:
-            self._file(number)  # Nothing is filled from a file that is not what the index says.
-            self._targets = (number, Targets(self._reads[number].targets))
-        publisher, slot = int(self._windows.publisher[window]), int(self._windows.slot[window])
-        data = self._board.slot(publisher, slot, self._size(window))
-        for low, high in self._windows.ranges(window, self._index, self._board.position):
-            self._targets[1].copy_from(data[low - begin : high - begin], low)
-        self._taken += 1
-        self._board.take(window + 1)
-        self._close_before(self._next_file())
+    def _is_published(self, window: int, publisher: int) -> bool:
+        return self._board.published(publisher) > window
 
     def _size(self, window: int) -> int:
         return self._windows.end(window, self._index) - self._windows.begin(window)
 
     def _file(self, number: int) -> CheckedFile:
-        if number not in self._files:
-            self._files[number] = self._open_file(self._reads[number])
-        return self._files[number]
+        with self._lock:
+            if number not in self._files:
+                self._files[number] = self._open_file(self._reads[number])
+            return self._files[number]
 
     def _next_file(self) -> int:
-        """The first file that is still needed."""
+        """The first file that either thread still needs."""
         rest = self._to_publish[self._published :][:1] + self._to_take[self._taken :][:1]
         return min((int(self._windows.file[window]) for window in rest), default=len(self._index.files))
 
     def _close_before(self, number: int) -> None:
-        for done in [file for file in self._files if file < number]:
-            file = self._files.pop(done)
-            file.close()
-            self.bytes_read += file.bytes_read
+        with self._lock:
+            for done in [file for file in self._files if file < number]:
+                file = self._files.pop(done)
+                file.close()
+                self.bytes_read += file.bytes_read
 
     def _find_culprit(self) -> tuple[int, str]:
         """Who holds up the first window that not all have taken, and what it was to do."""

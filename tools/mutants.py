@@ -36,6 +36,7 @@ STORAGE = ("tests/unit/test_storage.py",)
 COMMIT = ("tests/unit/test_commit.py",)
 REMOVAL = ("tests/unit/test_removal.py",)
 DAMAGE = ("tests/unit/test_damage.py",)
+SHARED_READING = ("tests/unit/test_shared_reading.py",)
 ALL_RANKS = ("tests/unit/test_all_ranks.py",)
 AGREEMENT = ("tests/unit/test_agreement.py",)
 INDEX = ("tests/unit/test_index.py",)
@@ -355,6 +356,55 @@ MUTANTS = (
         "            bad = np.flatnonzero(found != expected[first : first + count])\n",
         "            bad = np.flatnonzero(found[:1] != expected[first : first + 1])\n",
         DAMAGE,
+    ),
+    Mutant(
+        "shared reads: a slot is filled while it is being taken from",
+        "distckpt/shared_reading.py",
+        "        return all(self._board.taken(user) > window for user in users)\n",
+        "        return True\n",
+        SHARED_READING,
+    ),
+    Mutant(
+        "shared reads: a slot is taken from before it is filled",
+        "distckpt/shared_reading.py",
+        "        return self._board.published(publisher) > window\n",
+        "        return True\n",
+        SHARED_READING,
+    ),
+    Mutant(
+        "shared reads: who fails does not stop the others",
+        "distckpt/host_group.py",
+        "            self._memory.exchange(_FAILED, 0, self.position + 1)\n",
+        "            pass\n",
+        SHARED_READING,
+    ),
+    Mutant(
+        "shared reads: a silent rank is waited for",
+        "distckpt/host_group.py",
+        "            elif time.monotonic() - changed_s > self._silence_s:\n",
+        "            elif False:\n",
+        SHARED_READING,
+    ),
+    Mutant(
+        "shared reads: the name stays",
+        "distckpt/host_group.py",
+        "            os.unlink(self._path)\n",
+        "            pass\n",
+        SHARED_READING,
+    ),
+    Mutant(
+        "shared reads: some share although one has no room",
+        "distckpt/host_group.py",
+        "        if any(self._load(_STAGE, p) == _NO_ROOM for p in range(self.size)):\n",
+        "        if self._load(_STAGE, self.position) == _NO_ROOM:\n",
+        SHARED_READING,
+    ),
+    Mutant(
+        "shared reads: another's failure hides its reason",
+        "distckpt/loading.py",
+        "sorted((r.is_echo, rank) for",
+        "sorted((False, rank) for",
+        SHARED_READING,
     ),
     Mutant(
         "shard file: header and index may disagree about a tensor",

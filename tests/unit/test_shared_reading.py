@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from distckpt import Checkpointer, DistributedError, ShardedTensor, host_group, loading
+from distckpt import Checkpointer, DistributedError, ShardedTensor, host_group, loading, shared_reading
 from distckpt.coordinator import Coordinator
 from distckpt.host_group import DIRECTORY, SLOTS, Board, Host, HostGroup, PeerFailed, group_ranks
 from distckpt.index import Index
@@ -377,3 +377,10 @@ def test_every_window_is_published_by_one_of_its_users_and_all_publish_alike() -
 def test_little_that_is_read_twice_is_not_worth_sharing() -> None:
     assert len(list_of(["1" * 50 + "0" * 49, "0" * 49 + "1" * 50]).file) == 0
     assert len(list_of(["1" * 5 + "0" * 4, "0" * 4 + "1" * 5]).file) == 1
+
+
+def test_files_that_an_index_claims_to_be_endless_are_not_shared_and_take_no_memory() -> None:
+    endless = shared_reading.row_bytes(make_index(*[1 << 62] * 4))
+    (group, _) = group_ranks([Host("a", "1", 1 << 30)] * 2, endless)
+    assert group.window_bytes == 0
+    assert not Board(group, 0, endless, 10).is_entered
