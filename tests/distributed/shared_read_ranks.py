@@ -1,10 +1,11 @@
 """What each of eight processes does in test_shared_reads.py: every check_ function runs on all of them, in order.
 
-python shared_read_ranks.py <directory>    prints one line of JSON, [name, "ok" or a traceback], for each check
+python shared_read_ranks.py <directory> <memory>    prints a line of JSON, [name, "ok" or a traceback], for each check
 """
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 import distckpt
-from distckpt import CorruptionError, ShardedTensor, loading
+from distckpt import CorruptionError, ShardedTensor, host_group, loading
 from distckpt.host_group import Host
 from distckpt.report import LoadReport
 from tests.distributed.checks import run_checks
@@ -87,4 +88,5 @@ def check_damage_in_any_block_makes_all_fall_back_together(root: Path) -> None:
 
 
 if __name__ == "__main__":
+    host_group.DIRECTORY = sys.argv[2]
     run_checks(globals(), WORLD_SIZE)

@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from distckpt import Checkpointer
-from distckpt.host_group import DIRECTORY
 from tests.distributed.checks import assert_ok, names_of_checks, outcomes_of
 from tests.distributed.launch import launch, start
-from tests.unit.test_shared_reading import WHOLE
+from tests.unit.test_shared_reading import WHOLE, empty_memory_directory
 
 SCRIPT = Path(__file__).with_name("shared_read_ranks.py")
 CHECKS = names_of_checks(SCRIPT)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def nothing_is_left_behind() -> Iterator[None]:
-    before = set(os.listdir(DIRECTORY))
-    yield
-    assert {name for name in os.listdir(DIRECTORY) if name.startswith("distckpt-")} <= before
-
-
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     """All checks run in one job: starting processes takes longer than the checks."""
-    results = launch(SCRIPT, 8, args=[str(tmp_path_factory.mktemp("shared"))], timeout_s=200)
+    with empty_memory_directory() as memory:
+        results = launch(SCRIPT, 8, args=[str(tmp_path_factory.mktemp("shared")), memory], timeout_s=200)
     return [outcomes_of(result.stdout) for result in results]
 
 
@@ -40,15 +31,16 @@ def test_eight_processes(name: str, outcomes: list[dict[str, str]]) -> None:
 
 # Each rank reads a third of the windows; the victim stays in its third read.
 HELD_UP = """
-import os, sys, time
+import sys, time
 from pathlib import Path
 from typing import Any
 import torch.distributed as dist
-from distckpt import Checkpointer, DistributedError
+from distckpt import Checkpointer, DistributedError, host_group
 from distckpt.storage import PosixStorage
 from tests.unit.test_shared_reading import make_target, replicas
 
 dist.init_process_group("gloo")
+host_group.DIRECTORY = sys.argv[3]
 rank, root, victim = dist.get_rank(), Path(sys.argv[1]), int(sys.argv[2])
 
 class HeldUpFile:
@@ -96,7 +88,7 @@ def test_rank_that_is_killed_or_stopped_while_others_wait_for_its_windows_is_nam
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save({"w": WHOLE}, iteration=1)
     others = {0, 1, 2} - {victim}
-    with start(HELD_UP, 3, args=[str(tmp_path), str(victim)]) as job:
+    with empty_memory_directory() as memory, start(HELD_UP, 3, args=[str(tmp_path), str(victim), memory]) as job:
         job.wait_for(victim, "reading")
         job.signal(victim, number)
         for rank in others:

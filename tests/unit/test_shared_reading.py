@@ -5,9 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -18,7 +21,7 @@ import torch
 
 from distckpt import Checkpointer, DistributedError, ShardedTensor, host_group, loading, shared_reading
 from distckpt.coordinator import Coordinator
-from distckpt.host_group import DIRECTORY, SLOTS, Board, Host, HostGroup, PeerFailed, group_ranks
+from distckpt.host_group import SLOTS, Board, Host, HostGroup, PeerFailed, group_ranks
 from distckpt.index import Index
 from distckpt.report import LoadReport
 from distckpt.shard_file import BLOCK_BYTES
@@ -30,11 +33,22 @@ ROWS, COLUMNS = 1 << 10, 6 << 10  # 24 MiB of float32: a row is 24 KiB
 WHOLE = torch.arange(ROWS * COLUMNS, dtype=torch.float32).reshape(ROWS, COLUMNS)
 
 
+@contextmanager
+def empty_memory_directory() -> Iterator[str]:
+    """A directory of one's own below /dev/shm, in which nothing may be left behind."""
+    path = tempfile.mkdtemp(prefix="distckpt-test-", dir=host_group.DIRECTORY)
+    try:
+        yield path
+        assert os.listdir(path) == []
+    finally:
+        shutil.rmtree(path)
+
+
 @pytest.fixture(autouse=True)
-def nothing_is_left_behind() -> Iterator[None]:
-    before = set(os.listdir(DIRECTORY))
-    yield
-    assert {name for name in os.listdir(DIRECTORY) if name.startswith("distckpt-")} <= before
+def directory(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    with empty_memory_directory() as path:
+        monkeypatch.setattr(host_group, "DIRECTORY", path)
+        yield path
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +192,7 @@ def test_many_small_tensors_of_several_files_are_shared(tmp_path: Path) -> None:
 # Who is in a group, and how much memory it takes
 
 
-def test_ranks_are_grouped_by_machine_and_memory() -> None:
+def test_ranks_are_grouped_by_machine_and_memory(directory: str) -> None:
     room = 1 << 30
     hosts = [Host("a", "1", room), Host("b", "1", room), Host("a", "1", room), Host("a", "2", room)]
     groups = group_ranks(hosts, 8)
@@ -186,7 +200,7 @@ def test_ranks_are_grouped_by_machine_and_memory() -> None:
     assert groups[0] is groups[2]
     assert len({group.nonce for group in groups}) == 3
     assert groups[1].obstacle is None
-    assert groups[0].obstacle == f"only 2 of the 3 ranks of this host share one {DIRECTORY}"
+    assert groups[0].obstacle == f"only 2 of the 3 ranks of this host share one {directory}"
 
 
 def test_rings_are_smaller_where_there_are_many_ranks_or_little_room() -> None:
@@ -209,7 +223,7 @@ def test_too_little_room_is_reported_and_everyone_reads_alone(
 
 @pytest.mark.parametrize("victims", [{0}, {1}, {0, 1, 2}])
 def test_memory_that_one_rank_does_not_get_makes_all_read_alone(
-    stored: MemoryStorage, victims: set[int], monkeypatch: pytest.MonkeyPatch
+    stored: MemoryStorage, victims: set[int], directory: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Full(host_group.SharedMemory):
         def reserve(self, begin: int, size: int) -> None:
@@ -220,7 +234,7 @@ def test_memory_that_one_rank_does_not_get_makes_all_read_alone(
     monkeypatch.setattr(host_group, "SharedMemory", Full)
     reports = run_ranks(3, lambda coordinator: load(stored, coordinator, replicas))
     assert over_read(reports) >= 3
-    assert {report.not_shared for report in reports} == {f"{DIRECTORY} is full"}
+    assert {report.not_shared for report in reports} == {f"{directory} is full"}
 
 
 @pytest.mark.parametrize("victims", [{0}, {2}, {0, 1, 2}])
