@@ -40,7 +40,7 @@ bench: install
 	$(BIN)/python -m benchmarks --out out/bench
 
 bench-quick: install
-	$(BIN)/python -m benchmarks --size-gb 0.2 --repeats 3 --out out/bench-quick
+	$(BIN)/python -m benchmarks --size-gb 0.2 --repeats 3 --precision mixed --figures sync,async,loop --out out/bench-quick
 
 lint: install-dev
 	$(BIN)/ruff check .

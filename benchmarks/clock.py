@@ -1,4 +1,4 @@
-"""Seconds of something that all ranks do together."""
+"""Numbers of something that all ranks do together. Every function is collective."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 
 def slowest(action: Callable[[], None]) -> float:
-    """Collective: start together; the seconds of the rank that took longest, on every rank."""
+    """Start together; the seconds of the rank that took longest, on every rank."""
     dist.barrier()
     start = time.perf_counter()
     action()
@@ -18,7 +18,14 @@ def slowest(action: Callable[[], None]) -> float:
 
 
 def maximum(value: float) -> float:
-    """Collective: the largest of the ranks' values."""
+    """The largest of the ranks' values."""
     tensor = torch.tensor(value, dtype=torch.float64)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return float(tensor)
+
+
+def total(value: int) -> int:
+    """The sum of the ranks' values."""
+    tensor = torch.tensor(value)
+    dist.all_reduce(tensor)
+    return int(tensor)

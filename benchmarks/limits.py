@@ -1,85 +1,116 @@
-"""What the machine can do with the same bytes from as many processes: direct writes and reads, copies in memory."""
+"""What the machine can do with the same bytes from as many processes: direct writes and reads, copies in memory.
+
+Writes and reads also with the CRC32C of every MiB, which is what checking costs when nothing else is done.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 import numpy as np
+import numpy.typing as npt
 import torch.distributed as dist
 
-from benchmarks.clock import slowest
+from benchmarks.clock import slowest, total
 from benchmarks.files import remove
-from benchmarks.request import Answer
+from benchmarks.request import Answer, Request
 from distckpt._C import BlockIO, File, Memory
 
 REQUESTS = ((4 << 20, 8), (4 << 20, 16), (16 << 20, 4))  # (bytes, in flight)
+TRANSFERS = ("write", "write_checked", "read", "read_checked")
+BLOCK_BYTES = 1 << 20
+Items = npt.NDArray[np.uint32]
 
 
-def measure_limits(root: Path, rank: int, size_bytes: int, repeats: int) -> Answer:
-    """Collective. size_bytes: of this rank. The best request size and depth is chosen by its median."""
-    source, target = _warm_memory(size_bytes), _warm_memory(size_bytes)
-    answer = Answer(backend=BlockIO().backend)
-    _fill(source)
-    for _ in range(repeats):
-        answer.add("copy", slowest(lambda: np.copyto(_items(target), _items(source))))
+class Transfers:
+    """One file per rank, written from warm memory and read into other warm memory. Collective."""
 
-    measured: dict[str, dict[str, list[float]]] = {"write": {}, "read": {}}
-    for request_size, queue_depth in REQUESTS:
-        block_io = BlockIO(request_size=request_size, queue_depth=queue_depth)
-        label = f"{request_size >> 20} MiB x {queue_depth}"
-        for _ in range(repeats):
-            write_s, read_s = _write_and_read(root, rank, block_io, source, target)
-            measured["write"].setdefault(label, []).append(write_s)
-            measured["read"].setdefault(label, []).append(read_s)
-        block_io.close()
-    for figure, by_label in measured.items():
-        best = min(by_label, key=lambda label: float(np.median(by_label[label])))
-        answer.seconds[figure] = by_label[best]
-        answer.notes.append(f"{figure}: {best} in flight, O_DIRECT, {answer.backend}")
-    if not source.huge_pages:
+    def __init__(self, path: Path, size_bytes: int) -> None:
+        self._path = path
+        self._size = -(-size_bytes // BLOCK_BYTES) * BLOCK_BYTES
+        self.source, self._target = _warm_memory(self._size), _warm_memory(self._size)
+        self._sums = np.zeros(self._size // BLOCK_BYTES, dtype=np.uint32)
+        _items(self.source)[:] = np.arange(self._size // 4, dtype=np.uint32)
+
+    def copy(self) -> float:
+        return slowest(lambda: np.copyto(_items(self._target), _items(self.source)))
+
+    def run(self, block_io: BlockIO) -> dict[str, float]:
+        """Seconds of each of TRANSFERS: a new file with fsync, and that file read, once plainly and once checked."""
+
+        def write(file: File) -> None:
+            block_io.write(file, 0, self.source)
+
+        def write_checked(file: File) -> None:
+            block_io.write_checked(file, [self.source], BLOCK_BYTES, self._sums)
+
+        def read(file: File) -> None:
+            block_io.read(file, 0, self._target)
+
+        def read_checked(file: File) -> None:
+            whole = (0, self._target, 0, (self._size,), (1,), (1,), 1)
+            wrong = block_io.read_checked(file, [(0, self._size)], BLOCK_BYTES, self._size, self._sums, [whole])
+            _require(wrong is None, f"{file.path}: block {wrong} is not what was written")
+
+        write_s, read_s = self._write_and_read(write, read)
+        write_checked_s, read_checked_s = self._write_and_read(write_checked, read_checked)
+        return dict(zip(TRANSFERS, (write_s, write_checked_s, read_s, read_checked_s), strict=True))
+
+    def _write_and_read(self, write: Callable[[File], None], read: Callable[[File], None]) -> tuple[float, float]:
+        directory = self._path.parent
+        directory.mkdir(exist_ok=True)
+        file = File.create(str(self._path))
+        _require(file.direct, f"{self._path}: no O_DIRECT here; the limits would be those of the page cache")
+
+        def write_durably() -> None:
+            write(file)
+            file.sync()
+
+        write_s = slowest(write_durably)
+        _items(self._target)[:] = 0
+        read_s = slowest(lambda: read(file))
+        file.close()
+        _require(np.array_equal(_items(self.source), _items(self._target)), f"{self._path}: read other than written")
+        dist.barrier()
+        if dist.get_rank() == 0:
+            remove(directory)
+        dist.barrier()
+        return write_s, read_s
+
+
+def measure_limits(request: Request) -> Answer:
+    """Collective. The ranks share size_bytes. The best request size and depth of each is chosen by its median."""
+    share = request.model.size_bytes // dist.get_world_size()
+    transfers = Transfers(Path(request.root) / "limits" / f"rank_{dist.get_rank()}", share)
+    answer = Answer(backend=BlockIO().backend, state_bytes=total(len(transfers.source)))
+    for _ in range(request.repeats):
+        answer.add("copy", transfers.copy())
+    measured: dict[str, dict[str, list[float]]] = {name: {} for name in TRANSFERS}
+    for _ in range(request.repeats):
+        for request_size, queue_depth in REQUESTS:
+            block_io = BlockIO(request_size=request_size, queue_depth=queue_depth)
+            for name, seconds in transfers.run(block_io).items():
+                measured[name].setdefault(f"{request_size >> 20} MiB x {queue_depth}", []).append(seconds)
+            block_io.close()
+    for name, by_label in measured.items():
+        best = min(by_label, key=lambda label: median(by_label[label]))
+        answer.samples[name] = by_label[best]
+        answer.notes.append(f"{name}: {best} in flight, O_DIRECT, {answer.backend}")
+    if not transfers.source.huge_pages:
         answer.notes.append("huge pages were refused")
     return answer
 
 
-def _write_and_read(root: Path, rank: int, block_io: BlockIO, source: Memory, target: Memory) -> tuple[float, float]:
-    """Seconds of writing the source to a new file with fsync, and of reading it back."""
-    directory = root / "limits"
-    directory.mkdir(exist_ok=True)
-    path = directory / f"rank_{rank}"
-    file = File.create(str(path))
-    _require(file.direct, f"{path}: the file system has no O_DIRECT; the limits would be those of the page cache")
-
-    def write() -> None:
-        block_io.write(file, 0, source)
-        file.sync()
-
-    def read() -> None:
-        block_io.read(file, 0, target)
-
-    write_s = slowest(write)
-    _fill(target, 0)
-    read_s = slowest(read)
-    file.close()
-    _require(np.array_equal(_items(source), _items(target)), f"{path}: what was read is not what was written")
-    if rank == 0:
-        remove(directory)
-    dist.barrier()
-    return write_s, read_s
-
-
 def _warm_memory(size_bytes: int) -> Memory:
-    memory = Memory(-(-size_bytes // 4096) * 4096)
+    memory = Memory(size_bytes)
     memory.populate()
     return memory
 
 
-def _items(memory: Memory) -> np.ndarray:
-    return np.frombuffer(memory, dtype=np.uint8)
-
-
-def _fill(memory: Memory, value: int | None = None) -> None:
-    items = _items(memory).view(np.uint32)
-    items[:] = np.arange(items.size, dtype=np.uint32) if value is None else value
+def _items(memory: Memory) -> Items:
+    return np.frombuffer(memoryview(memory), dtype=np.uint32)
 
 
 def _require(holds: bool, otherwise: str) -> None:

@@ -8,7 +8,7 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
-PACKAGES = ("distckpt", "torch", "numpy", "safetensors", "megatron-core", "torchsnapshot")
+PACKAGES = ("distckpt", "torch", "numpy", "safetensors", "megatron-core", "torchsnapshot", "tensorstore")
 TREE = Path(__file__).resolve().parent.parent
 
 
@@ -17,11 +17,16 @@ def describe_machine() -> dict[str, str | int]:
     memory_kib = int(dict(_fields(Path("/proc/meminfo")))["MemTotal"].split()[0])
     return {
         "cpu": fields.get("model name", platform.machine()),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": core_count(),
         "memory_bytes": memory_kib << 10,
         "kernel": platform.release(),
         "python": platform.python_version(),
     }
+
+
+def core_count() -> int:
+    """That this process may run on."""
+    return len(os.sched_getaffinity(0))
 
 
 def describe_file_system(directory: Path) -> dict[str, str | int]:

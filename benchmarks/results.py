@@ -1,93 +1,162 @@
-"""From seconds to figures: medians, the share of the machine's limit, the ratio to the best peer. Pure."""
+"""From samples to figures: medians, the share of the machine's limit, the ratio to the best peer. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
+from benchmarks.figures import KINDS, FigureSpec, Kind
 from benchmarks.request import Answer
-
-LIMIT_OF = {
-    "save_first": "write",
-    "save": "write",
-    "stall_first": "copy",
-    "stall": "copy",
-    "durable_first": "write",
-    "durable": "write",
-    "load_cold": "read",
-    "load_warm": "copy",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Figure:
-    """Seconds. of_limit: the limit's median over this one's, 1 is as fast as the machine. of_best_peer: the best
-    peer's median over this one's, above 1 is faster than every peer; among peers, 1 is the best one."""
+class Limit:
+    """What the machine did with `state_bytes`, in seconds, and as 1e9 bytes a second."""
 
     median_s: float
     min_s: float
     max_s: float
     samples_s: list[float]
     gb_per_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """Of one engine, in the unit of its FigureSpec.
+
+    of_limit: the limit for as many bytes over the median; 1 is as good as the machine. of_best_peer: the best peer's
+    median over this one; above 1 is better than every peer; among peers, 1 is the best one.
+    """
+
+    median: float
+    min: float
+    max: float
+    samples: list[float]
     of_limit: float | None = None
     of_best_peer: float | None = None
 
 
 @dataclass(slots=True, kw_only=True)
 class EngineResult:
+    """missing: why it could not be imported. failure: why a job of it has no answer; figures of others remain."""
+
     is_peer: bool
     backend: str = ""
     missing: str = ""
-    failures: dict[str, str] = field(default_factory=dict)
+    failure: str = ""
     notes: list[str] = field(default_factory=list)
     cached_before_cold_load: float = 0.0
     figures: dict[str, Figure] = field(default_factory=dict)
 
 
-def limit_figures(answer: Answer) -> dict[str, Figure]:
-    return {name: _figure(seconds, answer.state_bytes) for name, seconds in answer.seconds.items()}
+@dataclass(slots=True, kw_only=True)
+class SectionResult:
+    """One table. state_bytes, chunks: of a checkpoint; rank_bytes: of the largest rank's state; 0 if nothing ran."""
+
+    kind: Kind
+    title: str
+    state_bytes: int
+    rank_bytes: int
+    chunks: int
+    engines: dict[str, EngineResult]
 
 
-def engine_results(
-    answers: Mapping[str, list[Answer]],
-    failures: Mapping[str, dict[str, str]],
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """One run: all that results.json holds."""
+
+    time: str
+    command: str
+    commit: str
+    machine: dict[str, str | int]
+    file_system: dict[str, str | int]
+    versions: dict[str, str]
+    repeats: int
+    duration_s: float
+    limits: dict[str, Limit]
+    checksum_cost: dict[str, float]
+    limit_notes: list[str]
+    sections: list[SectionResult]
+
+
+def limits_of(answer: Answer) -> dict[str, Limit]:
+    return {
+        name: Limit(
+            median_s=median(samples),
+            min_s=min(samples),
+            max_s=max(samples),
+            samples_s=samples,
+            gb_per_s=answer.state_bytes / median(samples) / 1e9,
+        )
+        for name, samples in answer.samples.items()
+    }
+
+
+def checksum_cost(limits: Mapping[str, Limit]) -> dict[str, float]:
+    """Of a save and of a load, as a fraction of the time without: what the C++ core takes beside the transfer."""
+    pairs = {"save": ("write_checked", "write"), "load": ("read_checked", "read")}
+    return {name: limits[checked].median_s / limits[plain].median_s - 1 for name, (checked, plain) in pairs.items()}
+
+
+def section_result(
+    kind: Kind,
+    title: str,
+    answers: Mapping[str, Sequence[Answer]],
+    failures: Mapping[str, str],
     peers: set[str],
-    limits: Mapping[str, Figure],
-) -> dict[str, EngineResult]:
-    """By engine. answers: of its jobs; failures: mode -> why, of the jobs that have none."""
-    seconds = {name: {k: v for answer in answers[name] for k, v in answer.seconds.items()} for name in answers}
-    best: dict[str, float] = {}
-    for name in peers & set(seconds):
-        for figure, samples in seconds[name].items():
-            best[figure] = min(best.get(figure, float("inf")), median(samples))
-    results = {}
-    for name in answers:
-        result = EngineResult(is_peer=name in peers, failures=failures.get(name, {}))
-        for answer in answers[name]:
+    limits: Mapping[str, Limit],
+) -> SectionResult:
+    """answers: of each engine's jobs, as far as they have one; failures: engine -> why not."""
+    specs = KINDS[kind].figures
+    best = _best_peers(specs, {name: answers[name] for name in answers if name in peers})
+    engines = {}
+    for name, jobs in answers.items():
+        result = EngineResult(is_peer=name in peers, failure=failures.get(name, ""))
+        for answer in jobs:
             result.backend = answer.backend or result.backend
             result.missing = answer.missing or result.missing
             result.notes += answer.notes
             result.cached_before_cold_load = max(result.cached_before_cold_load, answer.cached_before_cold_load)
-            for figure, samples in answer.seconds.items():
-                limit = limits.get(LIMIT_OF.get(figure, ""))
-                limit_s = None if limit is None else limit.median_s
-                peer_s = best.get(figure) if figure in LIMIT_OF else None
-                result.figures[figure] = _figure(samples, answer.state_bytes, limit_s, peer_s)
-        results[name] = result
-    return results
+            for figure in specs.keys() & answer.samples.keys():
+                limit = _limit(specs[figure], answer.state_bytes, limits)
+                result.figures[figure] = _figure(answer.samples[figure], limit, best.get(figure))
+        engines[name] = result
+    ran = [answer for jobs in answers.values() for answer in jobs if answer.state_bytes]
+    return SectionResult(
+        kind=kind,
+        title=title,
+        state_bytes=ran[0].state_bytes if ran else 0,
+        rank_bytes=ran[0].rank_bytes if ran else 0,
+        chunks=ran[0].chunks if ran else 0,
+        engines=engines,
+    )
 
 
-def _figure(
-    samples: list[float], state_bytes: int, limit_s: float | None = None, peer_s: float | None = None
-) -> Figure:
+def _best_peers(specs: Mapping[str, FigureSpec], answers: Mapping[str, Sequence[Answer]]) -> dict[str, float]:
+    """The least median of each figure that peers can be compared in."""
+    best: dict[str, float] = {}
+    for jobs in answers.values():
+        for answer in jobs:
+            for figure in specs.keys() & answer.samples.keys():
+                best[figure] = min(best.get(figure, float("inf")), median(answer.samples[figure]))
+    return best
+
+
+def _limit(spec: FigureSpec, state_bytes: int, limits: Mapping[str, Limit]) -> float | None:
+    if spec.limit == "1":
+        return 1.0
+    return state_bytes / 1e9 / limits[spec.limit].gb_per_s if spec.limit else None
+
+
+def _figure(samples: list[float], limit: float | None, best_peer: float | None) -> Figure:
+    """Ratios are of what is above zero: an extra time can come out below."""
     middle = median(samples)
     return Figure(
-        median_s=middle,
-        min_s=min(samples),
-        max_s=max(samples),
-        samples_s=samples,
-        gb_per_s=state_bytes / middle / 1e9,
-        of_limit=None if limit_s is None else limit_s / middle,
-        of_best_peer=None if peer_s is None else peer_s / middle,
+        median=middle,
+        min=min(samples),
+        max=max(samples),
+        samples=samples,
+        of_limit=limit / middle if limit is not None and middle > 0 else None,
+        of_best_peer=best_peer / middle if best_peer is not None and best_peer > 0 and middle > 0 else None,
     )

@@ -1,142 +1,153 @@
-"""The state that every engine saves and loads: one rank's part of a GPT and its two Adam moments, fp32.
+"""The state that every engine saves and loads: one rank's part of a model and its optimizer's state.
 
-Values are a function of key, position in the global tensor and step, so that what was loaded can be compared
-exactly without keeping a copy. Nothing here saves or loads.
+The bits of every element are a whole number that depends on key, global position and step, so that what was
+loaded can be compared exactly without keeping a copy. Nothing here saves or loads.
 """
 
 from __future__ import annotations
 
 import math
+import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-LAYERS = 8
-HIDDEN_MULTIPLE = 64
-VOCABULARY_PER_HIDDEN = 4
-COPIES = ("model", "exp_avg", "exp_avg_sq")
-PRIME = 16_769_023  # 2**24 - 8193: positions modulo it, and 8193 steps added, are exact in fp32
-POISON = -1.0  # No value of the state is negative.
+from benchmarks.layout import Layout
+from benchmarks.model import Model
 
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """tp x pp ranks; the tensor-parallel coordinate changes fastest, as in Megatron."""
-
-    tp: int
-    pp: int
-
-    @property
-    def ranks(self) -> int:
-        return self.tp * self.pp
-
-    def place(self, rank: int) -> tuple[int, int]:
-        """Tensor- and pipeline-parallel coordinate of a rank."""
-        return rank % self.tp, rank // self.tp
-
-    def __str__(self) -> str:
-        return f"tp{self.tp} pp{self.pp}"
+DTYPES = {2: torch.bfloat16, 4: torch.float32}  # by bytes an item
+BITS = {2: torch.int16, 4: torch.int32}
+# Row numbers count modulo a prime, which no shape is a multiple of. Twice the prime, and hundreds of steps more,
+# stay below the bits of infinity: every value is an ordinary number.
+PRIMES = {2: 16_127, 4: 1_068_999_991}
+POISON = -1  # as bits, NaN, which the state never has
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """This rank's part of one global tensor: part `at` of `parts` along `axis`, or all of it if axis is None."""
+    """This rank's part of one global tensor: part `at` of `parts` along `axis`, or all of it if axis is None.
+
+    replica: which of the equal pieces of several ranks this is; 0 is the one that an engine has to save.
+    """
 
     key: str
     global_shape: tuple[int, ...]
     axis: int | None
     at: int
     parts: int
+    replica: int
     data: Tensor
 
-    def expected(self, step: int) -> Tensor:
-        position = torch.tensor(zlib.crc32(self.key.encode()))
+    @property
+    def bits(self) -> Tensor:
+        return self.data.view(BITS[self.data.element_size()])
+
+    def fill(self, step: int) -> None:
+        self.bits.copy_(self._expected(step))
+
+    def holds(self, step: int) -> bool:
+        """Whether every bit is that of `step`."""
+        return torch.equal(self.bits, self._expected(step))
+
+    def _expected(self, step: int) -> Tensor:
+        """Row, counted over all dimensions but the last, and column, in the global tensor; plus the key's number."""
+        prime = PRIMES[self.data.element_size()]
+        positions = []
         for d, size in enumerate(self.data.shape):
             start = self.at * size if d == self.axis else 0
-            index = torch.arange(start, start + size) * math.prod(self.global_shape[d + 1 :])
-            position = position + index.view(-1, *[1] * (self.data.dim() - d - 1))
-        return (position % PRIME).to(torch.float32).add_(step)
+            stride = math.prod(self.global_shape[d + 1 :])
+            positions.append(torch.arange(start, start + size) * stride)
+        row = torch.tensor(zlib.crc32(self.key.encode()))
+        for index in positions[:-1]:
+            row = row.unsqueeze(-1) + index
+        row, column = row % prime + step, positions[-1] % prime
+        kind = self.bits.dtype
+        return row.to(kind).unsqueeze(-1) + column.to(kind)
+
+
+class CountingOptimizer(torch.optim.Optimizer):
+    """Its step changes every parameter and every tensor of its state, as a training step does: bits + 1.
+
+    change_s: what the last step took without the hooks around it.
+    """
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        super().__init__(parameters, {})
+        self.change_s = 0.0
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # It has no loss to return.
+        start = time.perf_counter()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                for tensor in (parameter, *self.state[parameter].values()):
+                    tensor.data.view(BITS[tensor.element_size()]).add_(1)
+        self.change_s = time.perf_counter() - start
 
 
 class RankState:
-    """The pieces of one rank, by key. `step` counts advance(), and is what its values depend on."""
+    """The pieces of one rank, by key, in the parameters and state of `optimizer`. `step` counts advance()."""
 
-    def __init__(self, layout: Layout, rank: int, size_bytes: int) -> None:
+    def __init__(self, layout: Layout, rank: int, model: Model) -> None:
         self.layout = layout
         self.rank = rank
+        self.place = layout.place(rank)
         self.step = 0
-        self.tp_rank, self.pp_rank = layout.place(rank)
-        layers = math.ceil(LAYERS / layout.pp) * layout.pp
         self.pieces: dict[str, Piece] = {}
-        for name, shape, axis in _stage_shapes(layout, self.pp_rank, layers, _hidden_size(size_bytes, layers)):
-            for copy in COPIES:
-                self._add(f"{copy}.{name}", shape, axis)
+        weights, moments = [], []
+        for parameter in model.parameters(layout, self.place.pp):
+            shape = list(parameter.global_shape)
+            if parameter.axis is not None:
+                shape[parameter.axis] //= layout.tp
+            own: dict[str, Tensor] = {}
+            for copy, item_bytes in model.copies.items():
+                own[copy] = torch.empty(shape, dtype=DTYPES[item_bytes])
+                self._add(f"{copy}.{parameter.name}", parameter.global_shape, parameter.axis, own[copy])
+            weights.append(torch.nn.Parameter(own.pop("model"), requires_grad=False))
+            moments.append(own)
+        self.optimizer = CountingOptimizer(weights)
+        for weight, own in zip(weights, moments, strict=True):
+            self.optimizer.state[weight].update(own)
         for piece in self.pieces.values():
-            piece.data.copy_(piece.expected(self.step))
+            piece.fill(self.step)
 
-    def _add(self, key: str, global_shape: tuple[int, ...], axis: int | None) -> None:
-        shape = list(global_shape)
-        if axis is not None:
-            shape[axis] //= self.layout.tp
-        data = torch.empty(shape, dtype=torch.float32)
-        self.pieces[key] = Piece(key, global_shape, axis, self.tp_rank, self.layout.tp, data)
+    def _add(self, key: str, global_shape: tuple[int, ...], axis: int | None, data: Tensor) -> None:
+        place, tp = self.place, self.layout.tp
+        replica = place.dp if axis is not None else place.dp * tp + place.tp
+        self.pieces[key] = Piece(key, global_shape, axis, place.tp, tp, replica, data)
 
     @property
     def size_bytes(self) -> int:
+        """What this rank holds."""
         return sum(piece.data.nbytes for piece in self.pieces.values())
+
+    @property
+    def own_bytes(self) -> int:
+        """Its part of the checkpoint, in which every piece is once."""
+        return sum(piece.data.nbytes for piece in self.pieces.values() if piece.replica == 0)
+
+    @property
+    def own_chunks(self) -> int:
+        return sum(piece.replica == 0 for piece in self.pieces.values())
 
     def tensors(self) -> dict[str, Tensor]:
         return {key: piece.data for key, piece in self.pieces.items()}
 
     def advance(self) -> None:
-        """Change every value, as a training step does."""
+        """A training step without the computing, hooks of the optimizer included."""
         self.step += 1
-        for piece in self.pieces.values():
-            piece.data.add_(1)
+        self.optimizer.step()
 
     def poison(self) -> None:
         """Overwrite every value with one that the state never has."""
         for piece in self.pieces.values():
-            piece.data.fill_(POISON)
+            piece.bits.fill_(POISON)
 
     def check(self, step: int) -> None:
         """Raise ValueError unless every value is that of `step`."""
         for key, piece in self.pieces.items():
-            if not torch.equal(piece.data, piece.expected(step)):
+            if not piece.holds(step):
                 raise ValueError(f"{key} on rank {self.rank} does not hold the values of step {step}")
-
-
-def _hidden_size(size_bytes: int, layers: int) -> int:
-    """Of a model whose fp32 weights and moments come closest to size_bytes."""
-    items_per_square = 12 * layers + 2 * VOCABULARY_PER_HIDDEN
-    hidden = math.sqrt(size_bytes / (4 * len(COPIES) * items_per_square))
-    return max(1, round(hidden / HIDDEN_MULTIPLE)) * HIDDEN_MULTIPLE
-
-
-def _stage_shapes(
-    layout: Layout, stage: int, layers: int, hidden: int
-) -> Iterator[tuple[str, tuple[int, ...], int | None]]:
-    """(name, global shape, axis that tensor parallelism splits) of each parameter of a pipeline stage."""
-    vocabulary = VOCABULARY_PER_HIDDEN * hidden
-    if stage == 0:
-        yield "embedding.weight", (vocabulary, hidden), 0
-    per_stage = layers // layout.pp
-    for layer in range(stage * per_stage, (stage + 1) * per_stage):
-        prefix = f"layers.{layer}"
-        for norm in ("input_norm", "mlp_norm"):
-            yield f"{prefix}.{norm}.weight", (hidden,), None
-            yield f"{prefix}.{norm}.bias", (hidden,), None
-        yield f"{prefix}.qkv.weight", (3 * hidden, hidden), 0
-        yield f"{prefix}.qkv.bias", (3 * hidden,), 0
-        yield f"{prefix}.proj.weight", (hidden, hidden), 1
-        yield f"{prefix}.proj.bias", (hidden,), None
-        yield f"{prefix}.fc1.weight", (4 * hidden, hidden), 0
-        yield f"{prefix}.fc1.bias", (4 * hidden,), 0
-        yield f"{prefix}.fc2.weight", (hidden, 4 * hidden), 1
-        yield f"{prefix}.fc2.bias", (hidden,), None
-    if stage == layout.pp - 1:
-        yield "final_norm.weight", (hidden,), None
-        yield "output.weight", (vocabulary, hidden), 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -9,44 +10,45 @@ import msgspec
 import torch
 import torch.distributed as dist
 
+from benchmarks.clock import maximum, total
 from benchmarks.engines import ENGINES
 from benchmarks.limits import measure_limits
-from benchmarks.measure import measure_async, measure_sync
+from benchmarks.measuring import MEASUREMENTS
 from benchmarks.request import Answer, Request
-from benchmarks.state import Layout, RankState
+from benchmarks.state import RankState
 
 
 def main(request_path: Path) -> None:
     request = msgspec.json.decode(request_path.read_bytes(), type=Request)
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    state = RankState(Layout(request.tp, request.pp), dist.get_rank(), request.size_bytes)
-    answer = _measure(request, state)
-    answer.state_bytes = _sum(state.size_bytes)
+    answer = measure_limits(request) if request.mode == "limits" else measure(request)
     if dist.get_rank() == 0:
-        Path(request.answer).write_bytes(msgspec.json.encode(answer))
+        # Whole or not at all: the command takes the file for the sign that everything was measured.
+        unfinished = Path(f"{request.answer}.tmp")
+        unfinished.write_bytes(msgspec.json.encode(answer))
+        os.replace(unfinished, request.answer)
     dist.barrier()  # A rank that crashes from here on does not take the answer with it.
     dist.destroy_process_group()
 
 
-def _measure(request: Request, state: RankState) -> Answer:
-    root = Path(request.root)
-    if request.mode == "limits":
-        return measure_limits(root, state.rank, state.size_bytes, request.repeats)
+def measure(request: Request) -> Answer:
+    """One job of an engine. Collective; what rank 0 gets is the job's answer."""
+    state = RankState(request.layout, dist.get_rank(), request.model)
     try:
-        engine = ENGINES[request.engine].make(root, state)
+        engine = ENGINES[request.engine].make(Path(request.root), state)
     except ImportError as error:
         return Answer(missing=str(error))
-    measure = measure_sync if request.mode == "sync" else measure_async
-    answer = measure(engine, request.repeats)
+    answer = Answer(
+        backend=engine.backend,
+        state_bytes=total(state.own_bytes),
+        rank_bytes=int(maximum(state.size_bytes)),
+        chunks=total(state.own_chunks),
+    )
+    MEASUREMENTS[request.mode](engine, request, answer)
+    answer.last_step = state.step
     engine.close()
     return answer
-
-
-def _sum(value: int) -> int:
-    tensor = torch.tensor(value)
-    dist.all_reduce(tensor)
-    return int(tensor)
 
 
 if __name__ == "__main__":

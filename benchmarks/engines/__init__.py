@@ -7,17 +7,27 @@ from importlib import import_module
 from pathlib import Path
 
 from benchmarks.engines.port import Engine
+from benchmarks.figures import Kind
+from benchmarks.request import ASYNC_MODES, Mode
 from benchmarks.state import RankState
+
+ALL: frozenset[Kind] = frozenset({"sync", "async", "loop", "layouts", "memory", "index", "small", "replicas"})
+SAME_LAYOUT = ALL - {"layouts", "index"}  # each rank's tensors are its own, without a global index
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One line of the tables: a class in a module of this package, and what it is made with."""
+    """One line of the tables: a class in a module of this package, what it is made with, and where it takes part."""
 
     home: str
+    kinds: frozenset[Kind]
     options: dict[str, str | int] = field(default_factory=dict)
     is_peer: bool = True
-    has_async: bool = False
+    has_sync: bool = True
+    has_async: bool = True
+
+    def takes(self, mode: Mode) -> bool:
+        return self.has_async if mode in ASYNC_MODES else self.has_sync
 
     def make(self, root: Path, state: RankState) -> Engine:
         """Raises ImportError if the engine is not installed."""
@@ -27,12 +37,23 @@ class Entry:
 
 
 ENGINES = {
-    "distckpt": Entry("distckpt:Distckpt", {"io_backend": "io_uring"}, is_peer=False, has_async=True),
-    "distckpt-threads": Entry("distckpt:Distckpt", {"io_backend": "threads"}, is_peer=False, has_async=True),
-    "torch.save": Entry("torch_save:TorchSave"),
-    "safetensors": Entry("safetensors:Safetensors"),
-    "dcp": Entry("dcp:Dcp", {"thread_count": 1}, has_async=True),
-    "dcp-2-threads": Entry("dcp:Dcp", {"thread_count": 2}, has_async=True),
-    "megatron-core": Entry("megatron:MegatronCore", has_async=True),
-    "torchsnapshot": Entry("torchsnapshot:TorchSnapshot", has_async=True),
+    "distckpt": Entry("distckpt:Distckpt", ALL, {"io_backend": "io_uring"}, is_peer=False),
+    "distckpt-lazy": Entry(
+        "distckpt:Distckpt",
+        frozenset({"async", "loop", "memory"}),
+        {"io_backend": "io_uring", "snapshot": "lazy"},
+        is_peer=False,
+        has_sync=False,
+    ),
+    "distckpt-threads": Entry(
+        "distckpt:Distckpt", frozenset({"sync", "async"}), {"io_backend": "threads"}, is_peer=False
+    ),
+    "torch.save": Entry("torch_save:TorchSave", SAME_LAYOUT, has_async=False),
+    "safetensors": Entry("safetensors:Safetensors", SAME_LAYOUT, has_async=False),
+    "dcp": Entry("dcp:Dcp", ALL, {"thread_count": 1}),
+    "dcp-2-threads": Entry("dcp:Dcp", frozenset({"sync", "async"}), {"thread_count": 2}),
+    "megatron-core": Entry("megatron:MegatronCore", ALL),
+    "torchsnapshot": Entry("torchsnapshot:TorchSnapshot", SAME_LAYOUT | {"index"}),
+    # A directory per tensor: tens of thousands of small ones are not what it is for.
+    "tensorstore": Entry("tensorstore:TensorStore", ALL - {"small", "index"}),
 }

@@ -24,10 +24,14 @@ class Dcp(Engine):
         super().__init__(root, state)
         self._thread_count = thread_count
         layout = state.layout
-        mesh = init_device_mesh("cpu", (layout.pp, layout.tp), mesh_dim_names=("pp", "tp"))["tp"]
+        sizes = (layout.pp, layout.dp, layout.tp)
+        mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("pp", "dp", "tp"))["dp", "tp"]
         self._tensors = {
             key: DTensor.from_local(
-                piece.data, mesh, [Replicate() if piece.axis is None else Shard(piece.axis)], run_check=False
+                piece.data,
+                mesh,
+                [Replicate(), Replicate() if piece.axis is None else Shard(piece.axis)],
+                run_check=False,
             )
             for key, piece in state.pieces.items()
         }
@@ -51,9 +55,19 @@ class Dcp(Engine):
             process_group=self._background_group,
         )
 
+    def poll(self) -> bool:
+        assert self._saving is not None
+        return self._saving.done()
+
     def wait(self) -> None:
         assert self._saving is not None
         self._saving.result()
+
+    def index_files(self, step: int) -> list[Path]:
+        return [self.path(step) / ".metadata"]
+
+    def open_index(self, step: int) -> None:
+        dcp.FileSystemReader(self.path(step)).read_metadata()
 
     def close(self) -> None:
         if self._stager is not None:

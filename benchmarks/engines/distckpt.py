@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from benchmarks.engines.port import Engine
 from benchmarks.state import Piece, RankState
 from distckpt import Checkpointer, PendingSave, ShardedTensor
+from distckpt.commit import list_commits, read_index
+from distckpt.reader import ChunkTableReader
+from distckpt.storage import PosixStorage
 
 
 class Distckpt(Engine):
     is_durable = True
+    has_prepare = True
 
-    def __init__(self, root: Path, state: RankState, *, io_backend: str) -> None:
+    def __init__(
+        self, root: Path, state: RankState, *, io_backend: str, snapshot: Literal["eager", "lazy"] = "eager"
+    ) -> None:
         super().__init__(root, state)
         self.backend = io_backend
-        tp_rank, pp_rank = state.tp_rank, state.pp_rank
-        mesh = {"tp": (tp_rank, state.layout.tp), "pp": (pp_rank, state.layout.pp)}
+        self._snapshot = snapshot
+        place, layout = state.place, state.layout
+        mesh = {"tp": (place.tp, layout.tp), "pp": (place.pp, layout.pp), "dp": (place.dp, layout.dp)}
         self._checkpointer = Checkpointer(root, mesh=mesh, io_backend=io_backend)
+        if snapshot == "lazy":
+            self._checkpointer.guard(state.optimizer)
         self._sharded: dict[str, object] = {"state": [_sharded(piece) for piece in state.pieces.values()]}
         self._pending: PendingSave | None = None
 
@@ -34,11 +44,26 @@ class Distckpt(Engine):
         self._checkpointer.prepare(self._sharded)
 
     def async_save(self, step: int) -> None:
-        self._pending = self._checkpointer.async_save(self._sharded, iteration=step)
+        self._pending = self._checkpointer.async_save(self._sharded, iteration=step, snapshot=self._snapshot)
+
+    def poll(self) -> bool:
+        assert self._pending is not None
+        return self._pending.done()
 
     def wait(self) -> None:
         assert self._pending is not None
         self._pending.wait()
+
+    def index_files(self, step: int) -> list[Path]:
+        return [*self.path(step).glob("index-*.json"), *self.path(step).glob("chunks-*.bin")]
+
+    def open_index(self, step: int) -> None:
+        storage = PosixStorage(str(self.root))
+        commit = next(commit for commit in list_commits(storage) if commit.iteration == step)
+        index, _ = read_index(storage, commit)
+        with ChunkTableReader(storage, commit.directory, index) as table:
+            for key in index.tensors:
+                table.chunks(key)
 
     def close(self) -> None:
         self._checkpointer.close()
@@ -46,7 +71,13 @@ class Distckpt(Engine):
 
 def _sharded(piece: Piece) -> ShardedTensor:
     if piece.axis is None:
-        return ShardedTensor.from_rank_offsets(piece.key, piece.data, replica_id=piece.at, owner="pp")
+        return ShardedTensor.from_rank_offsets(piece.key, piece.data, replica_id=piece.replica, owner="pp")
     partition = tuple("tp" if d == piece.axis else None for d in range(len(piece.global_shape)))
-    offset = (piece.axis, piece.at, piece.parts)
-    return ShardedTensor.from_rank_offsets(piece.key, piece.data, offset, partition=partition, owner="pp")
+    return ShardedTensor.from_rank_offsets(
+        piece.key,
+        piece.data,
+        (piece.axis, piece.at, piece.parts),
+        replica_id=piece.replica,
+        partition=partition,
+        owner="pp",
+    )

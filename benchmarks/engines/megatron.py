@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from megatron.core.dist_checkpointing import ShardedTensor, load, save
+from megatron.core.dist_checkpointing import ShardedTensor, load, load_common_state_dict, load_tensors_metadata, save
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
 from benchmarks.engines.port import Engine
@@ -34,8 +34,20 @@ class MegatronCore(Engine):
         request = save(self._sharded(), str(self.make_path(step)), async_sharded_save=True)
         self._calls.schedule_async_request(request)
 
+    def poll(self) -> bool:
+        """Collective, as in Megatron's training loop: the save is finished by the call that finds all ranks done."""
+        self._calls.maybe_finalize_async_calls(blocking=False)
+        return self._calls.get_num_unfinalized_calls() == 0
+
     def wait(self) -> None:
         self._calls.maybe_finalize_async_calls(blocking=True)
+
+    def index_files(self, step: int) -> list[Path]:
+        return [self.path(step) / ".metadata", self.path(step) / "common.pt", self.path(step) / "metadata.json"]
+
+    def open_index(self, step: int) -> None:
+        load_common_state_dict(str(self.path(step)))
+        load_tensors_metadata(str(self.path(step)))
 
     def close(self) -> None:
         self._calls.close()
@@ -46,6 +58,5 @@ class MegatronCore(Engine):
 
 
 def _sharded(piece: Piece) -> ShardedTensor:
-    if piece.axis is None:
-        return ShardedTensor.from_rank_offsets(piece.key, piece.data, replica_id=piece.at)
-    return ShardedTensor.from_rank_offsets(piece.key, piece.data, (piece.axis, piece.at, piece.parts))
+    offsets = [] if piece.axis is None else [(piece.axis, piece.at, piece.parts)]
+    return ShardedTensor.from_rank_offsets(piece.key, piece.data, *offsets, replica_id=piece.replica)

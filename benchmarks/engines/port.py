@@ -8,14 +8,16 @@ from benchmarks.state import RankState
 
 
 class Engine:
-    """Saves and loads `state` below `root`; kept for the whole run, so that it can reuse what it wants to.
+    """Saves and loads `state` below `root`; kept for the whole job, so that it can reuse what it wants to.
 
-    backend: what moves the bytes, for the report. is_durable: whether save and wait leave nothing to fsync; if not,
-    the harness fsyncs files and directories after them, and counts it.
+    An engine defines the calls that its row in ENGINES lets it take part in. backend: what moves the bytes, for the
+    report. is_durable: whether save and wait leave nothing to fsync; if not, the harness fsyncs files and directories
+    after them, and counts it. has_prepare: whether prepare() does anything.
     """
 
     backend = "page cache"
     is_durable = False
+    has_prepare = False
 
     def __init__(self, root: Path, state: RankState) -> None:
         self.root = root
@@ -42,11 +44,23 @@ class Engine:
         """What a job would do before its first async save."""
 
     def async_save(self, step: int) -> None:
-        """On return the tensors may be changed."""
+        """On return the state may advance()."""
+        raise NotImplementedError
+
+    def poll(self) -> bool:
+        """What a training loop calls after each step of an async save; whether the save has ended on this rank."""
         raise NotImplementedError
 
     def wait(self) -> None:
         """For the async save under way."""
+        raise NotImplementedError
+
+    def index_files(self, step: int) -> list[Path]:
+        """The files that say where the pieces lie. On rank 0 only."""
+        raise NotImplementedError
+
+    def open_index(self, step: int) -> None:
+        """Read and decode all that they say. On rank 0 only."""
         raise NotImplementedError
 
     def close(self) -> None:

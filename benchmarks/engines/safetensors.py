@@ -1,4 +1,4 @@
-"""A safetensors file per rank, with fsync."""
+"""A safetensors file per rank, with fsync; of data-parallel ranks the first saves."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from benchmarks.files import sync_files
 
 class Safetensors(Engine):
     def save(self, step: int) -> None:
+        if self.state.place.dp:
+            return
         path = self._file(step)
         save_file(self.state.tensors(), path)
         sync_files([path])
@@ -23,4 +25,5 @@ class Safetensors(Engine):
                 tensor.copy_(file.get_tensor(key))
 
     def _file(self, step: int) -> Path:
-        return self.make_path(step) / f"rank_{self.state.rank}.safetensors"
+        place = self.state.place
+        return self.make_path(step) / f"tp{place.tp}_pp{place.pp}.safetensors"

@@ -1,4 +1,4 @@
-"""torch.save of each rank's tensors into a file of its own, with fsync."""
+"""torch.save of each rank's tensors into a file of its own, with fsync; of data-parallel ranks the first saves."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from benchmarks.engines.port import Engine
 
 class TorchSave(Engine):
     def save(self, step: int) -> None:
+        if self.state.place.dp:
+            return
         with self._file(step).open("wb") as file:
             torch.save(self.state.tensors(), file)
             file.flush()
@@ -23,4 +25,5 @@ class TorchSave(Engine):
             tensor.copy_(loaded[key])
 
     def _file(self, step: int) -> Path:
-        return self.make_path(step) / f"rank_{self.state.rank}.pt"
+        place = self.state.place
+        return self.make_path(step) / f"tp{place.tp}_pp{place.pp}.pt"

@@ -1,4 +1,4 @@
-"""TorchSnapshot, with each rank's tensors as its own."""
+"""TorchSnapshot, with each rank's tensors as its own: what several ranks hold is stored several times."""
 
 from __future__ import annotations
 
@@ -30,6 +30,16 @@ class TorchSnapshot(Engine):
     def async_save(self, step: int) -> None:
         self._pending = Snapshot.async_take(str(self.path(step)), self._app_state)
 
+    def poll(self) -> bool:
+        assert self._pending is not None
+        return self._pending.done()
+
     def wait(self) -> None:
         assert self._pending is not None
         self._pending.wait()
+
+    def index_files(self, step: int) -> list[Path]:
+        return [self.path(step) / ".snapshot_metadata"]
+
+    def open_index(self, step: int) -> None:
+        Snapshot(str(self.path(step))).get_manifest()

@@ -1,0 +1,97 @@
+"""Which jobs make which figures. Pure: decides, runs nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from benchmarks.figures import KINDS, LAYOUT_CHANGES, Kind
+from benchmarks.layout import Layout, layout_of
+from benchmarks.model import Model, Precision
+from benchmarks.request import Mode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One torchrun job of an engine."""
+
+    mode: Mode
+    layout: Layout
+    model: Model
+    label: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Section:
+    """One table of the report. groups: the jobs of a group run one after the other in the same directory."""
+
+    kind: Kind
+    title: str
+    groups: tuple[tuple[Job, ...], ...]
+
+
+def plan_sections(
+    kinds: Sequence[Kind], layout: Layout, model: Model, precisions: Sequence[Precision], cores: int
+) -> Iterator[Section]:
+    """The sections in the order of KINDS. Saves and loads are measured in each precision, all else in the first."""
+    first = replace(model, precision=precisions[0])
+    for kind in KINDS:
+        if kind not in kinds:
+            continue
+        if kind in ("sync", "async"):
+            for precision in precisions:
+                yield _section(kind, [[_job(kind, layout, replace(model, precision=precision))]])
+        else:
+            yield _section(kind, _groups(kind, layout, first, cores))
+
+
+def _groups(kind: Kind, layout: Layout, model: Model, cores: int) -> list[list[Job]]:
+    small = replace(model, content="small")
+    if kind == "loop":
+        # As many ranks as cores: each computes all the time, and what a save takes is taken from training.
+        return [[_job("loop", layout_of(min(layout.ranks, cores)), model)]]
+    if kind == "layouts":
+        return [
+            [
+                _job("store", Layout(tp=change.saved[0], pp=change.saved[1]), replace(model, content=change.content)),
+                _job(
+                    "reload",
+                    Layout(tp=change.loaded[0], pp=change.loaded[1]),
+                    replace(model, content=change.content),
+                    label,
+                ),
+            ]
+            for label, change in LAYOUT_CHANGES.items()
+        ]
+    if kind == "memory":
+        return [
+            [_job("peak_save", layout, model), _job("peak_load", layout, model)],
+            [_job("peak_async", layout, model)],
+        ]
+    if kind == "index":
+        return [[_job("index", layout, small)]]
+    if kind == "small":
+        return [[_job("sync", layout, small)], [_job("async", layout, small)]]
+    return [[_job("sync", _with_replicas(layout), model)]]
+
+
+def _with_replicas(layout: Layout) -> Layout:
+    """As many ranks, but two data-parallel ones for each part; fewer stages or tensor-parallel ranks."""
+    if layout.dp > 1:
+        return layout
+    if layout.pp % 2 == 0:
+        return replace(layout, pp=layout.pp // 2, dp=2)
+    if layout.tp % 2 == 0:
+        return replace(layout, tp=layout.tp // 2, dp=2)
+    return replace(layout, dp=2)
+
+
+def _job(mode: Mode, layout: Layout, model: Model, label: str = "") -> Job:
+    return Job(mode=mode, layout=layout, model=model, label=label)
+
+
+def _section(kind: Kind, groups: Sequence[Sequence[Job]]) -> Section:
+    job = groups[0][0]
+    what = f"{job.model.small_tensors} tensors of 4 KiB" if job.model.content == "small" else job.model.precision
+    where = "" if kind == "layouts" else f", {job.layout}"
+    return Section(kind=kind, title=f"{KINDS[kind].title}: {what}{where}", groups=tuple(map(tuple, groups)))
