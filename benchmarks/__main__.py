@@ -37,9 +37,7 @@ def main(
     tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel size.")] = 2,
     pp: Annotated[int, typer.Option(min=1, help="Pipeline-parallel size.")] = 2,
     dp: Annotated[int, typer.Option(min=1, help="Data-parallel size; the ranks are tp x pp x dp.")] = 1,
-    precision: Annotated[str, typer.Option(help="mixed, fp32, or both; all but sync and async take the first.")] = (
-        "mixed,fp32"
-    ),
+    precision: Annotated[str, typer.Option(help="mixed, fp32, or both; all but sync take the first.")] = ("mixed,fp32"),
     figures: Annotated[str, typer.Option(help="Kinds of figures, separated by commas.")] = ",".join(KINDS),
     engines: Annotated[str, typer.Option(help="Names, separated by commas.")] = ",".join(ENGINES),
     repeats: Annotated[int, typer.Option(min=1, help="Of each figure, after the first save.")] = 5,

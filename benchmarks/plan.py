@@ -33,12 +33,12 @@ class Section:
 def plan_sections(
     kinds: Sequence[Kind], layout: Layout, model: Model, precisions: Sequence[Precision], cores: int
 ) -> Iterator[Section]:
-    """The sections in the order of KINDS. Saves and loads are measured in each precision, all else in the first."""
+    """The sections in the order of KINDS. `sync` is measured in each precision, all else in the first."""
     first = replace(model, precision=precisions[0])
     for kind in KINDS:
         if kind not in kinds:
             continue
-        if kind in ("sync", "async"):
+        if kind == "sync":
             for precision in precisions:
                 yield _section(kind, [[_job(kind, layout, replace(model, precision=precision))]])
         else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -74,8 +74,10 @@ class CountingOptimizer(torch.optim.Optimizer):
     change_s: what the last step took without the hooks around it.
     """
 
-    def __init__(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        super().__init__(parameters, {})
+    def __init__(self, states: Mapping[torch.nn.Parameter, Mapping[str, Tensor]]) -> None:
+        super().__init__(states, {})
+        for parameter, tensors in states.items():
+            self.state[parameter].update(tensors)
         self.change_s = 0.0
 
     @torch.no_grad()
@@ -84,12 +86,12 @@ class CountingOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 for tensor in (parameter, *self.state[parameter].values()):
-                    tensor.data.view(BITS[tensor.element_size()]).add_(1)
+                    _change(tensor.data)
         self.change_s = time.perf_counter() - start
 
 
 class RankState:
-    """The pieces of one rank, by key, in the parameters and state of `optimizer`. `step` counts advance()."""
+    """The pieces of one rank, by key. `step` counts advance()."""
 
     def __init__(self, layout: Layout, rank: int, model: Model) -> None:
         self.layout = layout
@@ -97,7 +99,7 @@ class RankState:
         self.place = layout.place(rank)
         self.step = 0
         self.pieces: dict[str, Piece] = {}
-        weights, moments = [], []
+        self._parameters: dict[torch.nn.Parameter, dict[str, Tensor]] = {}
         for parameter in model.parameters(layout, self.place.pp):
             shape = list(parameter.global_shape)
             if parameter.axis is not None:
@@ -106,13 +108,18 @@ class RankState:
             for copy, item_bytes in model.copies.items():
                 own[copy] = torch.empty(shape, dtype=DTYPES[item_bytes])
                 self._add(f"{copy}.{parameter.name}", parameter.global_shape, parameter.axis, own[copy])
-            weights.append(torch.nn.Parameter(own.pop("model"), requires_grad=False))
-            moments.append(own)
-        self.optimizer = CountingOptimizer(weights)
-        for weight, own in zip(weights, moments, strict=True):
-            self.optimizer.state[weight].update(own)
+            weight = torch.nn.Parameter(own.pop("model"), requires_grad=False)
+            self._parameters[weight] = own
+        self._optimizer: CountingOptimizer | None = None
         for piece in self.pieces.values():
             piece.fill(self.step)
+
+    @property
+    def optimizer(self) -> CountingOptimizer:
+        """Of all pieces. Made when it is first asked for: torch takes a second of every rank to load what it needs."""
+        if self._optimizer is None:
+            self._optimizer = CountingOptimizer(self._parameters)
+        return self._optimizer
 
     def _add(self, key: str, global_shape: tuple[int, ...], axis: int | None, data: Tensor) -> None:
         place, tp = self.place, self.layout.tp
@@ -137,9 +144,13 @@ class RankState:
         return {key: piece.data for key, piece in self.pieces.items()}
 
     def advance(self) -> None:
-        """A training step without the computing, hooks of the optimizer included."""
+        """A training step without the computing, with the hooks of the optimizer if anybody has asked for it."""
         self.step += 1
-        self.optimizer.step()
+        if self._optimizer is None:
+            for piece in self.pieces.values():
+                _change(piece.data)
+        else:
+            self._optimizer.step()
 
     def poison(self) -> None:
         """Overwrite every value with one that the state never has."""
@@ -151,3 +162,7 @@ class RankState:
         for key, piece in self.pieces.items():
             if not piece.holds(step):
                 raise ValueError(f"{key} on rank {self.rank} does not hold the values of step {step}")
+
+
+def _change(tensor: Tensor) -> None:
+    tensor.view(BITS[tensor.element_size()]).add_(1)

@@ -82,7 +82,7 @@ def _report(answer: Answer, times: Times, without_s: float) -> None:
 
 def _run(engine: Engine, work: Work, *, is_saving: bool) -> Times:
     """One loop of STEPS steps; the save, if any, is waited for after it, made durable, and the one before removed."""
-    state, times = engine.state, Times()
+    state, optimizer, times = engine.state, engine.state.optimizer, Times()
     call_end = 0.0
     dist.barrier()
     start = time.perf_counter()
@@ -95,7 +95,7 @@ def _run(engine: Engine, work: Work, *, is_saving: bool) -> Times:
         work.compute()
         before = time.perf_counter()
         state.advance()
-        times.waits_s += time.perf_counter() - before - state.optimizer.change_s
+        times.waits_s += time.perf_counter() - before - optimizer.change_s
         if not times.has_ended:
             before = time.perf_counter()
             times.has_ended = engine.poll()
