@@ -12,12 +12,16 @@ Unit = Literal["s", "bytes", "times", "per_cent"]
 
 @dataclass(frozen=True, slots=True)
 class FigureSpec:
-    """limit: the name of the machine's limit for the same bytes; "1" if the figure itself cannot be below 1."""
+    """limit: the name of the machine's limit for the same bytes; "1" if the figure itself cannot be below 1.
+
+    is_compared: whether a ratio to the best peer says anything; a part of a time does not.
+    """
 
     title: str
     unit: Unit
     limit: str
     meaning: str
+    is_compared: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,15 +62,17 @@ _ASYNC = {
 }
 _LOOP = {
     "loop_stall": FigureSpec("extra time", "s", "copy", "the loop with one async save less the loop without"),
-    "loop_call": FigureSpec("of it: call", "s", "copy", "inside async_save, while the other ranks compute"),
+    "loop_call": FigureSpec(
+        "of it: call", "s", "copy", "inside async_save, while the other ranks compute", is_compared=False
+    ),
     "loop_waits": FigureSpec(
-        "of it: waits", "s", "", "in the optimizer's hooks, and in what the engine wants per step"
+        "of it: waits", "s", "", "in the optimizer's hooks, and in what the engine wants per step", is_compared=False
     ),
     "loop_slowdown": FigureSpec("slower draining", "per_cent", "", "the rest of it, of the time the save drained"),
     "loop_drain": FigureSpec(
-        "draining", "s", "write", "from the end of the call to the step that found the save ended"
+        "draining", "s", "write", "from the end of the call to the step that found the save ended", is_compared=False
     ),
-    "loop_step": FigureSpec("step", "s", "", "a step of the loop without a save"),
+    "loop_step": FigureSpec("step", "s", "", "a step of the loop without a save", is_compared=False),
 }
 _LAYOUTS = {
     name: spec
@@ -85,6 +91,7 @@ _INDEX = {
     "index_bytes": FigureSpec("bytes a chunk", "bytes", "", "size of what lists the chunks, over their number"),
     "index_open": FigureSpec("time to open", "s", "", "reading and decoding it, all of it, in one process, cached"),
 }
+_SMALL = {name: spec for name, spec in (_SYNC | _ASYNC).items() if name != "load_warm"}
 
 KINDS: dict[Kind, KindSpec] = {
     "sync": KindSpec("Saving and loading", "every rank in the call until the checkpoint is durable, or loaded", _SYNC),
@@ -95,6 +102,6 @@ KINDS: dict[Kind, KindSpec] = {
         "Extra memory", "peak of anonymous and shared memory of the largest rank, children included", _MEMORY
     ),
     "index": KindSpec("Index", "of a checkpoint of many small tensors", _INDEX),
-    "small": KindSpec("Many small tensors", "sync and async figures of a state of 4 KiB tensors", _SYNC | _ASYNC),
+    "small": KindSpec("Many small tensors", "sync and async figures of a state of 4 KiB tensors", _SMALL),
     "replicas": KindSpec("Data parallelism", "sync figures where pairs of ranks hold equal values", _SYNC),
 }

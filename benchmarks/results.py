@@ -134,11 +134,12 @@ def section_result(
 
 
 def _best_peers(specs: Mapping[str, FigureSpec], answers: Mapping[str, Sequence[Answer]]) -> dict[str, float]:
-    """The least median of each figure that peers can be compared in."""
+    """The least median of each figure in which engines are compared."""
+    compared = {figure for figure, spec in specs.items() if spec.is_compared}
     best: dict[str, float] = {}
     for jobs in answers.values():
         for answer in jobs:
-            for figure in specs.keys() & answer.samples.keys():
+            for figure in compared & answer.samples.keys():
                 best[figure] = min(best.get(figure, float("inf")), median(answer.samples[figure]))
     return best
 

@@ -65,7 +65,7 @@ class Bench:
             engine=engine,
             layout=job.layout,
             model=job.model,
-            repeats=self.repeats,
+            repeats=min(self.repeats, job.most_repeats),
             root=str(directory / "checkpoints"),
             answer=str(answer_path),
             stored_step=stored_step,

@@ -170,6 +170,16 @@ def test_plan_has_a_job_for_every_kind_and_layout_change() -> None:
     sections = list(plan_sections(list(KINDS), Layout(tp=2, pp=2), MODEL, ["mixed", "fp32"], cores=2))
     assert [section.kind for section in sections] == ["sync", *KINDS]
     by_kind = {section.kind: section for section in sections}
+    assert {kind: [job.mode for group in section.groups for job in group] for kind, section in by_kind.items()} == {
+        "sync": ["sync"],
+        "async": ["async"],
+        "loop": ["loop"],
+        "layouts": ["store", "reload"] * len(LAYOUT_CHANGES),
+        "memory": ["peak_save", "peak_load", "peak_async"],
+        "index": ["index"],
+        "small": ["sync", "async"],
+        "replicas": ["sync"],
+    }
     [loop_group] = by_kind["loop"].groups
     assert loop_group[0].layout.ranks == 2  # as many as cores
     assert [group[-1].label for group in by_kind["layouts"].groups] == list(LAYOUT_CHANGES)
