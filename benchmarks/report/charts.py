@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Drawing
 
 from benchmarks.figures import FigureSpec
-from benchmarks.report.wording import columns, number, symbol
+from benchmarks.report.wording import columns, number, size, symbol
 from benchmarks.results import Limit, Record, SectionResult
 
 OWN, PEER, LIMIT = "#1b6ca8", "#b0b7bf", "#c0392b"
@@ -29,7 +29,7 @@ def draw_section(record: Record, section: SectionResult, kind: Literal["png", "s
         _draw_panel(axis, name, spec, section, record.limits)
     for axis in axes.flat[len(specs) :]:
         axis.set_visible(False)
-    drawing.suptitle(f"{section.title} ({section.state_bytes / 1e9:.2f} GB)", fontsize=11, color=INK)
+    drawing.suptitle(f"{section.title} ({size(section.state_bytes)})", fontsize=11, color=INK)
     content = BytesIO()
     drawing.savefig(content, format=kind, dpi=110)
     return content.getvalue()

@@ -47,6 +47,10 @@ def symbol(unit: Unit, value: float) -> str:
     return {"s": "s", "times": "times", "per_cent": "%"}[unit]
 
 
+def size(size_bytes: int) -> str:
+    return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.0f} MB"
+
+
 def columns(section: SectionResult) -> dict[str, FigureSpec]:
     """The figures that at least one engine of the section has."""
     specs = KINDS[section.kind].figures
@@ -63,8 +67,8 @@ def describe(section: SectionResult) -> str:
     """What the numbers of a section are of."""
     kind = KINDS[section.kind]
     return (
-        f"{kind.meaning}; {section.state_bytes / 1e9:.2f} GB, {section.chunks} chunks, "
-        f"at most {section.rank_bytes / 1e6:.0f} MB a rank"
+        f"{kind.meaning}; {size(section.state_bytes)}, {section.chunks} chunks, "
+        f"at most {size(section.rank_bytes)} a rank"
     )
 
 
