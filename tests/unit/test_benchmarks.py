@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.engines import ENGINES
+from benchmarks.engines.port import Engine
 from benchmarks.figures import KINDS, LAYOUT_CHANGES
 from benchmarks.layout import Layout, layout_of
+from benchmarks.measuring import steps
 from benchmarks.model import Content, Model, Precision
 from benchmarks.peak_memory import PeakMemory
 from benchmarks.plan import plan_sections
@@ -119,6 +121,25 @@ def test_check_finds_a_state_that_nothing_was_loaded_into() -> None:
     state.poison()
     with pytest.raises(ValueError, match="step 0"):
         state.check(0)
+
+
+class Forgetful(Engine):
+    """Its load fills everything but the last element of the last tensor."""
+
+    def load(self, step: int) -> None:
+        for piece in self.state.pieces.values():
+            last = piece.bits.view(-1)[-1].clone()
+            piece.fill(step)
+        piece.bits.view(-1)[-1] = last
+
+
+def test_a_wrong_load_is_no_figure(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match="does not hold the values of step 3"):
+            steps.load(Forgetful(tmp_path, RankState(Layout(), 0, MODEL)), 3)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_small_tensors_are_as_many_as_asked_for() -> None:
