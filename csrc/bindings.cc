@@ -17,6 +17,7 @@
 #include "file.h"
 #include "gather.h"
 #include "memory.h"
+#include "sample.h"
 #include "shared_memory.h"
 #include "stream.h"
 
@@ -138,7 +139,7 @@ void WriteChecked(BlockIO& io, File& file, const py::sequence& parts, const py::
 }
 
 // (chunk_start, target, target_start, shape, source_strides, target_strides, item_size)
-Targets::Target ToTarget(py::handle object, Buffers& buffers) {
+RegionCopy ToTarget(py::handle object, Buffers& buffers) {
   const py::tuple item(py::reinterpret_borrow<py::object>(object));
   if (item.size() != 7) throw std::invalid_argument("a target has seven items");
   const Buffer& memory = buffers.emplace_back(py::object(item[1]), true);
@@ -148,8 +149,8 @@ Targets::Target ToTarget(py::handle object, Buffers& buffers) {
   return RegionCopy(region, memory.data(), static_cast<int64_t>(memory.size()));
 }
 
-std::vector<Targets::Target> ToTargets(const py::sequence& sequence, Buffers& buffers) {
-  std::vector<Targets::Target> targets;
+std::vector<RegionCopy> ToTargets(const py::sequence& sequence, Buffers& buffers) {
+  std::vector<RegionCopy> targets;
   for (const py::handle item : sequence) targets.push_back(ToTarget(item, buffers));
   return targets;
 }

@@ -9,7 +9,7 @@ namespace distckpt {
 namespace {
 
 constexpr size_t kSmall = size_t{64} << 10;
-constexpr size_t kSamples = 64;
+constexpr size_t kSteps = 63;
 
 }  // namespace
 
@@ -20,11 +20,10 @@ uint32_t SampleChecksum(const uint8_t* data, size_t size, int64_t item_size) {
   }
   if (size <= kSmall) return Crc32c(0, data, size);
   const size_t last = size / item - 1;
+  const size_t step = last / kSteps;
   uint32_t sum = 0;
-  for (size_t i = 0; i < kSamples; ++i) {
-    sum = Crc32c(sum, data + i * last / (kSamples - 1) * item, item);
-  }
-  return sum;
+  for (size_t i = 0; i <= kSteps; ++i) sum = Crc32c(sum, data + i * step * item, item);
+  return Crc32c(sum, data + last * item, item);
 }
 
 }  // namespace distckpt

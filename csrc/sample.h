@@ -8,9 +8,9 @@
 
 namespace distckpt {
 
-// CRC32C of data[0, size) if that is at most 64 KiB, else of 64 of its items of item_size bytes: the first,
-// the last and those at equal distances between them, rounded down. Throws std::invalid_argument unless
-// item_size is at least 1 and divides size.
+// CRC32C of data[0, size) if that is at most 64 KiB, else of 65 of its n items of item_size bytes: those
+// numbered 0, s, ... 63 s, where s is (n - 1) / 63 rounded down, and the last. Throws std::invalid_argument
+// unless item_size is at least 1 and divides size.
 uint32_t SampleChecksum(const uint8_t* data, size_t size, int64_t item_size);
 
 }  // namespace distckpt

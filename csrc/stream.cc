@@ -21,8 +21,14 @@ ChecksummedSource::ChecksummedSource(const std::vector<Part>& parts, size_t bloc
   ends_.reserve(parts.size());
   for (const Part& part : parts) {
     if (part.size == 0) continue;
-    parts_.push_back(part);
-    ends_.push_back(parts_end_ += part.size);
+    parts_end_ += part.size;
+    if (!parts_.empty() && parts_.back().data + parts_.back().size == part.data) {
+      parts_.back().size += part.size;
+      ends_.back() = parts_end_;
+    } else {
+      parts_.push_back(part);
+      ends_.push_back(parts_end_);
+    }
   }
 }
 
@@ -81,8 +87,8 @@ void ChecksummedSource::Sum(uint64_t begin, const uint8_t* data, size_t size) {
   std::memcpy(place, &sum, sizeof(sum));
 }
 
-Targets::Targets(std::vector<Target> targets) : targets_(std::move(targets)) {
-  uint64_t reach = 0;
+Targets::Targets(std::vector<RegionCopy> targets) : targets_(std::move(targets)) {
+  int64_t reach = 0;
   reach_.reserve(targets_.size());
   for (const RegionCopy& target : targets_) reach_.push_back(reach = std::max(reach, target.end()));
   const auto before = [](const RegionCopy& a, const RegionCopy& b) { return a.begin() < b.begin(); };
@@ -101,7 +107,7 @@ void Targets::CopyFrom(uint64_t begin, uint64_t end, const uint8_t* data) const 
   }
 }
 
-VerifyingSink::VerifyingSink(std::vector<Target> targets, size_t block_size, uint64_t end,
+VerifyingSink::VerifyingSink(std::vector<RegionCopy> targets, size_t block_size, uint64_t end,
                              const uint8_t* expected)
     : targets_(std::move(targets)), block_size_(block_size), end_(end), expected_(expected) {}
 

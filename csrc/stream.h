@@ -55,7 +55,7 @@ class ChecksummedSource : public Source {
   void FillParts(uint64_t begin, uint64_t end, uint8_t* out);
   void Sum(uint64_t begin, const uint8_t* data, size_t size);
 
-  std::vector<Part> parts_;  // Without the empty ones.
+  std::vector<Part> parts_;  // Without the empty ones; those that follow each other in memory too are one.
   const size_t block_size_;
   uint8_t* const sums_;
   std::vector<uint64_t> ends_;  // File offset after each part.
@@ -65,34 +65,24 @@ class ChecksummedSource : public Source {
 // Regions of a file that are wanted in memory. Never changes; any thread may use it.
 class Targets {
  public:
-  struct Target {
-    CopyRegion region;
-    uint8_t* data;
-    int64_t size;
-    uint64_t begin;  // The region's first byte in the file, and past its last.
-    uint64_t end;
-  };
-
-  // In ascending order of `begin`, else std::invalid_argument.
-  explicit Targets(std::vector<Target> targets);
+  // In ascending order of begin(), else std::invalid_argument.
+  explicit Targets(std::vector<RegionCopy> targets);
 
   // Copies what bytes [begin, end) of the file, which lie at `data`, hold of every target.
   void CopyFrom(uint64_t begin, uint64_t end, const uint8_t* data) const;
 
  private:
-  const std::vector<Target> targets_;
-  std::vector<uint64_t> reach_;  // The largest end of targets_[0 .. i].
+  const std::vector<RegionCopy> targets_;
+  std::vector<int64_t> reach_;  // The largest end of targets_[0 .. i].
 };
 
 // Checks blocks against a table and copies what they hold of the targets.
 class VerifyingSink : public Sink {
  public:
-  using Target = Targets::Target;
-
   // Targets as above. `expected` has the checksum of every block of the file up to `end`, aligned or not.
   // Every request begins at a block, and ends at one's end, at `end` or where the file does: then its last
   // block is neither checked nor copied.
-  VerifyingSink(std::vector<Target> targets, size_t block_size, uint64_t end, const uint8_t* expected);
+  VerifyingSink(std::vector<RegionCopy> targets, size_t block_size, uint64_t end, const uint8_t* expected);
 
   bool Take(uint64_t begin, uint64_t end, const uint8_t* data) override;
 

@@ -34,9 +34,10 @@ def crc32c_blocks(data: Buffer, block_size: int, out: Buffer, *, threads: int = 
 def sample_checksums(parts: Sequence[Buffer], item_bytes: Sequence[int] | _Int64s, out: Buffer) -> None:
     """A checksum of a few items of each part into `out`, uint32, one a part: equal memories have equal ones.
 
-    CRC32C of all bytes of a part of up to 64 KiB, else of 64 of its n items of item_bytes[i] bytes, those numbered
-    j * (n - 1) // 63. ValueError if an item size is less than 1 or does not divide its part, or if there is not one
-    item size and one place in `out` a part. The parts before a wrong one may have been summed.
+    CRC32C of all bytes of a part of up to 64 KiB, else of 65 of its n items of item_bytes[i] bytes: those numbered
+    j * ((n - 1) // 63), j from 0 to 63, and the last. ValueError if an item size is less than 1 or does not divide its
+    part, or if there is not one item size and one place in `out` a part. The parts before a wrong one may have been
+    summed.
     """
 
 def gather(parts: Sequence[Buffer], target: Buffer, offsets: Sequence[int] | _Int64s, *, threads: int = 1) -> None:

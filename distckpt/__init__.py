@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from distckpt.checkpointer import Checkpointer as Checkpointer
-    from distckpt.checkpointer import PendingSave as PendingSave
     from distckpt.errors import CheckpointError as CheckpointError
     from distckpt.errors import CheckpointNotFoundError as CheckpointNotFoundError
     from distckpt.errors import CorruptionError as CorruptionError
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from distckpt.one_directory import load as load
     from distckpt.one_directory import read as read
     from distckpt.one_directory import save as save
+    from distckpt.pending import PendingSave as PendingSave
     from distckpt.per_rank import PerRank as PerRank
     from distckpt.report import LoadReport as LoadReport
     from distckpt.report import SaveReport as SaveReport
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Checkpointer": "checkpointer",
-    "PendingSave": "checkpointer",
+    "PendingSave": "pending",
     "CheckpointError": "errors",
     "CheckpointNotFoundError": "errors",
     "CorruptionError": "errors",

@@ -18,11 +18,13 @@ from distckpt.shard_file import FORMAT, FORMAT_VERSION
 
 
 class Written(msgspec.Struct, frozen=True):
-    """What one rank wrote: its files, and where the shards of its order lie (file int32, start int64)."""
+    """What one rank wrote: its files, where the shards of its share lie (file int32, start int64), and checksums over
+    samples of those of its shards that are replicated (uint32)."""
 
     files: list[ShardFile]
     file_of: bytes
     start_of: bytes
+    samples: bytes
     seconds: dict[str, float]
 
 

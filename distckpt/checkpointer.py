@@ -2,106 +2,45 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
 import operator
-import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from os import PathLike, fspath
 from typing import Literal, TypeAlias, TypeVar
 
+import msgspec
 import torch
 
-from distckpt.adapters import ADAPTERS
+from distckpt.arena import Arena
 from distckpt.commit import list_commits, newest_iteration, read_tracker, retire, sweep
 from distckpt.coordinator import Coordinator, agree, default_coordinator
 from distckpt.errors import CheckpointError, FencedError
+from distckpt.guarding import Guards
+from distckpt.host import host_id
 from distckpt.index import Mesh
 from distckpt.loading import Load, LoadContext, read_all
+from distckpt.pending import PendingSave
 from distckpt.planner import check_places
 from distckpt.report import LoadReport, SaveReport
 from distckpt.retention import superfluous
 from distckpt.saving import Save, SaveContext
-from distckpt.staging import Arena
-from distckpt.state_dict import flatten
 from distckpt.storage import PosixStorage, Storage
+from distckpt.transport import Transports
 
 logger = logging.getLogger("distckpt")
 State: TypeAlias = dict[str, object]
 T = TypeVar("T")
 TIMEOUT_S = 1800.0
-PREPARE_SLACK_BYTES = 16 << 20  # headers, checksum table, PerRank values
 
 
-class PendingSave:
-    """An async save. Its failure is raised by wait(), or else by the next call on the Checkpointer, once.
+class _Place(msgspec.Struct, frozen=True):
+    """A rank's coordinates, and the host that it runs on."""
 
-    A failure that the program ends without having met is logged as an error; the exit code is the program's own.
-    """
-
-    def __init__(self, work: Callable[[], SaveReport]) -> None:
-        self._report: SaveReport | None = None
-        self._error: BaseException | None = None
-        self._is_known = False
-        self._callbacks: list[Callable[[], None]] = []
-        self._lock = threading.Lock()
-        self._has_ended = False
-        self._thread = threading.Thread(target=self._run, args=(work,), name="distckpt-save")
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def _run(self, work: Callable[[], SaveReport]) -> None:
-        try:
-            self._report = work()
-        except BaseException as error:
-            self._error = error
-            atexit.register(self._report_unseen_error)
-        with self._lock:
-            self._has_ended = True
-        for callback in self._callbacks:
-            callback()
-
-    def _report_unseen_error(self) -> None:
-        """At the end of the program, which has waited for the thread: a failed save must not pass in silence."""
-        logger.error("an async save failed, and nothing waited for it: %s", self._error)
-
-    def add_done_callback(self, callback: Callable[[], None]) -> None:
-        """Have it called when the save has ended, well or not, in the save's thread; at once if it has."""
-        with self._lock:
-            if not self._has_ended:
-                self._callbacks.append(callback)
-                return
-        callback()
-
-    def wait_staged(self) -> None:
-        """Return when the caller may change the tensors; an eager save has returned so."""
-
-    def done(self) -> bool:
-        """Whether the save has ended, well or not."""
-        return not self._thread.is_alive()
-
-    def wait(self, timeout_s: float | None = None) -> SaveReport:
-        """Wait for the end of the save. Raises its error, or TimeoutError while it goes on."""
-        self._thread.join(timeout_s)
-        if self._thread.is_alive():
-            raise TimeoutError(f"the save is still under way after {timeout_s} s")
-        if self._error is not None:
-            self._mark_known()
-            raise self._error
-        assert self._report is not None
-        return self._report
-
-    def take_unseen_error(self) -> BaseException | None:
-        """Wait for the end of the save. Its error, unless somebody has seen it; now somebody has."""
-        self._thread.join()
-        error = None if self._is_known else self._error
-        self._mark_known()
-        return error
-
-    def _mark_known(self) -> None:
-        self._is_known = True
-        atexit.unregister(self._report_unseen_error)
+    mesh: dict[str, tuple[int, int]]
+    host: str
 
 
 class Checkpointer:
@@ -114,7 +53,9 @@ class Checkpointer:
     keep_last: number of newest iterations to keep, all if None; what earlier jobs saved is kept until this one has
     loaded from here. timeout_s: how long a rank may be silent, in one
     phase of a save or load, before the others give up on it. removal_grace_s: how long the files of a removed
-    checkpoint stay for readers that have it open.
+    checkpoint stay for readers that have it open. max_staging_bytes: memory that this rank's async saves may take, by
+    default half of what the host and its control groups have left, divided by the ranks on the host; a state that is
+    more is written while training waits. max_write_bytes_per_s: of this rank, while it writes; None is no limit.
     """
 
     def __init__(
@@ -127,39 +68,52 @@ class Checkpointer:
         timeout_s: float = TIMEOUT_S,
         removal_grace_s: float = 60.0,
         io_backend: str = "",
+        max_staging_bytes: int | None = None,
+        max_write_bytes_per_s: float | None = None,
     ) -> None:
+        if max_staging_bytes is not None and max_staging_bytes < 0:
+            raise ValueError(f"max_staging_bytes={max_staging_bytes}: expected at least 0, or None")
+        if max_write_bytes_per_s is not None and not max_write_bytes_per_s > 0:
+            raise ValueError(f"max_write_bytes_per_s={max_write_bytes_per_s}: expected more than 0, or None")
         if keep_last is not None and keep_last < 1:
             raise ValueError(f"keep_last={keep_last}: at least the newest checkpoint is kept; None keeps all")
         self._owns_coordinator = coordinator is None
         self._coordinator = default_coordinator() if coordinator is None else coordinator
         own_place = {"rank": (self._coordinator.rank, self._coordinator.world_size)} if mesh is None else mesh
-        self._mesh, storage = agree_on_place(self._coordinator, root, own_place, io_backend, timeout_s)
+        self._mesh, storage, neighbours = agree_on_place(self._coordinator, root, own_place, io_backend, timeout_s)
         self._storage = storage
         self._keep_last = keep_last
         self._grace_s = removal_grace_s
+        transports = Transports()
         self._save_context = SaveContext(
             storage=storage,
             coordinator=self._coordinator,
             mesh=self._mesh,
-            arena=Arena(),
+            arena=Arena(max_staging_bytes, neighbours),
             timeout_s=timeout_s,
             backend=getattr(storage, "io_backend", type(storage).__name__),
             removal_grace_s=removal_grace_s,
+            max_write_bytes_per_s=max_write_bytes_per_s or 0.0,
+            transports=transports,
         )
-        self._load_context = LoadContext(storage, self._coordinator, self._mesh, timeout_s)
+        self._load_context = LoadContext(storage, self._coordinator, self._mesh, timeout_s, transports)
         self._pending: PendingSave | None = None
         self._calls = 0
         self._has_resumed = False
         self._closed = False
-        self._guards: list[torch.utils.hooks.RemovableHandle] = []
+        self._saving: Save | None = None  # whose snapshot may still be being copied
+        self._guards = Guards(self.before_mutation)
 
     def save(self, state: State, *, iteration: int, metadata: object = None) -> SaveReport:
         """Save; durable, and a checkpoint, on return. metadata: JSON values kept in the index.
 
         Raises, the same on every rank: InvalidShardingError, DistributedError, FencedError, CheckpointError.
         """
-        save = self._begin(state, iteration, metadata, in_place=True)
-        return self._finish(save, is_async=False)
+        started = time.perf_counter()
+        save = self._look(state, iteration, metadata)
+        save.plan()
+        save.hold()
+        return self._finish(save, started)
 
     def async_save(
         self,
@@ -169,26 +123,34 @@ class Checkpointer:
         metadata: object = None,
         snapshot: Literal["eager", "lazy"] = "eager",
     ) -> PendingSave:
-        """Copy the state and save the copy in the background. On return the caller may change the tensors.
+        """Copy the state and save the copy in the background. An earlier save is waited for first, its failure raised.
 
-        An earlier save is waited for first, and its failure raised. "lazy" copies as "eager" does for now.
+        "eager": on return the caller may change the tensors. "lazy": parameters and state of guarded optimizers are
+        copied in the background too, and guarded steps wait for what is not copied yet; whatever else changes them
+        calls before_mutation() first. The rest is copied on return.
         """
         if snapshot not in ("eager", "lazy"):
             raise ValueError(f"snapshot={snapshot!r}: expected 'eager' or 'lazy'")
-        save = self._begin(state, iteration, metadata, in_place=False)
-        self._pending = PendingSave(lambda: self._finish(save, is_async=True))
+        started = time.perf_counter()
+        save = self._look(state, iteration, metadata)
+        save.stage(self._guards.memory() if snapshot == "lazy" else frozenset())
+        save.stall_s = time.perf_counter() - started
+        self._saving = save
+        self._pending = PendingSave(lambda: self._finish(save), save.staged, self._save_context.timeout_s)
         self._pending.start()
         return self._pending
 
-    def _begin(self, state: State, iteration: int, metadata: object, *, in_place: bool) -> Save:
+    def _look(self, state: State, iteration: int, metadata: object) -> Save:
         label = self._label("save")
-        save = Save(self._save_context, state, iteration, metadata, label, unseen=self._settle())
-        save.plan()
-        save.stage(in_place=in_place)
+        save = Save(self._save_context, iteration, metadata, label, unseen=self._settle())
+        save.look(state)
         return save
 
-    def _finish(self, save: Save, *, is_async: bool) -> SaveReport:
-        report = save.finish(is_async=is_async)
+    def _finish(self, save: Save, waiting_since: float | None = None) -> SaveReport:
+        """waiting_since: when the call began that returns after this; None if training goes on meanwhile."""
+        report = save.finish()
+        if waiting_since is not None:
+            report = replace(report, stall_s=time.perf_counter() - waiting_since)
         self._save_context.parent = report.save_id
         if self._coordinator.rank == 0:
             self._clean_up()
@@ -289,21 +251,33 @@ class Checkpointer:
         )
 
     def prepare(self, state: State) -> None:
-        """Populate staging memory for a state like this now, so that the first save stalls no longer than the next."""
-        self._check_open("prepare")
-        flat = flatten(state, ADAPTERS)
-        size = sum(shard.data.nbytes for leaf in flat.tensors for shard in leaf.shards)
-        self._save_context.arena.reserve(size + PREPARE_SLACK_BYTES)
+        """Plan, and populate memory, for a state like this, so that the first save stalls no longer than the next.
+
+        Collective. Raises InvalidShardingError, DistributedError or CheckpointError, the same on every rank.
+        """
+        label = self._label("prepare")
+        save = Save(self._save_context, 0, None, label, unseen=self._settle())
+        save.look(state)
+        save.prepare()
 
     def guard(self, optimizer: torch.optim.Optimizer) -> None:
-        """Call before_mutation() ahead of every step of this optimizer."""
+        """Have every step of this optimizer wait for a lazy snapshot that is still being copied.
+
+        Raises TypeError for what is no torch optimizer: it has no hook ahead of its step.
+        """
         self._check_open("guard")
-        self._guards.append(optimizer.register_step_pre_hook(lambda *_: self.before_mutation()))
+        self._guards.add(optimizer)
 
     def before_mutation(self) -> None:
         """Return when the tensors of a save under way may change. Custom loops call it before they change them."""
-        if self._pending is not None:
-            self._pending.wait_staged()
+        pending, save = self._pending, self._saving
+        if pending is None or save is None or save.staged.is_set():
+            return
+        if save.before_change():
+            return
+        started = time.perf_counter()
+        pending.wait_staged()
+        save.stall_s += time.perf_counter() - started
 
     def _label(self, verb: str) -> str:
         self._check_open(verb)
@@ -319,7 +293,7 @@ class Checkpointer:
 
         It is not raised here, but where all ranks agree next: whether it was seen may differ between them.
         """
-        pending, self._pending = self._pending, None
+        pending, self._pending, self._saving = self._pending, None, None
         return None if pending is None else pending.take_unseen_error()
 
     def close(self) -> None:
@@ -334,8 +308,7 @@ class Checkpointer:
     def release(self) -> None:
         """Free memory and connections without waiting for a save; for callbacks of one that has ended."""
         self._closed = True
-        for handle in self._guards:
-            handle.remove()
+        self._guards.remove()
         self._save_context.arena.release()
         if self._owns_coordinator:
             self._coordinator.close()
@@ -353,21 +326,23 @@ def agree_on_place(
     mesh: Mapping[str, tuple[int, int]],
     io_backend: str,
     timeout_s: float,
-) -> tuple[Mesh, Storage]:
-    """Open the root and check the mesh, on all ranks or on none."""
+) -> tuple[Mesh, Storage, int]:
+    """Open the root and check the mesh, on all ranks or on none; with the number of ranks on this one's host."""
     opened: list[Storage] = []
 
-    def local() -> dict[str, tuple[int, int]]:
+    def local() -> _Place:
         if isinstance(root, (str, PathLike)):
             opened.append(PosixStorage(fspath(root), io_backend=io_backend))
         else:
             opened.append(root)
-        return {axis: (operator.index(at), operator.index(size)) for axis, (at, size) in mesh.items()}
+        own = {axis: (operator.index(at), operator.index(size)) for axis, (at, size) in mesh.items()}
+        return _Place(own, host_id())
 
-    def decide(ranks: Sequence[dict[str, tuple[int, int]]]) -> list[None]:
-        check_places(ranks)
-        return [None] * len(ranks)
+    def decide(ranks: Sequence[_Place]) -> list[int]:
+        check_places([place.mesh for place in ranks])
+        count = Counter(place.host for place in ranks)
+        return [count[place.host] for place in ranks]
 
-    message = dict[str, tuple[int, int]]
-    agree(coordinator, "open", local, decide, message=message, decision=type(None), timeout_s=timeout_s)
-    return {axis: (operator.index(at), operator.index(size)) for axis, (at, size) in mesh.items()}, opened[0]
+    neighbours = agree(coordinator, "open", local, decide, message=_Place, decision=int, timeout_s=timeout_s)
+    own = {axis: (operator.index(at), operator.index(size)) for axis, (at, size) in mesh.items()}
+    return own, opened[0], neighbours

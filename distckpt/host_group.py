@@ -27,6 +27,7 @@ from types import TracebackType
 import msgspec
 
 from distckpt._C import SharedMemory
+from distckpt.host import host_id
 
 DIRECTORY = "/dev/shm"
 JOIN_TIMEOUT_S = 30.0
@@ -71,12 +72,11 @@ class HostGroup(msgspec.Struct, frozen=True):
 
 
 def this_host() -> Host:
+    machine = host_id()
     try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            machine = file.read().strip()
         status, room = os.stat(DIRECTORY), os.statvfs(DIRECTORY)
     except OSError as error:
-        return Host(os.uname().nodename, f"none: {error}", 0)
+        return Host(machine, f"none: {error}", 0)
     # Containers of one machine usually have a memory file system each; a device number is unique while it lives.
     return Host(machine, f"{status.st_dev} of user {os.getuid()}", room.f_bavail * room.f_frsize)
 

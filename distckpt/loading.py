@@ -39,8 +39,7 @@ from distckpt.matching import (
     subtree,
 )
 from distckpt.meta import is_meta_module, make_module_real
-from distckpt.planner import plan_load
-from distckpt.reader import ChunkTableReader, open_checked, plan_reads, read_per_rank
+from distckpt.reader import Wanted, open_checked, plan_reads, read_chunks, read_files, read_per_rank
 from distckpt.report import LoadReport
 from distckpt.ring import fill_through_ring
 from distckpt.sharded_tensor import Shard
@@ -115,7 +114,7 @@ class LoadContext:
     coordinator: Coordinator
     mesh: Mesh
     timeout_s: float
-    transports: Transports = field(default_factory=Transports)
+    transports: Transports
 
 
 @dataclass(slots=True)
@@ -169,7 +168,7 @@ class Load:
             fell_back_from=resolved.fell_back_from,
             reseeded=tuple(sorted(leaf.key for leaf in self._request.reseed)),
             skipped=tuple(sorted(leaf.key for leaf in self._request.skip)),
-            warnings=(resolved.warning,) if resolved.warning else (),
+            warnings=tuple(warning for warning in (resolved.warning, self._warning) if warning),
             not_shared=self._not_shared,
         )
         return report, index
@@ -320,19 +319,7 @@ class Load:
         self._make_modules_real(index)
         storage, request = self.context.storage, self._request
         targets = self._targets(index, request)
-        buffers = [_host_buffer(t.data) for t in targets]
-        with ChunkTableReader(storage, directory, index) as table:
-            order = sorted(range(len(targets)), key=lambda i: targets[i].key)
-            located = [(targets[i].box, table.chunks(targets[i].key)) for i in order]
-        keys = [targets[i].key for i in order]
-        reads = plan_reads(index, plan_load(located), [buffers[i] for i in order], keys)
-        self._bytes_read += read_together(reads, partial(open_checked, storage, directory, index), index, board)
-        self._not_shared = board.obstacle
-        for target, buffer in zip(targets, buffers, strict=True):
-            if buffer is not target.data:
-                target.data.copy_(buffer)
-            else:  # Filled behind autograd's back: a backward through the old values must fail.
-                torch.autograd.graph.increment_version(target.data)
+        self._fill(directory, index, targets, board)
         self._size_bytes = sum(t.data.nbytes for t in targets)
         numbers = {number for _, number in request.per_rank}
         stored = {number: read_per_rank(storage, directory, index, number) for number in numbers}
@@ -343,28 +330,29 @@ class Load:
         for key, _ in request.values:
             request.decoded[key] = decode_leaf(bytes(index.values[key]), key)
 
-    def _fill(self, directory: str, index: Index, targets: Sequence[_Target]) -> None:
-        """Targets in host memory where they are; the others, in order of keys, through the ring."""
-        context = self.context
-        in_place: list[_Target] = []
-        others: list[_Target] = []
+    def _fill(self, directory: str, index: Index, targets: Sequence[Wanted], board: Board) -> None:
+        """Targets in host memory where they are, and together with the ranks of this host; others through the ring."""
+        context, storage = self.context, self.context.storage
+        in_place: list[Wanted] = []
+        others: list[Wanted] = []
         for target in targets:
             is_plain = context.transports.of(target.data).is_host and not is_lazy(target.data)
             (in_place if is_plain else others).append(target)
-        with ChunkTableReader(context.storage, directory, index) as table:
+        keys = sorted({target.key for target in targets})
+        chunks = read_chunks(storage, directory, index, keys)
 
-            def read(wanted: Sequence[_Target]) -> None:
-                copies = plan_load([(t.box, table.chunks(t.key)) for t in wanted])
-                data, keys = [t.data for t in wanted], [t.key for t in wanted]
-                self._bytes_read += fill_targets(context.storage, directory, index, copies, data, keys)
+        def read(wanted: Sequence[Wanted]) -> None:
+            self._bytes_read += read_files(storage, directory, index, plan_reads(index, keys, chunks, wanted))
 
-            read(in_place)
-            self._warning = fill_through_ring(
-                [(t.box, t.data) for t in others],
-                lambda pieces: read([_Target(others[p.number].key, p.box, p.data) for p in pieces]),
-                context.transports,
-                timeout_s=context.timeout_s,
-            )
+        reads = plan_reads(index, keys, chunks, in_place)
+        self._bytes_read += read_together(reads, partial(open_checked, storage, directory, index), index, board)
+        self._not_shared = board.obstacle
+        self._warning = fill_through_ring(
+            [(target.box, target.data) for target in others],
+            lambda pieces: read([Wanted(others[p.number].key, p.box, p.data) for p in pieces]),
+            context.transports,
+            timeout_s=context.timeout_s,
+        )
         for target in in_place:  # Filled behind autograd's back: a backward through the old values must fail.
             torch.autograd.graph.increment_version(target.data)
 

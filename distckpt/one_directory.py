@@ -10,9 +10,10 @@ from os import PathLike
 
 import torch
 
-from distckpt.checkpointer import TIMEOUT_S, Checkpointer, PendingSave, State
+from distckpt.checkpointer import TIMEOUT_S, Checkpointer, State
 from distckpt.coordinator import Coordinator
 from distckpt.index import Mesh
+from distckpt.pending import PendingSave
 from distckpt.report import LoadReport, SaveReport
 
 Path = str | PathLike[str]

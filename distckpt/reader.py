@@ -163,148 +163,156 @@ class TargetMemory:
 
 
 @dataclass(frozen=True, slots=True)
-class StoredEntry:
-    """What a file's own header must have at a byte where the index and the chunk table say that a chunk starts."""
-
-    start: int
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class FileReads:
-    """What is to be read of one file. Ranges are of whole blocks, ascending, and do not touch."""
-
-    file: int  # number into index.files
-    ranges: list[tuple[int, int]]
-    targets: list[Target]  # in order of chunk_start
-    entries: list[StoredEntry]
-
-
-@dataclass(slots=True)
-class _Region:
-    """One copy with its extent [low, high) in the file."""
+class Wanted:
+    """A box of a stored tensor, and the tensor on the host that takes it."""
 
     key: str
     box: Box
     data: Tensor
 
 
-def plan_reads(index: Index, copies: Sequence[Copy], targets: Sequence[Tensor], keys: Sequence[str]) -> list[FileReads]:
-    """What does the copies (in order of file and position) into the targets, tensors on the host, file by file.
+@dataclass(frozen=True, slots=True)
+class FileReads:
+    """What to read of one shard file: ranges of whole blocks, what to copy from them, in order of position, and which
+    entries the file's own header must have for that to be right."""
 
-    keys[i] is the key of targets[i].
-    """
-    memories = [TargetMemory.of(t) for t in targets]
+    file: int
+    ranges: list[tuple[int, int]]
+    targets: list[Target]
+    entries: list[ExpectedEntry]
+
+
+def read_chunks(storage: Storage, directory: str, index: Index, keys: Sequence[str]) -> list[Grids | Boxes]:
+    """The stored chunks of tensors, numbered as in `keys`. Raises CorruptionError or OSError."""
+    table = index.chunk_table
+    file = storage.open(f"{directory}/{table.name}")
+    try:
+        return _read_chunks(file, index, keys)
+    except EOFError as error:
+        raise CorruptionError(f"{file.name}: {error}") from error
+    finally:
+        file.close()
+
+
+def _read_chunks(file: ReadFile, index: Index, keys: Sequence[str]) -> list[Grids | Boxes]:
+    table = index.chunk_table
+    if file.size_bytes != table.size_bytes:
+        raise CorruptionError(f"{file.name}: {file.size_bytes} bytes, the index says {table.size_bytes}")
+    trailer = bytearray(table.size_bytes - table.records_bytes)
+    file.read_into(table.records_bytes, trailer)
+    if crc32c(trailer) != table.trailer_crc or len(trailer) != 4 * -(-table.records_bytes // PAGE_BYTES):
+        raise CorruptionError(f"{file.name}: the checksum of its trailer is not what the index says")
+    places = np.array([index.tensors[key].record for key in keys], np.int64).reshape(-1, 2)
+    ordered = places[np.argsort(places[:, 0], kind="stable")]
+    ranges = merged_ranges(ordered[:, 0], ordered.sum(axis=1), PAGE_BYTES, table.records_bytes)
+    parts = []
+    for begin, stop in ranges:
+        pages = bytearray(stop - begin)
+        file.read_into(begin, pages)
+        check_pages(pages, begin // PAGE_BYTES, trailer, where=file.name)
+        parts.append(pages)
+    begins = np.array([begin for begin, _ in ranges], np.int64)
+    shift = begins - np.cumsum([0] + [len(pages) for pages in parts])[:-1]  # Only these pages lie in memory.
+    places[:, 0] -= shift[np.searchsorted(begins, places[:, 0], side="right") - 1]
+    return decode_records(b"".join(parts), places, [index.tensors[k].global_shape for k in keys], keys, where=file.name)
+
+
+def plan_reads(
+    index: Index, keys: Sequence[str], stored: Sequence[Grids | Boxes], wanted: Sequence[Wanted]
+) -> list[FileReads]:
+    """What to read to fill all that is wanted, by file. stored: the chunks of the tensors `keys`, as read_chunks
+    returns them. Raises CorruptionError for chunks that lie where none can."""
+    number = {key: i for i, key in enumerate(keys)}
+    tensor = np.array([number[w.key] for w in wanted], np.int64)
+    memories = [TargetMemory.of(w.data) for w in wanted]
+    file, low, high = ([np.zeros(0, np.int64)] for _ in range(3))
+    targets: list[Target] = []
+    entries: list[ExpectedEntry] = []
+    for copies in plan_load(stored, tensor, [w.box for w in wanted]):
+        of_tensor = tensor[copies.target]
+        check_locations(index, keys, of_tensor, copies.hits)
+        entries += _expected_entries(index, keys, of_tensor, copies.hits)
+        from_bytes, to_bytes, of_copies = _regions(copies, wanted, memories)
+        for column, more in ((file, copies.hits.files), (low, from_bytes), (high, to_bytes)):
+            column.append(more)
+        targets += of_copies
+    files, lows, highs = (np.concatenate(column) for column in (file, low, high))
+    order = np.lexsort((lows, files))
     reads = []
-    for number, group in groupby(copies, key=lambda c: c.file):
-        regions = sorted((_region(c, memories[c.target].item_bytes) for c in group), key=lambda r: r.low)
-        ranges = block_ranges([(r.low, r.high) for r in regions], index.files[number].checksum_start)
-        wanted = [_target(region, memories[region.copy.target]) for region in regions]
-        entries = [_entry(region.copy, index, keys[region.copy.target]) for region in regions]
-        reads.append(FileReads(number, ranges, wanted, entries))
+    for begin, stop in pairwise(np.flatnonzero(np.diff(files[order], prepend=-1, append=-1)).tolist()):
+        mine = order[begin:stop]
+        of_file = int(files[mine[0]])
+        ranges = merged_ranges(lows[mine], highs[mine], BLOCK_BYTES, index.files[of_file].checksum_start)
+        rows = mine.tolist()
+        unique = list(dict.fromkeys(entries[i] for i in rows))
+        reads.append(FileReads(of_file, ranges, [targets[i] for i in rows], unique))
     return reads
 
 
+def _regions(
+    copies: Copies, wanted: Sequence[Wanted], memories: Sequence[TargetMemory]
+) -> tuple[Int64Array, Int64Array, list[Target]]:
+    """Where in its file each copy begins and ends, and what to copy."""
+    hits, numbers = copies.hits, copies.target.tolist()
+    mine = [memories[i] for i in numbers]
+    items = [memory.item_bytes for memory in mine]
+    ndim = copies.low.shape[1]
+    source_strides = strides_of(hits.shapes) * np.array(items, np.int64)[:, None]
+    target_strides = np.array([memory.strides for memory in mine], np.int64).reshape(len(mine), ndim)
+    target_low = np.array([wanted[i].box.offset for i in numbers], np.int64).reshape(len(mine), ndim)
+    low = hits.starts + ((copies.low - hits.offsets) * source_strides).sum(axis=1)
+    high = low + ((copies.shape - 1) * source_strides).sum(axis=1) + items
+    target_start = ((copies.low - target_low) * target_strides).sum(axis=1)
+    columns = zip(
+        low.tolist(),
+        [memory.data for memory in mine],
+        target_start.tolist(),
+        _tuples(copies.shape),
+        _tuples(source_strides),
+        _tuples(target_strides),
+        items,
+        strict=True,
+    )
+    return low, high, list(columns)
+
+
+def _tuples(rows: Int64Array) -> Iterable[tuple[int, ...]]:
+    """The rows of an (n, ndim) array."""
+    return zip(*rows.T.tolist(), strict=True) if rows.shape[1] else [()] * len(rows)
+
+
+def _expected_entries(index: Index, keys: Sequence[str], tensor: Int64Array, chunks: Hits) -> Iterator[ExpectedEntry]:
+    """The entries of chunks, of keys[tensor[i]] each, in the headers of their files."""
+    used = np.unique(tensor).tolist()
+    of_tensor = {t: (escape_key(keys[t]), index.tensors[keys[t]]) for t in used}
+    columns = (tensor.tolist(), chunks.starts.tolist(), _tuples(chunks.offsets), _tuples(chunks.shapes))
+    for t, start, offset, shape in zip(*columns, strict=True):
+        name, entry = of_tensor[t]
+        dtype = DTYPES[entry.dtype]
+        if shape != entry.global_shape:
+            name = entry_of_part(name, offset)
+        yield start, name, dtype.stored, (*shape, *dtype.trailing)
+
+
 def open_checked(storage: Storage, directory: str, index: Index, reads: FileReads) -> CheckedFile:
-    """The file of some reads, whose header speaks of the same bytes as the chunk table. Raises CorruptionError."""
+    """The file of some reads, whose own header speaks of the same bytes as the chunk table. Raises CorruptionError."""
     file = CheckedFile(storage, directory, index.files[reads.file])
     try:
-        _check_entries(file, index.files[reads.file].name, reads.entries)
+        file.check_entries(reads.entries)
     except BaseException:
         file.close()
         raise
     return file
 
 
-def _region(copy: Copy, item_bytes: int) -> _Region:
-    strides = tuple(prod(copy.chunk_shape[d + 1 :]) * item_bytes for d in range(len(copy.chunk_shape)))
-    low = copy.chunk_start + sum(o * s for o, s in zip(copy.chunk_offset, strides, strict=True))
-    high = low + sum((n - 1) * s for n, s in zip(copy.shape, strides, strict=True)) + item_bytes
-    return _Region(copy, low, high, strides)
-
-
-def _entry(copy: Copy, index: Index, key: str) -> StoredEntry:
-    tensor = index.tensors[key]
-    dtype = DTYPES[tensor.dtype]
-    is_whole = copy.chunk_shape == tensor.global_shape
-    name = Chunk(key, tensor.dtype, copy.chunk_origin, copy.chunk_shape, is_whole).entry
-    return StoredEntry(copy.chunk_start, name, dtype.stored, (*copy.chunk_shape, *dtype.trailing))
-
-
-def _check_entries(file: CheckedFile, file_name: str, expected: Sequence[StoredEntry]) -> None:
-    by_start = {file.header.start_of(name): name for name, e in file.header.entries.items() if prod(e.shape)}
-    for wanted in expected:
-        name = by_start.get(wanted.start, "")
-        entry = file.header.entries.get(name)
-        if entry is None or (name, entry.dtype, entry.shape) != (wanted.name, wanted.dtype, wanted.shape):
-            found = "nothing" if entry is None else f"{entry.dtype} {list(entry.shape)} {name!r}"
-            raise CorruptionError(
-                f"{file_name}: the index and chunk table have {wanted.dtype} {list(wanted.shape)} "
-                f"{wanted.name!r} at byte {wanted.start}, the file's own header {found}"
-            )
-
-
-def _target(region: _Region, memory: TargetMemory) -> Target:
-    copy = region.copy
-    start = sum(o * s for o, s in zip(copy.target_offset, memory.strides, strict=True))
-    return (region.low, memory.data, start, copy.shape, region.strides, memory.strides, memory.item_bytes)
-
-
-class ChunkTableReader:
-    """The chunk table of one checkpoint, read record by record and checked by page. A context manager."""
-
-    def __init__(self, storage: Storage, directory: str, index: Index) -> None:
-        table = index.chunk_table
-        self._index = index
-        self._file = storage.open(f"{directory}/{table.name}")
-        try:
-            if self._file.size_bytes != table.size_bytes:
-                raise CorruptionError(
-                    f"{self._file.name}: {self._file.size_bytes} bytes, the index says {table.size_bytes}"
-                )
-            trailer = bytearray(table.size_bytes - table.records_bytes)
-            self._file.read_into(table.records_bytes, trailer)
-            if crc32c(trailer) != table.trailer_crc or len(trailer) != 4 * -(-table.records_bytes // PAGE_BYTES):
-                raise CorruptionError(f"{self._file.name}: the checksum of its trailer is not what the index says")
-        except EOFError as error:
-            self._file.close()
-            raise CorruptionError(f"{self._file.name}: {error}") from error
-        except BaseException:
-            self._file.close()
-            raise
-        self._trailer = bytes(trailer)
-        self._first, self._pages = 0, b""
-
-    def __enter__(self) -> ChunkTableReader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def chunks(self, key: str) -> Chunks:
-        """The stored chunks of a tensor. Cheapest in the order of keys. Raises CorruptionError."""
-        entry: TensorEntry = self._index.tensors[key]
-        start, size = entry.record
-        first = start // PAGE_BYTES
-        stop = -(-(start + size) // PAGE_BYTES)
-        held = (
-            len(self._pages) // PAGE_BYTES if len(self._pages) % PAGE_BYTES == 0 else len(self._pages) // PAGE_BYTES + 1
-        )
-        if not (self._first <= first and stop <= self._first + held):
-            end = min(stop * PAGE_BYTES, self._index.chunk_table.records_bytes)
-            pages = bytearray(end - first * PAGE_BYTES)
-            try:
-                self._file.read_into(first * PAGE_BYTES, pages)
-            except EOFError as error:
-                raise CorruptionError(f"{self._file.name}: {error}") from error
-            check_pages(bytes(pages), first, self._trailer, where=self._file.name)
-            self._first, self._pages = first, bytes(pages)
-        record = self._pages[start - self._first * PAGE_BYTES :][:size]
-        chunks = decode_record(record, entry.global_shape, where=f"{self._file.name}: tensor {key!r}")
-        check_locations(self._index, key, chunks)
-        return chunks
+def read_files(storage: Storage, directory: str, index: Index, reads: Iterable[FileReads]) -> int:
+    """Fill the targets; returns the bytes read. Raises CorruptionError or OSError; the targets are then undefined."""
+    bytes_read = 0
+    for of_file in reads:
+        with open_checked(storage, directory, index, of_file) as file:
+            file.copy(of_file.ranges, of_file.targets)
+            bytes_read += file.bytes_read
+    return bytes_read
 
 
 def read_per_rank(storage: Storage, directory: str, index: Index, number: int) -> dict[str, msgspec.Raw]:

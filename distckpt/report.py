@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 class SaveReport:
     """One committed save. Seconds are this rank's own; `bytes` is of all ranks' files.
 
-    plan_s: agreeing on who writes what. stage_s: copying the state. stall_s: the time that training stood still,
-    the call itself. write_s: checksums, writing, fsync. commit_s: waiting for all ranks and making the checkpoint
-    exist. slowest: phase -> (rank, seconds).
+    plan_s: agreeing on who writes what. stage_s: copying the state. stall_s: the time that training stood still: the
+    call itself, and the steps that waited for a lazy snapshot. write_s: checksums, writing, fsync. commit_s: waiting
+    for all ranks and making the checkpoint exist. slowest: phase -> (rank, seconds). backend: what moved the bytes.
+    degraded: what was slower than it could be on this rank, and why.
     """
 
     iteration: int
@@ -26,6 +27,7 @@ class SaveReport:
     total_s: float
     slowest: Mapping[str, tuple[int, float]]
     backend: str
+    degraded: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

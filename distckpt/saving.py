@@ -1,7 +1,9 @@
-"""One save, from the flat state to the commit: plan -> stage -> write -> commit. Holds the order of things.
+"""One save, from the state to the commit: look -> plan -> snapshot -> write -> commit. Holds the order of things.
 
-Planning and staging run in the caller's thread; writing and committing may run in another. Nothing here is kept
-between saves.
+The plan of an earlier save is used again as long as every rank's state has the structure that it was made of. A rank
+whose structure is the same copies its state first and asks the others afterwards, in the background: its training
+waits for a copy, and for nobody else. A rank whose structure has changed asks first; then all plan anew, and ranks
+that have copied already write only what they have copied.
 """
 
 from __future__ import annotations
@@ -9,72 +11,42 @@ from __future__ import annotations
 import operator
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import msgspec
 import numpy as np
 
-from distckpt._C import crc32c
-from distckpt.adapters import ADAPTERS
+from distckpt.arena import Arena
 from distckpt.assembling import Commitment, Written, chunk_table_of, index_of, raw_json
-from distckpt.commit import (
-    HEARTBEAT_S,
-    CommitFailed,
-    Writer,
-    discard,
-    iteration_directory,
-    new_save_id,
-    pending_marker,
-    sweep,
-)
+from distckpt.commit import CommitFailed, Writer, discard, iteration_directory, new_save_id, pending_marker, sweep
 from distckpt.coordinator import Coordinator, agree
-from distckpt.errors import CheckpointError, DistributedError, InvalidShardingError, UnsupportedTypeError
-from distckpt.geometry import Box
-from distckpt.index import Mesh, ShardFile, Spec
-from distckpt.json_value import EMPTY_DICT, encode_value
-from distckpt.leaf_value import encode_leaf
-from distckpt.planner import (
-    PerRankKind,
-    RankShards,
-    RankValues,
-    SavePlan,
-    check_replicas,
-    encode_specs,
-    encode_values,
-    join_values,
-    plan_save,
-)
+from distckpt.describing import Description, describe
+from distckpt.errors import DistributedError, InvalidShardingError
+from distckpt.heartbeat import Heartbeat
+from distckpt.index import Mesh, ShardFile
+from distckpt.json_value import encode_value
+from distckpt.offer import Offer, check_free_space, free_space
+from distckpt.planner import RankShards, SavePlan, check_replicas, join_values, plan_save
 from distckpt.report import SaveReport
-from distckpt.shard_file import FORMAT, FORMAT_VERSION, Chunk, file_name, nested_json, plan_file, split_into_files
-from distckpt.sharded_tensor import Shard
-from distckpt.staging import Arena, StagedFile, new_file, stage, stage_in_place
-from distckpt.state_dict import FlatState, PerRankLeaf, flatten
-from distckpt.storage import FreeSpace, Storage
-from distckpt.transport import sample_checksum
+from distckpt.shard_file import DTYPES, FORMAT, FORMAT_VERSION, file_name
+from distckpt.share import SHARED_METADATA_BYTES, Share, ShareMessage, adopt, give_shares
+from distckpt.staging import Snapshot, hold_in_place, take_snapshot
+from distckpt.storage import Storage
+from distckpt.transport import Transports, byte_checksums, sample_checksums
+from distckpt.writing import new_file, write_shard_file
 
-MAX_SHARED_METADATA_BYTES = 8 << 20  # characters: escaped in a header they may take six times as many bytes
-
-
-class _Offer(msgspec.Struct, frozen=True):
-    """A rank's message to the plan: what it has, and the room on the file system that it writes to."""
-
-    iteration: int
-    metadata: bytes
-    shards: RankShards
-    values: RankValues
-    samples: bytes  # uint32, a checksum over samples of the bytes of each shard
-    filesystem_id: str
-    free_bytes: int
+M = TypeVar("M")
+D = TypeVar("D")
 
 
 class _Order(msgspec.Struct, frozen=True):
-    """What a rank is to write: numbers of its shards (int32), keys of its PerRank values."""
+    """What a rank is to do. share: None is the one that it has. save_id "": show your structure first."""
 
     save_id: str
     epoch: int
-    shards: bytes
-    per_rank: list[str]
+    share: ShareMessage | None = None
 
 
 class _Outcome(msgspec.Struct, frozen=True):
@@ -84,7 +56,7 @@ class _Outcome(msgspec.Struct, frozen=True):
 
 @dataclass(slots=True)
 class SaveContext:
-    """What a save works with. `writer` is rank 0's, from the first save on."""
+    """What saves work with, and what one leaves to the next: the share, rank 0's writer, the parent's save_id."""
 
     storage: Storage
     coordinator: Coordinator
@@ -93,94 +65,112 @@ class SaveContext:
     timeout_s: float
     backend: str
     removal_grace_s: float
+    max_write_bytes_per_s: float
+    transports: Transports
+    share: Share | None = None
     writer: Writer | None = None
     parent: str | None = None
 
 
 @dataclass(slots=True)
 class Save:
-    """One save under way. plan(), stage(), then finish() once, in this order, on every rank."""
+    """One save under way; the same calls in the same order on every rank.
+
+    look(), then either plan(), hold() and finish() in one thread, or stage() in the caller's and finish() in any.
+    """
 
     context: SaveContext
-    state: dict[str, object]
     iteration: int
     metadata: object
     label: str
     unseen: BaseException | None = None  # of an earlier save: raised everywhere if any rank has not seen it
+    staged: threading.Event = field(default_factory=threading.Event)  # set when the state may change
+    stall_s: float = 0.0  # how long the caller has waited; kept by the caller
     _metadata: bytes = b"null"
-    _shards: list[tuple[str, Spec, Shard]] = field(default_factory=list)
-    _encoded: dict[str, bytes] = field(default_factory=dict)
+    _described: Description | None = None
+    _share: Share | None = None
+    _snapshot: Snapshot | None = None
+    _samples: dict[int, int] = field(default_factory=dict)
+    _offers: Sequence[Offer] = ()  # rank 0's, and so are the next two
     _plan: SavePlan | None = None
     _values: dict[str, bytes] = field(default_factory=dict)
     _order: _Order | None = None
-    _files: list[StagedFile] = field(default_factory=list)
-    _stage_error: BaseException | None = None
-    _seconds: dict[str, float] = field(default_factory=dict)
+    _written: Written | None = None
+    _error: BaseException | None = None  # what struck this rank outside of an agreement; raised in the next one
+    _seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("plan", "stage", "write", "commit"), 0.0))
+    _degraded: list[str] = field(default_factory=list)
+    _started: float = field(default_factory=time.perf_counter)
+
+    def look(self, state: dict[str, object]) -> None:
+        """Describe the state, and see whether an earlier plan fits it. What fails is raised by plan(), everywhere."""
+        try:
+            if self.unseen is not None:
+                raise self.unseen
+            self.iteration = operator.index(self.iteration)
+            if self.iteration < 0:
+                raise ValueError(f"iteration {self.iteration} is negative")
+            self._metadata = encode_value(self.metadata, "metadata")
+            self._described = describe(state, self.context.mesh)
+        except BaseException as error:  # Even an exit: the other ranks are waiting in plan().
+            self._error = error
+            return
+        share = self.context.share
+        if share is not None and share.structure == self._described.structure:
+            self._share = share
 
     def plan(self) -> None:
         """Agree on who writes what. Collective. Raises what all ranks raise; then nothing has been written."""
         started = time.perf_counter()
         try:
-            self._order = agree(
-                self.context.coordinator,
-                f"{self.label}: plan",
-                self._offer,
-                self._decide_plan,
-                message=_Offer,
-                decision=_Order,
-                timeout_s=self.context.timeout_s,
-            )
+            order = self._agree("plan", self._offer, self._decide_plan, Offer, _Order)
+            if not order.save_id:
+                self.context.share = None  # If this fails, no rank may copy by the old plan again.
+                order = self._agree("plan anew", self._show_structure, self._decide_anew, RankShards, _Order)
         except BaseException:
             self._discard()
             raise
+        if order.share is not None:
+            self._adopt(order.share)
+        self._order = order
         self._seconds["plan"] = time.perf_counter() - started
 
-    def _offer(self) -> _Offer:
-        if self.unseen is not None:
-            raise self.unseen
-        self.iteration = operator.index(self.iteration)
-        if self.iteration < 0:
-            raise ValueError(f"iteration {self.iteration} is negative")
-        flat = flatten(self.state, ADAPTERS)
-        shards, values = self._describe_shards(flat), self._describe_values(flat)
-        samples = np.array([sample_checksum(s.data) for _, _, s in self._shards], np.uint32).tobytes()
-        self.state = {}
-        self._metadata = encode_value(self.metadata, "metadata")
-        free = _free_space(self.context.storage)
-        return _Offer(self.iteration, self._metadata, shards, values, samples, free.filesystem_id, free.size_bytes)
+    def _adopt(self, message: ShareMessage) -> None:
+        is_leader = self.context.coordinator.rank == 0
+        self._share = self.context.share = adopt(message, self._known_description(), self._plan, is_leader=is_leader)
 
-    def _describe_shards(self, flat: FlatState) -> RankShards:
-        number: dict[tuple[str, Spec], int] = {}
-        of_shard: list[int] = []
-        for leaf in flat.tensors:
-            if leaf.materialize is not None:
-                raise UnsupportedTypeError(f"{leaf.key!r}: a tensor on the meta device has no values to save")
-            described = number.setdefault((leaf.key, leaf.spec), len(number))
-            of_shard += [described] * len(leaf.shards)
-            self._shards += [(leaf.key, leaf.spec, shard) for shard in leaf.shards]
-        boxes = [n for _, _, shard in self._shards for n in (*shard.box.offset, *shard.box.shape)]
-        return RankShards(
-            specs=encode_specs(list(number)),
-            tensor=np.array(of_shard, np.int32).tobytes(),
-            boxes=np.array(boxes, np.int64).tobytes(),
-            per_rank={leaf.key: self._describe_per_rank(leaf) for leaf in flat.per_rank},
-            mesh=dict(self.context.mesh),
+    def _agree(
+        self,
+        phase: str,
+        local: Callable[[], M],
+        decide: Callable[[Sequence[M]], Sequence[D]],
+        message: type[M],
+        decision: type[D],
+    ) -> D:
+        return agree(
+            self.context.coordinator,
+            f"{self.label}: {phase}",
+            local,
+            decide,
+            message=message,
+            decision=decision,
+            timeout_s=self.context.timeout_s,
+            committed_if_lost="unknown" if phase.startswith("commit") else "no",
         )
 
-    def _describe_values(self, flat: FlatState) -> RankValues:
-        self._encoded = {leaf.key: encode_leaf(leaf.leaf.value, leaf.key) for leaf in flat.per_rank}
-        values = {leaf.key: leaf.encoded for leaf in flat.values}
-        values |= flat.fixed | dict.fromkeys(flat.empty, EMPTY_DICT)
-        return RankValues(encode_values(values), {key: crc32c(encoded) for key, encoded in self._encoded.items()})
+    def _offer(self) -> Offer:
+        described = self._known_description()
+        free = free_space(self.context.storage)
+        plan_id = None if self._share is None else self._share.plan_id
+        values = described.value_message()
+        return Offer(self.iteration, self._metadata, plan_id, values, free.filesystem_id, free.size_bytes)
 
-    def _describe_per_rank(self, leaf: PerRankLeaf) -> PerRankKind:
-        axes = tuple(self.context.mesh) if leaf.leaf.axes is None else leaf.leaf.axes
-        unknown = [axis for axis in axes if axis not in self.context.mesh]
-        if unknown:
-            raise CheckpointError(f"PerRank {leaf.key!r}: axes {unknown} are not in the mesh {list(self.context.mesh)}")
-        return PerRankKind(axes, leaf.leaf.on_change)
+    def _known_description(self) -> Description:
+        if self._error is not None:
+            raise self._error
+        assert self._described is not None
+        return self._described
 
-    def _decide_plan(self, offers: Sequence[_Offer]) -> list[_Order]:
+    def _decide_plan(self, offers: Sequence[Offer]) -> list[_Order]:
         """Rank 0."""
         for rank, offer in enumerate(offers):
             if (offer.iteration, offer.metadata) != (self.iteration, self._metadata):
@@ -188,72 +178,202 @@ class Save:
                     f"rank 0 saves iteration {self.iteration} with metadata {self._metadata!r}, rank {rank} "
                     f"iteration {offer.iteration} with {offer.metadata!r}"
                 )
-        plan = plan_save([offer.shards for offer in offers])
+        self._offers = offers
+        if self._share is None or any(offer.plan_id != self._share.plan_id for offer in offers):
+            return [_Order("", 0)] * len(offers)
+        self._plan = self._share.plan
+        return [self._open()] * len(offers)
+
+    def _show_structure(self) -> RankShards:
+        copied = None if self._snapshot is None else np.sort(np.array(list(self._snapshot.parts), np.int32)).tobytes()
+        return self._known_description().structure.message(self.context.mesh, copied)
+
+    def _decide_anew(self, ranks: Sequence[RankShards]) -> list[_Order]:
+        """Rank 0."""
+        self._plan = plan_save(ranks)
+        order = self._open()
+        return [msgspec.structs.replace(order, share=share) for share in give_shares(self._plan, len(ranks))]
+
+    def _open(self) -> _Order:
+        """Rank 0, for all that is planned: make sure that it may be written, and announce it."""
+        context, offers, plan = self.context, self._offers, self._plan
+        assert plan is not None
         self._values = join_values(plan, [offer.values for offer in offers])
-        samples = [np.frombuffer(offer.samples, np.uint32) for offer in offers]
-        check_replicas(plan, [of_rank[plan.replicated_of(r)].tobytes() for r, of_rank in enumerate(samples)])
-        context = self.context
         if context.writer is None:
             context.writer = Writer.claim(context.storage)
         context.writer.check_fence()
         # Before space is judged: what dead and retired saves left may be what fills the disk.
         removed = sweep(context.storage, grace_s=context.removal_grace_s)
-        gained = max(0, _free_space(context.storage).size_bytes - offers[0].free_bytes) if removed else 0
-        _check_free_space(offers, plan, gained)
-        save_id = new_save_id()
-        self._plan = plan
-        self._order = _Order(save_id, context.writer.epoch, b"", [])
-        context.writer.announce(self.iteration, save_id)
-        return [
-            _Order(save_id, context.writer.epoch, plan.shards_of(rank).tobytes(), plan.per_rank_keys_of(rank))
-            for rank in range(len(offers))
-        ]
+        gained = max(0, free_space(context.storage).size_bytes - offers[0].free_bytes) if removed else 0
+        check_free_space(offers, plan, gained)
+        self._order = _Order(new_save_id(), context.writer.epoch)
+        context.writer.announce(self.iteration, self.save_id)
+        return self._order
 
     @property
     def save_id(self) -> str:
         assert self._order is not None
         return self._order.save_id
 
-    def stage(self, *, in_place: bool) -> None:
-        """Copy what this rank writes; on return the state may change. A failure is raised by finish(), everywhere.
+    def hold(self) -> None:
+        """Write the state from where it lies: it stays as it is until finish() returns. After plan().
 
-        in_place: the state stays as it is until finish() returns, and is written from where it is.
+        What lies on a device is copied to the Arena all the same, if that takes it.
         """
+        share, described = self._share, self._described
+        assert share is not None
+        assert described is not None
+        transports = self.context.transports
+        on_device = any(not transports.of(described.tensors[n]).is_host for n in share.shards)
+        if on_device and self.context.arena.reserve(max(1, share.image_bytes)):
+            self._stage(lambda: self._copy(frozenset()))
+        else:
+            self._stage(self._hold)
+
+    def before_change(self) -> bool:
+        """What Snapshot.before_change() does. In the thread that is about to change the state."""
+        return self._snapshot is None or self._snapshot.before_change()
+
+    def stage(self, guarded: frozenset[int] = frozenset()) -> None:
+        """Copy what this rank writes; plan() first if no earlier plan fits. The state may change once `staged` is set.
+
+        guarded: addresses of storages that are copied by finish() only; see Guards.memory. A state that is more than
+        the Arena takes is written before this returns. Raises what plan() raises; other failures finish() raises.
+        """
+        if self._share is None:
+            self.plan()
+        assert self._share is not None
+        if self.context.arena.reserve(max(1, self._share.image_bytes)):
+            self._stage(lambda: self._copy(guarded))
+            if not guarded:
+                self.staged.set()
+            return
+        bound = self.context.arena.bound()
+        self._degraded.append(
+            f"this rank's {self._share.image_bytes} bytes are more than the {bound} that staging may take: they were "
+            f"written while training waited"
+        )
+        if self._order is None:
+            self.plan()
+        self.hold()
+        self._write()
+        self.staged.set()
+
+    def _stage(self, how: Callable[[], None]) -> None:
         started = time.perf_counter()
         try:
-            self._files = self._stage(in_place)
-        except BaseException as error:  # Even an exit: the other ranks are waiting in finish().
-            self._stage_error = error
-        self._seconds["stage"] = time.perf_counter() - started
+            how()
+        except BaseException as error:
+            self._error = error
+        if self._described is not None:
+            self._described.tensors.clear()  # The copies are all that is needed: let memory go that nobody else holds.
+        self._seconds["stage"] += time.perf_counter() - started
 
-    def _stage(self, in_place: bool) -> list[StagedFile]:
-        order, rank, world_size = self._order, self.context.coordinator.rank, self.context.coordinator.world_size
-        assert order is not None
-        mine = [self._shards[i] for i in np.frombuffer(order.shards, np.int32)]
-        self._shards = []
-        chunks = [
-            Chunk(key, spec.dtype, shard.box.offset, shard.box.shape, shard.box == Box.whole(spec.global_shape))
-            for key, spec, shard in mine
-        ]
-        per_rank = msgspec.json.encode(raw_json({key: self._encoded[key] for key in order.per_rank}))
-        if not chunks and not order.per_rank and rank != 0:
-            return []
-        shared = self._shared_metadata()
-        files = split_into_files(
-            chunks,
-            metadata_bytes=[len(nested_json({key: spec})) for key, spec, _ in mine],
-            first_metadata_bytes=len(msgspec.json.encode(shared)),
+    def _hold(self) -> None:
+        share, described = self._share, self._described
+        assert share is not None
+        assert described is not None
+        self._sample_left_out(share, described)
+        self._snapshot = hold_in_place({n: described.tensors[n] for n in share.shards}, self.context.transports)
+
+    def _copy(self, guarded: frozenset[int]) -> None:
+        share, described = self._share, self._described
+        assert share is not None
+        assert described is not None
+        self._sample_left_out(share, described)
+        self._snapshot = take_snapshot(
+            {n: described.tensors[n] for n in share.shards},
+            share.regions,
+            self.context.arena,
+            self.context.transports,
+            lambda tensor: bool(guarded) and tensor.untyped_storage().data_ptr() in guarded,
+            lambda n: f"{described.shards[n][0]!r} {described.shards[n][2]}",
         )
-        metadata = [self._header_metadata([mine[i] for i in f], {} if k else shared) for k, f in enumerate(files)]
-        layouts = [
-            plan_file(chunks, numbers).lay_out(b"{}" if k else per_rank, metadata[k]) for k, numbers in enumerate(files)
-        ]
-        tensors = [shard.data for _, _, shard in mine]
-        parts = stage_in_place(layouts, tensors) if in_place else stage(layouts, tensors, self.context.arena)
-        names = [file_name(rank, part, world_size, order.save_id) for part in range(len(files))]
-        return [StagedFile(*file) for file in zip(names, layouts, parts, strict=True)]
 
-    def _header_metadata(self, mine: Sequence[tuple[str, Spec, Shard]], shared: Mapping[str, str]) -> dict[str, str]:
+    def _sample_left_out(self, share: Share, described: Description) -> None:
+        """Of the replicas that another rank writes; those that this one writes are sampled from its copy."""
+        mine = set(share.shards)
+        numbers = [n for n in share.replicated if n not in mine]
+        samples = sample_checksums([described.tensors[n] for n in numbers], self.context.transports)
+        self._samples = dict(zip(numbers, samples.tolist(), strict=True))
+
+    def finish(self) -> SaveReport:
+        """Copy what was left, write, and make the checkpoint exist. Collective; any thread.
+
+        Raises DistributedError, FencedError or CheckpointError, the same on all ranks, when it does not, or may not.
+        """
+        try:
+            if self._snapshot is not None:
+                snapshot = self._snapshot
+                self._stage(lambda: snapshot.complete(self.context.timeout_s))
+                if snapshot.is_under_way:
+                    self.context.arena.abandon()
+        finally:
+            self.staged.set()
+        if self._order is None:
+            self.plan()
+        started = time.perf_counter()
+        marker = pending_marker(self.iteration, self.save_id)
+        is_leader = self.context.coordinator.rank == 0
+        try:
+            with Heartbeat(self.context.storage, marker, active=is_leader):
+                self._write()
+                outcome = self._agree(f"commit {self.save_id}", self._tell, self._decide_commit, Written, _Outcome)
+        except BaseException as error:
+            if getattr(error, "committed", "no") == "no":
+                self._discard()
+            raise
+        self._seconds["commit"] = time.perf_counter() - started - self._seconds["write"]
+        return self._report(outcome)
+
+    def _write(self) -> None:
+        """Write this rank's files, once. A failure is raised in the agreement on the commit."""
+        if self._written is not None or self._error is not None:
+            return
+        started = time.perf_counter()
+        try:
+            self._written = self._write_files()
+        except BaseException as error:
+            self._error = error
+        self._seconds["write"] = time.perf_counter() - started
+
+    def _write_files(self) -> Written:
+        context, share, described, snapshot = self.context, self._share, self._described, self._snapshot
+        assert share is not None
+        assert described is not None
+        assert snapshot is not None
+        per_rank = msgspec.json.encode(raw_json({key: described.per_rank[key] for key in share.per_rank}))
+        shared = self._shared_metadata()
+        files: list[ShardFile] = []
+        file_of, start_of = np.zeros(len(share.shards), np.int32), np.zeros(len(share.shards), np.int64)
+        for number, file in enumerate(share.files):
+            metadata = self._header_metadata(file.specs) | ({} if number else shared)
+            layout = file.plan.lay_out(b"{}" if number else per_rank, metadata)
+            written = write_shard_file(
+                context.storage,
+                iteration_directory(self.iteration),
+                file_name(context.coordinator.rank, number, context.coordinator.world_size, self.save_id),
+                layout,
+                [snapshot.parts[n] for n in file.numbers],
+                rank=context.coordinator.rank,
+                mesh={axis: at for axis, (at, _) in context.mesh.items()},
+                max_bytes_per_s=context.max_write_bytes_per_s,
+            )
+            files.append(written)
+            at = np.searchsorted(share.shards, file.numbers)
+            file_of[at], start_of[at] = number, layout.starts
+        return Written(
+            files, file_of.tobytes(), start_of.tobytes(), self._sample_replicas(share, described, snapshot), {}
+        )
+
+    def _sample_replicas(self, share: Share, described: Description, snapshot: Snapshot) -> bytes:
+        copied = [n for n in share.replicated if n in snapshot.parts]
+        item_bytes = [DTYPES[described.shards[n][1].dtype].item_bytes for n in copied]
+        sums = byte_checksums([snapshot.parts[n] for n in copied], item_bytes).tolist()
+        samples = self._samples | dict(zip(copied, sums, strict=True))
+        return np.array([samples[n] for n in share.replicated], np.uint32).tobytes()
+
+    def _header_metadata(self, specs: msgspec.Raw) -> dict[str, str | msgspec.Raw]:
         """What rebuilding an index from the files alone needs."""
         return {
             "format": FORMAT,
@@ -262,69 +382,29 @@ class Save:
             "iteration": str(self.iteration),
             "rank": str(self.context.coordinator.rank),
             "mesh": msgspec.json.encode(self.context.mesh).decode(),
-            "tensors": msgspec.json.encode({key: spec for key, spec, _ in mine}).decode(),
-            **shared,
+            "tensors": specs,
         }
 
-    def _shared_metadata(self) -> dict[str, str]:
+    def _shared_metadata(self) -> dict[str, str | msgspec.Raw]:
         """The same, of what belongs to no tensor: in the first file of rank 0, unless it is too long for a header."""
         if self._plan is None:
             return {}
         values = msgspec.json.encode(raw_json(self._values)).decode()
-        shared = {"values": values, "metadata": self._metadata.decode()}
-        return shared if sum(map(len, shared.values())) <= MAX_SHARED_METADATA_BYTES else {}
+        shared: dict[str, str | msgspec.Raw] = {"values": values, "metadata": self._metadata.decode()}
+        return shared if len(msgspec.json.encode(shared)) <= SHARED_METADATA_BYTES else {}
 
-    def finish(self, *, is_async: bool) -> SaveReport:
-        """Write, and make the checkpoint exist. Collective; any thread.
-
-        Raises DistributedError, FencedError or CheckpointError, the same on all ranks, when it does not, or may not.
-        """
-        started = time.perf_counter()
-        context = self.context
-        is_leader = context.coordinator.rank == 0
-        try:
-            with _Heartbeat(context.storage, pending_marker(self.iteration, self.save_id), active=is_leader):
-                outcome = agree(
-                    context.coordinator,
-                    f"{self.label}: commit {self.save_id}",
-                    self._write,
-                    self._decide_commit,
-                    message=Written,
-                    decision=_Outcome,
-                    timeout_s=context.timeout_s,
-                    committed_if_lost="unknown",
-                )
-        except BaseException as error:
-            if getattr(error, "committed", "no") == "no":
-                self._discard()
-            raise
-        self._seconds["commit"] = time.perf_counter() - started - self._seconds["write"]
-        return self._report(outcome, is_async)
-
-    def _write(self) -> Written:
-        started = time.perf_counter()
-        if self._stage_error is not None:
-            raise self._stage_error
-        context, order = self.context, self._order
-        assert order is not None
-        directory = iteration_directory(self.iteration)
-        mesh = {axis: at for axis, (at, _) in context.mesh.items()}
-        files: list[ShardFile] = []
-        count = len(order.shards) // 4
-        file_of, start_of = np.zeros(count, np.int32), np.zeros(count, np.int64)
-        for number, staged in enumerate(self._files):
-            files.append(staged.write(context.storage, directory, rank=context.coordinator.rank, mesh=mesh))
-            at = list(staged.layout.order)
-            file_of[at], start_of[at] = number, staged.layout.starts
-        self._files = []
-        self._seconds["write"] = time.perf_counter() - started
-        return Written(files, file_of.tobytes(), start_of.tobytes(), self._seconds)
+    def _tell(self) -> Written:
+        if self._error is not None:
+            raise self._error
+        assert self._written is not None
+        return msgspec.structs.replace(self._written, seconds=self._seconds)
 
     def _decide_commit(self, ranks: Sequence[Written]) -> list[_Outcome]:
         """Rank 0."""
         plan, writer = self._plan, self.context.writer
         assert plan is not None
         assert writer is not None
+        check_replicas(plan, [written.samples for written in ranks])
         who = Commitment(
             save_id=self.save_id,
             epoch=writer.epoch,
@@ -365,7 +445,7 @@ class Save:
             except OSError:
                 return
 
-    def _report(self, outcome: _Outcome, is_async: bool) -> SaveReport:
+    def _report(self, outcome: _Outcome) -> SaveReport:
         s = self._seconds
         return SaveReport(
             iteration=self.iteration,
@@ -373,59 +453,26 @@ class Save:
             bytes=outcome.size_bytes,
             plan_s=s["plan"],
             stage_s=s["stage"],
-            stall_s=s["plan"] + s["stage"] if is_async else sum(s.values()),
+            stall_s=self.stall_s,
             write_s=s["write"],
             commit_s=s["commit"],
-            total_s=sum(s.values()),
+            total_s=time.perf_counter() - self._started,
             slowest=outcome.slowest,
             backend=self.context.backend,
+            degraded=(*getattr(self.context.storage, "degraded", ()), *self.context.arena.degraded, *self._degraded),
         )
 
+    def prepare(self) -> None:
+        """Instead of a save, after look(): agree on a plan for a state like this, and reserve the memory for its copy.
 
-def _free_space(storage: Storage) -> FreeSpace:
-    return storage.free_space() or FreeSpace("", 2**62)
+        Collective. Raises what plan() raises.
+        """
 
+        def decide(ranks: Sequence[RankShards]) -> list[ShareMessage]:
+            self._plan = plan_save(ranks)
+            return give_shares(self._plan, len(ranks))
 
-def _check_free_space(offers: Sequence[_Offer], plan: SavePlan, gained: int) -> None:
-    """Raises CheckpointError when the ranks of one file system are about to write more than it has room for.
-
-    gained: bytes that were freed since the offers.
-    """
-    free: dict[str, int] = {}
-    needed: dict[str, int] = {}
-    for offer, size in zip(offers, plan.bytes_by_rank.tolist(), strict=True):
-        free[offer.filesystem_id] = min(offer.free_bytes, free.get(offer.filesystem_id, offer.free_bytes))
-        needed[offer.filesystem_id] = needed.get(offer.filesystem_id, 0) + size
-    for filesystem_id, size in needed.items():
-        room = free[filesystem_id] + gained
-        if size > room:
-            raise CheckpointError(
-                f"not enough space: the checkpoint takes {size} bytes on file system {filesystem_id}, which has {room} "
-                f"bytes free. Nothing was written. Free space there; a checkpoint that keep_last gives up is removed "
-                f"at the first save after its grace period."
-            )
-
-
-class _Heartbeat:
-    """Touches the pending marker while the body runs, so that no sweep takes the save for dead."""
-
-    def __init__(self, storage: Storage, marker: str, *, active: bool) -> None:
-        self._stop = threading.Event()
-        self._beat: Callable[[], None] = lambda: storage.touch(marker)
-        self._thread = threading.Thread(target=self._run, name="distckpt-heartbeat", daemon=True) if active else None
-
-    def __enter__(self) -> None:
-        if self._thread is not None:
-            self._thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
-
-    def _run(self) -> None:
-        while not self._stop.wait(HEARTBEAT_S):
-            try:
-                self._beat()
-            except OSError:
-                continue  # The save itself finds out what is wrong with the storage.
+        message = self._agree("prepare", self._show_structure, decide, RankShards, ShareMessage)
+        self._adopt(message)
+        assert self._share is not None
+        self.context.arena.reserve(self._share.image_bytes)

@@ -103,6 +103,8 @@ _PLAIN_KEY = re.compile(rf"(?!__)[{re.escape(_SAFE)}]*")
 
 def escape_key(key: str) -> str:
     """A key as names of entries have it, which is also the name of a chunk that is the whole tensor."""
+    if _PLAIN_KEY.fullmatch(key):
+        return key
     name = quote(key, safe=_SAFE)
     return "%5F%5F" + name[2:] if name.startswith("__") else name
 

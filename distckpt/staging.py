@@ -1,111 +1,212 @@
-"""Staging: the image of one rank's shard files in memory. Decides what lies where in it; the image is the file.
-
-The Arena is host memory that is touched once and used again by every save.
+"""Staging: the bytes of tensors on the host, as they were when a save began. Decides when they are copied, and whether
+they have changed before; where they lie is the Arena's, what they mean in a file the layout's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
-from typing_extensions import Buffer
 
-from distckpt._C import Memory, crc32c
-from distckpt.index import MeshCoordinates, ShardFile
-from distckpt.shard_file import ALIGNMENT, BLOCK_BYTES, FileLayout
-from distckpt.storage import Storage, WriteFile, write_checked
-from distckpt.transport import copy_to_host, host_bytes
+from distckpt._C import gather
+from distckpt.arena import Arena, Region
+from distckpt.errors import CheckpointError
+from distckpt.transport import (
+    Event,
+    Transports,
+    byte_checksums,
+    copy_to_host,
+    host_bytes,
+    host_view,
+    plain_bytes,
+    sample_checksums,
+)
 
-
-class Arena:
-    """Reused host memory. One user at a time: what was staged is gone when the next image is."""
-
-    def __init__(self) -> None:
-        self._memory: Memory | None = None
-
-    def reserve(self, size_bytes: int) -> Memory:
-        """Memory of at least size_bytes, populated."""
-        if self._memory is None or len(self._memory) < size_bytes:
-            self._memory = None  # Free the old before asking for the new.
-            self._memory = Memory(size_bytes)
-            self._memory.populate(threads=2)
-        return self._memory
-
-    def release(self) -> None:
-        self._memory = None
-
-
-@contextmanager
-def new_file(storage: Storage, name: str, size_bytes: int) -> Iterator[WriteFile]:
-    """A new file for the body to write, of size_bytes and durable when it is left; abandoned if anything fails."""
-    file = storage.create(name, size_hint=size_bytes)
-    try:
-        yield file
-        file.finish(size_bytes)
-    except BaseException:
-        file.abandon()
-        raise
+_ADVICE = (
+    "A lazy snapshot copies what a guarded optimizer's step changes while training goes on. Call before_mutation() "
+    "ahead of whatever else changes, frees or resizes it, or use snapshot='eager'."
+)
 
 
 @dataclass(frozen=True, slots=True)
-class StagedFile:
-    """One shard file, ready to be written: the parts that follow each other in it, up to the checksum table.
+class _Later:
+    """A shard whose copy is left for later, or not ordered yet, and what shows that it has not changed until then.
 
-    `name` is below the iteration's directory. The parts are views: of an image in the Arena, or of the state itself.
+    start: in the Arena. sample: of a host tensor; None of one on a device, where the version has to do.
     """
 
     name: str
-    layout: FileLayout
-    parts: list[Buffer]
+    tensor: Tensor
+    start: int
+    version: int
+    storage_bytes: int
+    sample: int | None
 
-    def write(self, storage: Storage, directory: str, *, rank: int, mesh: MeshCoordinates) -> ShardFile:
-        """Write it, durably, with its checksum table. Any thread, once. Raises OSError; the file is then abandoned."""
-        layout = self.layout
-        table = np.empty(layout.block_count, np.uint32)
-        with new_file(storage, f"{directory}/{self.name}", layout.size_bytes) as file:
-            write_checked(file, self.parts, BLOCK_BYTES, table)
-        return ShardFile(
-            name=self.name,
-            size_bytes=layout.size_bytes,
-            header_bytes=len(layout.header),
-            header_crc=crc32c(layout.header),
-            checksum_start=layout.checksum_start,
-            table_crc=crc32c(table),
-            per_rank=(layout.per_rank_start, layout.per_rank_bytes),
-            rank=rank,
-            mesh=mesh,
-        )
+    @classmethod
+    def of(cls, name: str, tensor: Tensor, start: int, sample: int | None) -> _Later:
+        return cls(name, tensor, start, tensor._version, tensor.untyped_storage().nbytes(), sample)
+
+    def check_storage(self) -> None:
+        # Before it is read: the memory that a storage had, and has no more, is somebody else's.
+        if self.tensor.untyped_storage().nbytes() < self.storage_bytes:
+            raise CheckpointError(
+                f"{self.name}: its storage was freed or resized before the snapshot had it. {_ADVICE}"
+            )
+
+    def check_version(self) -> None:
+        if self.tensor._version != self.version:
+            raise self.changed()
+
+    def changed(self) -> CheckpointError:
+        return CheckpointError(f"{self.name}: it was changed before the snapshot had it. {_ADVICE}")
 
 
-def stage(layouts: Sequence[FileLayout], tensors: Sequence[Tensor], arena: Arena) -> list[list[Buffer]]:
-    """Copy the tensors (by chunk number) into an image of each file; on return they may change.
+class Snapshot:
+    """Shards by number, as bytes on the host; some perhaps still to be copied, or on their way from a device.
 
-    Returns the parts of each file: one, its image.
+    Made and changed by one thread; then before_change() by the one that is about to change the tensors, complete() by
+    the one that is about to read the copies.
     """
-    starts = np.cumsum([0] + [-(-layout.size_bytes // ALIGNMENT) * ALIGNMENT for layout in layouts]).tolist()
-    memory = memoryview(arena.reserve(max(starts[-1], 1)))
-    images: list[list[Buffer]] = []
-    for layout, start in zip(layouts, starts, strict=False):
-        image = memory[start : start + layout.checksum_start]
-        image[: len(layout.header)] = layout.header
-        image[layout.per_rank_start :] = layout.per_rank
-        target = torch.frombuffer(image, dtype=torch.uint8)
-        for number, at in zip(layout.order, layout.starts, strict=True):
-            copy_to_host(tensors[number], target[at : at + tensors[number].nbytes])
-        images.append([image])
-    return images
+
+    def __init__(self, parts: Mapping[int, memoryview], memory: memoryview, transports: Transports) -> None:
+        self.parts = parts
+        self._memory = memory
+        self._transports = transports
+        self._events: list[Event] = []
+        self._unordered: Event | None = None
+        self._later: list[_Later] = []
+        self._waits_for_host = False
+        self._changed: CheckpointError | None = None
+        self._lock = threading.Lock()
+
+    def copy(self, tensors: Mapping[int, Tensor], regions: Sequence[Region], *, threads: int) -> None:
+        """Copy host tensors, and enqueue copies of others, ahead of what the caller's stream is asked to do next."""
+        here, there = self._by_place(tensors, regions)
+        event = self._enqueue(tensors, there)
+        event.order_before_compute()
+        copy_on_host([tensors[r.number] for r in here], self._memory, [r.start for r in here], threads=threads)
+
+    def copy_later(
+        self, tensors: Mapping[int, Tensor], regions: Sequence[Region], name_of: Callable[[int], str]
+    ) -> None:
+        """Leave host tensors for complete(), and enqueue copies of others, to be ordered by before_change()."""
+        here, there = self._by_place(tensors, regions)
+        self._unordered = self._enqueue(tensors, there)
+        samples: list[int | None] = [*sample_checksums([tensors[r.number] for r in here], self._transports).tolist()]
+        samples += [None] * len(there)
+        self._later = [
+            _Later.of(name_of(region.number), tensors[region.number], region.start, sample)
+            for region, sample in zip([*here, *there], samples, strict=True)
+        ]
+        self._waits_for_host = bool(here)
+
+    def _by_place(self, tensors: Mapping[int, Tensor], regions: Sequence[Region]) -> tuple[list[Region], list[Region]]:
+        here: list[Region] = []
+        there: list[Region] = []
+        for region in regions:
+            (here if self._transports.of(tensors[region.number]).is_host else there).append(region)
+        return here, there
+
+    def _enqueue(self, tensors: Mapping[int, Tensor], regions: Sequence[Region]) -> Event:
+        copies = [(tensors[r.number], host_view(self.parts[r.number], torch.uint8)) for r in regions]
+        event = self._transports.copy_to_host(copies)
+        self._events.append(event)
+        return event
+
+    def before_change(self) -> bool:
+        """Order the copies of device tensors ahead of what the caller's stream is asked to do next. Whether that is
+        enough: host tensors may have to be waited for."""
+        with self._lock:
+            on_device = [item for item in self._later if item.sample is None]
+            self._later = [item for item in self._later if item.sample is not None]
+        try:
+            for item in on_device:
+                item.check_version()
+        except CheckpointError as error:
+            self._changed = error
+        if self._unordered is not None:
+            self._unordered.order_before_compute()
+        return not self._waits_for_host
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether a device may still write to the memory; after a complete() that failed it may go on for ever."""
+        return bool(self._events)
+
+    def complete(self, timeout_s: float) -> None:
+        """Have everything copied. Any thread, once.
+
+        Raises CheckpointError, naming it, if a tensor changed before it was copied; TimeoutError.
+        """
+        while self._events:
+            self._events[-1].wait(timeout_s)
+            self._events.pop()
+        with self._lock:
+            later, self._later = self._later, []
+        here = [item for item in later if item.sample is not None]
+        for item in here:
+            item.check_storage()
+        copy_on_host([item.tensor for item in here], self._memory, [item.start for item in here], threads=1)
+        for item in here:
+            item.check_storage()
+        for item in later:
+            item.check_version()
+        self._check_samples(here)
+        if self._changed is not None:
+            raise self._changed
+
+    def _check_samples(self, items: Sequence[_Later]) -> None:
+        # Fused kernels and writes through .data move no version counter, so the values are looked at too.
+        copies = [self._memory[item.start : item.start + item.tensor.nbytes] for item in items]
+        sums = byte_checksums(copies, [item.tensor.element_size() for item in items])
+        for item, sample in zip(items, sums.tolist(), strict=True):
+            if sample != item.sample:
+                raise item.changed()
 
 
-def stage_in_place(layouts: Sequence[FileLayout], tensors: Sequence[Tensor]) -> list[list[Buffer]]:
-    """The same without a copy, for tensors that stay as they are until the files are written.
+def copy_on_host(tensors: Sequence[Tensor], memory: memoryview, starts: Sequence[int], *, threads: int) -> None:
+    """Write the elements of each, in C order, from its start on; `threads` copy what is contiguous."""
+    plain: list[memoryview] = []
+    places: list[int] = []
+    for tensor, start in zip(tensors, starts, strict=True):
+        data = plain_bytes(tensor)
+        if data is None:
+            copy_to_host(tensor, host_view(memory[start : start + tensor.nbytes], torch.uint8))
+        else:
+            plain.append(data)
+            places.append(start)
+    gather(plain, memory, places, threads=threads)
+
+
+def take_snapshot(
+    tensors: Mapping[int, Tensor],
+    regions: Sequence[Region],
+    arena: Arena,
+    transports: Transports,
+    may_wait: Callable[[Tensor], bool],
+    name_of: Callable[[int], str],
+) -> Snapshot:
+    """Copy the tensors to their regions; on return they may change, but for those of which `may_wait` is true."""
+    memory = arena.memory
+    parts = {region.number: memory[region.start : region.start + tensors[region.number].nbytes] for region in regions}
+    snapshot = Snapshot(parts, memory, transports)
+    now: list[Region] = []
+    later: list[Region] = []
+    for region in regions:
+        (later if may_wait(tensors[region.number]) else now).append(region)
+    arena.page_lock(transports, tensors.values())
+    snapshot.copy_later(tensors, later, name_of)
+    snapshot.copy(tensors, now, threads=arena.threads)
+    return snapshot
+
+
+def hold_in_place(tensors: Mapping[int, Tensor], transports: Transports) -> Snapshot:
+    """A snapshot without a copy, for tensors that stay as they are until the files are written.
 
     Only what is not a plain block of host memory is copied.
     """
-    return [
-        [layout.header, *(host_bytes(tensors[number]) for number in layout.order), layout.per_rank]
-        for layout in layouts
-    ]
+    parts = {number: host_bytes(tensor) for number, tensor in tensors.items()}
+    return Snapshot(parts, memoryview(bytearray()), transports)

@@ -42,6 +42,8 @@ AGREEMENT = ("tests/unit/test_agreement.py",)
 INDEX = ("tests/unit/test_index.py",)
 CHUNK_TABLE = ("tests/unit/test_chunk_table.py",)
 PLANNER = ("tests/unit/test_planner.py",)
+PLAN_REUSE = ("tests/unit/test_plan_reuse.py",)
+LAZY = ("tests/unit/test_lazy_snapshot.py",)
 TRANSPORT = ("tests/unit/test_transport_cuda.py",)
 RING = ("tests/unit/test_ring.py",)
 SAVE_POWER_CUT = ("tests/crash/test_save_power_cut.py",)
@@ -409,7 +411,7 @@ MUTANTS = (
     Mutant(
         "shard file: header and index may disagree about a tensor",
         "distckpt/reader.py",
-        "        _check_entries(file, index.files[reads.file].name, reads.entries)\n",
+        "        file.check_entries(reads.entries)\n",
         "        pass\n",
         ("tests/unit/test_hostile_checkpoint.py",),
     ),
@@ -501,24 +503,99 @@ MUTANTS = (
     Mutant(
         "save: nobody agrees on the plan",
         "distckpt/saving.py",
-        "            self._order = agree(\n",
-        "            self._order = _alone(\n",
+        'self._agree("plan", self._offer, self._decide_plan, Offer, _Order)',
+        "self._decide_plan([self._offer()])[0]",
         ALL_RANKS,
-        ALONE,
+    ),
+    Mutant(
+        "save: nobody agrees on a new plan",
+        "distckpt/saving.py",
+        'self._agree("plan anew", self._show_structure, self._decide_anew, RankShards, _Order)',
+        "self._decide_anew([self._show_structure()])[0]",
+        PLAN_REUSE,
+    ),
+    Mutant(
+        "save: a plan that some ranks do not have is used again",
+        "distckpt/saving.py",
+        "        if self._share is None or any(offer.plan_id != self._share.plan_id for offer in offers):\n",
+        "        if self._share is None:\n",
+        PLAN_REUSE,
+    ),
+    Mutant(
+        "save: what a rank copied by the old plan is not said",
+        "distckpt/saving.py",
+        "        copied = None if self._snapshot is None else",
+        "        copied = None if True else",
+        PLAN_REUSE,
+    ),
+    Mutant(
+        "save: a rank goes on copying by a plan that others gave up",
+        "distckpt/saving.py",
+        "                self.context.share = None  # If this fails, no rank may copy by the old plan again.\n",
+        "",
+        PLAN_REUSE,
+    ),
+    Mutant(
+        "save: replicas are not compared",
+        "distckpt/saving.py",
+        "        check_replicas(plan, [written.samples for written in ranks])\n",
+        "",
+        PLAN_REUSE,
+    ),
+    Mutant(
+        "lazy: what no guarded step changes is copied later too",
+        "distckpt/saving.py",
+        "            lambda tensor: bool(guarded) and tensor.untyped_storage().data_ptr() in guarded,\n",
+        "            lambda tensor: bool(guarded),\n",
+        LAZY,
+    ),
+    Mutant(
+        "lazy: a change before the copy is not noticed by its version",
+        "distckpt/staging.py",
+        "        if self.tensor._version != self.version:\n",
+        "        if False:\n",
+        LAZY,
+    ),
+    Mutant(
+        "lazy: a change before the copy is not noticed by its values",
+        "distckpt/staging.py",
+        "            if sample != item.sample:\n",
+        "            if False:\n",
+        LAZY,
+    ),
+    Mutant(
+        "lazy: memory that was freed is read",
+        "distckpt/staging.py",
+        "        if self.tensor.untyped_storage().nbytes() < self.storage_bytes:\n",
+        "        if False:\n",
+        LAZY,
+    ),
+    Mutant(
+        "lazy: a guarded step does not wait for the copy",
+        "distckpt/checkpointer.py",
+        "        pending.wait_staged()\n",
+        "",
+        LAZY,
+    ),
+    Mutant(
+        "staging takes more memory than it may",
+        "distckpt/arena.py",
+        "        if size_bytes > self.bound():\n",
+        "        if False:\n",
+        PLAN_REUSE,
     ),
     Mutant(
         "save: nobody agrees on the commit",
         "distckpt/saving.py",
-        "                outcome = agree(\n",
-        "                outcome = _alone(\n",
+        'self._agree(f"commit {self.save_id}", self._tell, self._decide_commit, Written, _Outcome)',
+        "self._decide_commit([self._tell()])[0]",
         ALL_RANKS,
-        ALONE,
     ),
     Mutant(
         "save: a failed copy of the state is not reported",
         "distckpt/saving.py",
-        "        if self._stage_error is not None:\n",
-        "        if False:\n",
+        "            how()\n        except BaseException as error:\n            self._error = error\n",
+        "            how()\n        except BaseException as error:\n            self._snapshot = Snapshot()\n",
         ALL_RANKS,
     ),
     Mutant(
@@ -583,8 +660,8 @@ MUTANTS = (
     Mutant(
         "every rank opens the root for itself",
         "distckpt/checkpointer.py",
-        '    agree(coordinator, "open", ',
-        '    _alone(coordinator, "open", ',
+        '    neighbours = agree(coordinator, "open", ',
+        '    neighbours = _alone(coordinator, "open", ',
         ALL_RANKS,
         ALONE,
     ),
@@ -605,8 +682,8 @@ MUTANTS = (
     Mutant(
         "a failed save that some ranks have seen is not raised by a save",
         "distckpt/saving.py",
-        "        if self.unseen is not None:\n",
-        "        if False:\n",
+        "            if self.unseen is not None:\n",
+        "            if False:\n",
         ALL_RANKS,
     ),
     # Copies from and to accelerators

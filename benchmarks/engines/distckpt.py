@@ -9,7 +9,7 @@ from benchmarks.engines.port import Engine
 from benchmarks.state import Piece, RankState
 from distckpt import Checkpointer, PendingSave, ShardedTensor
 from distckpt.commit import list_commits, read_index
-from distckpt.reader import ChunkTableReader
+from distckpt.reader import read_chunks
 from distckpt.storage import PosixStorage
 
 
@@ -61,9 +61,7 @@ class Distckpt(Engine):
         storage = PosixStorage(str(self.root))
         commit = next(commit for commit in list_commits(storage) if commit.iteration == step)
         index, _ = read_index(storage, commit)
-        with ChunkTableReader(storage, commit.directory, index) as table:
-            for key in index.tensors:
-                table.chunks(key)
+        read_chunks(storage, commit.directory, index, sorted(index.tensors))
 
     def close(self) -> None:
         self._checkpointer.close()

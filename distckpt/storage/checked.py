@@ -6,6 +6,7 @@ plain writes and reads, through a window of memory.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Protocol, TypeAlias, runtime_checkable
 
@@ -27,7 +28,9 @@ Target: TypeAlias = tuple[int, Buffer, int, tuple[int, ...], tuple[int, ...], tu
 class CheckedWriteFile(Protocol):
     """A WriteFile that sums what it writes, as `write_checked` does."""
 
-    def write_checked(self, parts: Sequence[Buffer], block_bytes: int, sums: Buffer) -> None: ...
+    def write_checked(
+        self, parts: Sequence[Buffer], block_bytes: int, sums: Buffer, *, max_bytes_per_s: float
+    ) -> None: ...
 
 
 @runtime_checkable
@@ -44,14 +47,17 @@ class CheckedReadFile(Protocol):
     ) -> tuple[int, int | None] | None: ...
 
 
-def write_checked(file: WriteFile, parts: Sequence[Buffer], block_bytes: int, sums: Sums) -> None:
+def write_checked(
+    file: WriteFile, parts: Sequence[Buffer], block_bytes: int, sums: Sums, *, max_bytes_per_s: float = 0.0
+) -> None:
     """Write the parts one after the other from offset 0, and after them `sums`, the CRC32C of each block_bytes of
-    them, filled on the way. WINDOW_BYTES is a multiple of block_bytes."""
+    them, filled on the way. WINDOW_BYTES is a multiple of block_bytes. max_bytes_per_s: 0 is no limit."""
     if isinstance(file, CheckedWriteFile):
-        file.write_checked(parts, block_bytes, sums.data)
+        file.write_checked(parts, block_bytes, sums.data, max_bytes_per_s=max_bytes_per_s)
         return
     window = memoryview(Memory(WINDOW_BYTES))
     position = filled = block = 0
+    started = time.monotonic()
     for part in parts:
         view = memoryview(part).cast("B")
         while len(view):
@@ -62,6 +68,8 @@ def write_checked(file: WriteFile, parts: Sequence[Buffer], block_bytes: int, su
                 block = _sum(window, block_bytes, sums, block)
                 file.write(position, window)
                 position, filled = position + filled, 0
+                if max_bytes_per_s:
+                    time.sleep(max(0.0, started + position / max_bytes_per_s - time.monotonic()))
     _sum(window[:filled], block_bytes, sums, block)
     file.write(position, bytes(window[:filled]) + sums.tobytes())
 

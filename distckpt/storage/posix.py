@@ -34,8 +34,8 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-import socket
 import stat
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -43,6 +43,7 @@ from contextlib import contextmanager, suppress
 from typing_extensions import Buffer
 
 from distckpt import _C
+from distckpt.host import host_id
 from distckpt.storage.checked import Target
 from distckpt.storage.names import split_name
 from distckpt.storage.port import FreeSpace
@@ -63,11 +64,13 @@ class PosixStorage:
         root: str | os.PathLike[str],
         *,
         io_backend: str = "",
-        request_size: int = 4 << 20,
-        queue_depth: int = 8,
+        request_size: int = 2 << 20,
+        queue_depth: int = 16,
     ) -> None:
         self._root = os.path.abspath(os.fspath(root))
         self._pool = _BlockIOPool(io_backend, request_size, queue_depth)
+        self._asked_for = io_backend
+        self._is_buffered = threading.Event()
 
     @property
     def location(self) -> str:
@@ -78,6 +81,16 @@ class PosixStorage:
         """The backend that moves the bytes: "io_uring" or "threads"."""
         with self._pool.borrow() as block_io:
             return block_io.backend
+
+    @property
+    def degraded(self) -> tuple[str, ...]:
+        """What this host or file system refused, so that it is slower than it could be."""
+        refused = []
+        if not self._asked_for and "io_uring" not in _C.BLOCK_IO_BACKENDS:
+            refused.append("io_uring is refused here: threads move the bytes")
+        if self._is_buffered.is_set():
+            refused.append(f"{self._root}: its file system refused O_DIRECT: files were written through the page cache")
+        return tuple(refused)
 
     def list(self, directory: str) -> Sequence[str]:
         try:
@@ -99,7 +112,7 @@ class PosixStorage:
     def create(self, name: str, *, size_hint: int = 0) -> PosixWriteFile:
         """As in the port. size_hint is not used: preallocation was measured not to make writing faster."""
         file = _C.File.create(self._path(name), direct=True)
-        return PosixWriteFile(name, file, self._pool)
+        return PosixWriteFile(name, file, self._pool, self._is_buffered)
 
     def open(self, name: str) -> PosixReadFile:
         path = self._path(name)
@@ -157,7 +170,7 @@ class PosixStorage:
         status = os.statvfs(path)
         if status.f_blocks == 0:  # Some network and FUSE file systems do not say.
             return None
-        filesystem_id = f"{_host_id()}:{os.stat(path).st_dev}"
+        filesystem_id = f"{host_id()}:{os.stat(path).st_dev}"
         return FreeSpace(filesystem_id, status.f_bavail * status.f_frsize)
 
     def _path(self, name: str) -> str:
@@ -183,10 +196,12 @@ class PosixStorage:
 class PosixWriteFile:
     """One new file, open for writing. Not thread-safe; owns its file descriptor."""
 
-    def __init__(self, name: str, file: _C.File, pool: _BlockIOPool) -> None:
+    def __init__(self, name: str, file: _C.File, pool: _BlockIOPool, is_buffered: threading.Event) -> None:
+        """is_buffered: set if O_DIRECT turns out to be refused."""
         self._name = name
         self._file: _C.File | None = file
         self._pool = pool
+        self._is_buffered = is_buffered
 
     @property
     def name(self) -> str:
@@ -204,18 +219,22 @@ class PosixWriteFile:
             self.abandon()
             raise
 
-    def write_checked(self, parts: Sequence[Buffer], block_bytes: int, sums: Buffer) -> None:
+    def write_checked(
+        self, parts: Sequence[Buffer], block_bytes: int, sums: Buffer, *, max_bytes_per_s: float = 0.0
+    ) -> None:
         """As `checked.write_checked`: gathered, summed and written in one pass, without the GIL."""
         file = self._open_file()
         try:
             with self._pool.borrow() as block_io:
-                block_io.write_checked(file, parts, block_bytes, sums)
+                block_io.write_checked(file, parts, block_bytes, sums, max_bytes_per_s=max_bytes_per_s)
         except BaseException:
             self.abandon()
             raise
 
     def finish(self, size_bytes: int) -> None:
         file = self._open_file()
+        if not file.direct:
+            self._is_buffered.set()
         try:
             file.truncate(size_bytes)
             file.sync()
@@ -401,11 +420,3 @@ def _link_if_absent(temporary: str, written: os.stat_result, path: str) -> bool:
 def _remove_temporary(temporary: str) -> None:
     with suppress(OSError):
         os.unlink(temporary)
-
-
-def _host_id() -> str:
-    try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            return file.read().strip()
-    except OSError:
-        return socket.gethostname()

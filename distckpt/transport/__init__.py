@@ -2,9 +2,9 @@
 
 from distckpt.transport.blocking import BlockingTransport, copy_to_host
 from distckpt.transport.devices import Transports
-from distckpt.transport.elements import carrier, host_bytes, is_lazy, pieces
+from distckpt.transport.elements import carrier, host_bytes, host_view, is_lazy, pieces, plain_bytes
 from distckpt.transport.port import Copies, Event, Registration, Transport
-from distckpt.transport.samples import sample_checksum, sample_checksums
+from distckpt.transport.samples import byte_checksums, sample_checksum, sample_checksums
 
 __all__ = [
     "BlockingTransport",
@@ -13,11 +13,14 @@ __all__ = [
     "Registration",
     "Transport",
     "Transports",
+    "byte_checksums",
     "carrier",
     "copy_to_host",
     "host_bytes",
+    "host_view",
     "is_lazy",
     "pieces",
+    "plain_bytes",
     "sample_checksum",
     "sample_checksums",
 ]

@@ -39,15 +39,36 @@ def movable(tensor: Tensor) -> Tensor:
 
 def flat_bytes(tensor: Tensor) -> Tensor:
     """The elements in C order as 1-d uint8, where they are: a view of a contiguous tensor, else a copy."""
-    return tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
+    return _as_bytes(tensor.detach().resolve_conj().resolve_neg().contiguous())
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    """A contiguous tensor as 1-d uint8. view(-1) could leave a lone element with a stride other than 1."""
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+
+
+def plain_bytes(source: Tensor) -> memoryview | None:
+    """The bytes of a tensor that lies on the host in C order; None of one that does not.
+
+    Through DLPack, because Tensor.numpy() makes the storage one that can never be resized again. Where NumPy is older
+    than 2.1 the view is read-only.
+    """
+    if source.device.type != "cpu" or not source.is_contiguous() or is_lazy(source):
+        return None
+    if not source.numel():
+        return memoryview(b"")
+    return np.from_dlpack(_as_bytes(source.detach())).data
 
 
 def host_bytes(source: Tensor) -> memoryview:
     """The elements of `source` in C order as bytes on the host: a view where they lie so, else a copy."""
-    elements = carrier(source).cpu().contiguous()
-    if not elements.numel():
-        return memoryview(b"")
-    return elements.reshape(-1).numpy().view(np.uint8).data
+    plain = plain_bytes(source)
+    return np.from_dlpack(flat_bytes(source).cpu()).data if plain is None else plain
+
+
+def host_view(data: memoryview, dtype: torch.dtype) -> Tensor:
+    """A 1-d tensor over bytes on the host."""
+    return torch.frombuffer(data, dtype=dtype) if len(data) else torch.empty(0, dtype=dtype)
 
 
 def pieces(tensor: Tensor, max_bytes: int, dim: int = 0) -> Iterator[tuple[tuple[int, ...], Tensor]]:

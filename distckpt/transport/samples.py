@@ -6,16 +6,18 @@ strides and devices.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from typing_extensions import Buffer
 
+from distckpt import _C
 from distckpt._C import crc32c
 from distckpt.transport.devices import Transports
-from distckpt.transport.elements import carrier, is_plain, movable
+from distckpt.transport.elements import carrier, host_bytes, is_plain, movable, plain_bytes
 from distckpt.transport.port import Transport
 
 _PLACES = 64  # and the last element
@@ -43,15 +45,15 @@ def sample_checksums(
         else:
             on_device.setdefault((transport, tensor.device), []).append(number)
     sums = np.zeros(len(tensors), np.uint32)
-    sums[on_host] = _checksums(_sample(tensors[i]) for i in on_host)
+    sums[on_host] = _host_checksums([tensors[i] for i in on_host])
     for (transport, _), numbers in on_device.items():
         for batch in _batches(tensors, numbers):
             samples, order, sizes = _gather([tensors[i] for i in batch])
             host = torch.empty_like(samples, device="cpu")
             transport.copy_to_host([(samples, host)]).wait(timeout_s)
             ends = np.cumsum(sizes).tolist()
-            found = ([host[end - size : end]] for end, size in zip(ends, sizes, strict=True))
-            sums[np.array(batch)[order]] = _checksums(found)
+            found = [crc32c(host_bytes(host[end - size : end])) for end, size in zip(ends, sizes, strict=True)]
+            sums[np.array(batch)[order]] = found
     return sums
 
 
@@ -108,12 +110,17 @@ def _sample(tensor: Tensor) -> list[Tensor]:
     return [carrier(movable(tensor)[tuple(index)])]
 
 
-def _checksums(samples: Iterable[Sequence[Tensor]]) -> list[int]:
-    """CRC32C of the elements of each sample, which is on the host."""
-    sums = []
-    for parts in samples:
-        value = 0
-        for part in parts:
-            value = crc32c(part.contiguous().numpy(), value)
-        sums.append(value)
+def byte_checksums(parts: Sequence[Buffer], item_bytes: Sequence[int]) -> npt.NDArray[np.uint32]:
+    """The same of tensors whose elements, of item_bytes each, lie on the host in C order."""
+    sums = np.empty(len(parts), np.uint32)
+    _C.sample_checksums(parts, item_bytes, sums)
     return sums
+
+
+def _host_checksums(tensors: Sequence[Tensor]) -> npt.NDArray[np.uint32]:
+    """Of host tensors. Those that are plain are sampled where they lie, the others from a copy of their samples."""
+    parts: list[Buffer] = []
+    for tensor in tensors:
+        plain = plain_bytes(tensor)
+        parts.append(host_bytes(torch.cat(_sample(tensor))) if plain is None else plain)
+    return byte_checksums(parts, [tensor.element_size() for tensor in tensors])

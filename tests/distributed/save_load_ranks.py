@@ -164,7 +164,7 @@ def check_a_bad_state_of_one_rank_is_the_same_error_on_all(root: Path) -> None:
                 checkpointer.save(state, iteration=2)
             assert words in same_everywhere(caught.value), (spoil, caught.value)
             with pytest.raises(kind) as caught:
-                checkpointer.async_save(state, iteration=2)
+                checkpointer.async_save(state, iteration=2).wait()
             assert words in same_everywhere(caught.value), (spoil, caught.value)
         assert checkpointer.iterations() == [1]
         checkpointer.save(make_state(3), iteration=3)

@@ -250,7 +250,7 @@ void TestMemoryIsFoundWhereItIsAligned() {
   CHECK(unaligned.Find(0, kBlock, 1) == memory.data() + 1);
 }
 
-// As an image in memory is written: behind a header of its own, in front of a tail.
+// As an image in memory is written: in pieces, behind a header of its own, in front of a tail.
 void TestRangesInsideAPartAreFoundBetweenThoseThatAreFilled() {
   constexpr size_t kHead = 4096;
   constexpr size_t kImage = 3 * kRequest;
@@ -259,9 +259,11 @@ void TestRangesInsideAPartAreFoundBetweenThoseThatAreFilled() {
   std::copy_n(data.begin() + kHead, kImage, memory.data() + kHead);
   const Bytes expected = Sums(data);
   Bytes sums(expected.size());
-  ChecksummedSource source(
-      {{data.data(), kHead}, {memory.data() + kHead, kImage}, {data.data() + kHead + kImage, 77}}, kBlock,
-      sums.data());
+  ChecksummedSource source({{data.data(), kHead},
+                            {memory.data() + kHead, kRequest / 2},
+                            {memory.data() + kHead + kRequest / 2, kImage - kRequest / 2},
+                            {data.data() + kHead + kImage, 77}},
+                           kBlock, sums.data());
   Bytes written;
   std::vector<bool> found;
   for (uint64_t begin = 0; begin < source.size(); begin += kRequest) {

@@ -90,14 +90,14 @@ def test_replicas_that_differ_are_raised_on_all(storage: MemoryStorage) -> None:
 def test_copy_of_the_state_that_fails_on_one_rank_is_raised_on_all(
     storage: MemoryStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stage = saving.stage
+    take_snapshot = saving.take_snapshot
 
     def fail_on_rank_1(*arguments: Any, **options: Any) -> Any:
         if threading.current_thread().name == "rank 1":
             raise MemoryError("no room for the copy")
-        return stage(*arguments, **options)
+        return take_snapshot(*arguments, **options)
 
-    monkeypatch.setattr(saving, "stage", fail_on_rank_1)
+    monkeypatch.setattr(saving, "take_snapshot", fail_on_rank_1)
     results = on_both(storage, lambda c, rank: c.async_save(make_state(1), iteration=30).wait())
     check_raised(results, DistributedError, "rank 1 of 2: MemoryError: no room for the copy")
     assert on_both(storage, lambda c, rank: c.iterations()) == [[10, 20]] * 2
@@ -194,7 +194,7 @@ def test_rank_0_that_cannot_look_is_raised_on_all(storage: MemoryStorage) -> Non
 def test_failed_async_save_that_one_rank_has_seen_is_raised_on_all_by_the_next_call(
     storage: MemoryStorage, monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
-    stage = saving.stage
+    take_snapshot = saving.take_snapshot
     failed: set[str] = set()
 
     def fail_once_a_rank(*arguments: Any, **options: Any) -> Any:
@@ -202,9 +202,9 @@ def test_failed_async_save_that_one_rank_has_seen_is_raised_on_all_by_the_next_c
         if name not in failed:
             failed.add(name)
             raise MemoryError("no room for the copy")
-        return stage(*arguments, **options)
+        return take_snapshot(*arguments, **options)
 
-    monkeypatch.setattr(saving, "stage", fail_once_a_rank)
+    monkeypatch.setattr(saving, "take_snapshot", fail_once_a_rank)
 
     def call(checkpointer: Checkpointer, rank: int) -> object:
         pending = checkpointer.async_save(make_state(30), iteration=30)
@@ -227,7 +227,7 @@ def test_failed_async_save_that_one_rank_has_seen_is_raised_on_all_by_the_next_c
 def test_calls_after_a_failed_async_save_was_raised_go_on_in_step(
     storage: MemoryStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stage = saving.stage
+    take_snapshot = saving.take_snapshot
     failed: list[str] = []
 
     def fail_once(*arguments: Any, **options: Any) -> Any:
@@ -235,9 +235,9 @@ def test_calls_after_a_failed_async_save_was_raised_go_on_in_step(
         if name == "rank 1" and not failed:
             failed.append(name)
             raise MemoryError("no room for the copy")
-        return stage(*arguments, **options)
+        return take_snapshot(*arguments, **options)
 
-    monkeypatch.setattr(saving, "stage", fail_once)
+    monkeypatch.setattr(saving, "take_snapshot", fail_once)
 
     def call(checkpointer: Checkpointer, rank: int) -> object:
         pending = checkpointer.async_save(make_state(30), iteration=30)

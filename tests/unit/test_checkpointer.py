@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import distckpt
-from distckpt import Checkpointer, CheckpointError, MismatchError, PendingSave, saving
+from distckpt import Checkpointer, CheckpointError, MismatchError, PendingSave, heartbeat
 from distckpt.coordinator import Coordinator
 from distckpt.storage import PosixStorage
 from distckpt.storage.memory import MemoryWriteFile
@@ -118,8 +118,8 @@ def test_heartbeat_goes_on_after_an_error(monkeypatch: pytest.MonkeyPatch) -> No
             touched.release()
             raise io_error()
 
-    monkeypatch.setattr(saving, "HEARTBEAT_S", 0.001)
-    with saving._Heartbeat(Fails(), "pending-x", active=True):
+    monkeypatch.setattr(heartbeat, "HEARTBEAT_S", 0.001)
+    with heartbeat.Heartbeat(Fails(), "pending-x", active=True):
         for _ in range(3):
             assert touched.acquire(timeout=60)
 

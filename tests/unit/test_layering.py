@@ -12,12 +12,14 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "distckpt"
 
-VALUES = {"errors", "geometry", "json_value"}
+VALUES = {"errors", "geometry", "json_value", "host"}
 FORMAT = {"chunk_table", "shard_file", "index"}
 PORTS = {"storage", "coordinator"}
 TENSORS = {"per_rank", "sharded_tensor", "meta", "leaf_value", "state_dict"}
-MOVEMENT = {"transport", "staging", "host_group", "reader", "shared_reading", "commit", "retention"}
-FLOWS = {"matching", "saving", "loading"}
+MOVEMENT = {"transport", "ring", "staging", "arena", "writing", "host_group", "reader"}
+MOVEMENT |= {"shared_reading", "commit", "heartbeat", "retention"}
+FLOWS = {"matching", "describing", "offer", "share", "saving", "loading"}
+HANDLES = {"guarding", "pending"}
 
 # What each module may import of this package. A row for a package stands for all modules in it, which may
 # import each other. "__init__" are the public names, for those who sit outside.
@@ -25,12 +27,13 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "geometry": {"errors"},
     "json_value": {"errors"},
+    "host": set(),
     "chunk_table": VALUES | {"_C"},
     "shard_file": VALUES | {"_C"},
     "index": VALUES | {"_C", "chunk_table", "shard_file"},
     "placement": VALUES | FORMAT,
     "planner": VALUES | FORMAT | {"placement"},
-    "storage": {"_C", "errors"},
+    "storage": {"_C", "errors", "host"},
     "coordinator": {"errors"},
     "per_rank": VALUES | {"index"},
     "meta": set(),
@@ -40,25 +43,36 @@ ALLOWED: dict[str, set[str]] = {
     "state_dict": VALUES | FORMAT | {"leaf_value", "meta", "per_rank", "sharded_tensor"},
     "transport": VALUES | {"_C", "shard_file"},
     "ring": VALUES | {"_C", "transport"},
-    "staging": VALUES | FORMAT | PORTS | {"_C", "planner", "transport"},
+    "arena": {"_C", "host", "shard_file", "transport"},
+    "staging": {"_C", "errors", "arena", "transport"},
+    "writing": VALUES | FORMAT | {"_C", "storage"},
     "reader": VALUES | FORMAT | PORTS | {"_C", "planner", "transport"},
-    "host_group": {"_C"},
+    "host_group": {"_C", "host"},
     "shared_reading": FORMAT | {"_C", "host_group", "reader"},
     "commit": VALUES | FORMAT | PORTS,
+    "heartbeat": {"storage", "commit"},
     "retention": VALUES | FORMAT | PORTS | {"commit"},
     "reshard": VALUES | FORMAT | PORTS | MOVEMENT | {"_C", "planner"},
     "report": VALUES,
     # The flows are the checkpointer, cut in pieces; they hand the list of adapters to flatten.
-    "saving": VALUES | FORMAT | PORTS | TENSORS | MOVEMENT | {"_C", "planner", "assembling", "report", "adapters"},
+    "describing": VALUES | FORMAT | TENSORS | {"_C", "planner", "adapters"},
+    "offer": {"errors", "storage", "planner"},
+    "share": VALUES | FORMAT | {"planner", "commit", "arena", "describing"},
+    "saving": {
+        *VALUES | FORMAT | PORTS | TENSORS | MOVEMENT,
+        *("planner", "assembling", "report", "describing", "offer", "share"),
+    },
     "matching": VALUES | FORMAT | TENSORS | {"planner", "reader", "report"},
     "loading": {
         *VALUES | FORMAT | PORTS | TENSORS | MOVEMENT,
         *("_C", "planner", "report", "adapters", "matching"),
     },
     "adapters": {"errors", "geometry", "sharded_tensor", "state_dict", "__init__"},
-    "checkpointer": VALUES | FORMAT | PORTS | TENSORS | MOVEMENT | FLOWS | {"_C", "planner", "report", "adapters"},
-    "one_directory": VALUES | PORTS | TENSORS | {"checkpointer", "index", "report"},
-    "__init__": VALUES | PORTS | TENSORS | {"checkpointer", "one_directory", "report"},
+    "guarding": set(),
+    "pending": {"report"},
+    "checkpointer": VALUES | FORMAT | PORTS | MOVEMENT | FLOWS | HANDLES | {"planner", "report"},
+    "one_directory": VALUES | PORTS | {"checkpointer", "pending", "index", "report"},
+    "__init__": VALUES | PORTS | TENSORS | {"checkpointer", "pending", "one_directory", "report"},
     "cli": VALUES | FORMAT | PORTS | {"commit", "retention", "reader", "reshard", "__init__"},
     "testing": VALUES | PORTS | {"transport", "__init__"},
 }
@@ -67,9 +81,9 @@ PLANNED = {"reshard", "cli"}
 
 # Only these touch tensors. The others stay usable where torch is not installed or takes too long to load.
 MAY_IMPORT_TORCH = {
-    *TENSORS | FLOWS,
-    *("transport", "staging", "reader", "shared_reading", "reshard", "checkpointer", "one_directory", "adapters"),
-    "testing",
+    *TENSORS | FLOWS | HANDLES,
+    *("transport", "ring", "arena", "staging", "writing", "reader", "shared_reading", "reshard"),
+    *("checkpointer", "one_directory", "adapters", "testing"),
 }
 # Extras: imported in the function that needs them.
 NEVER_AT_MODULE_LEVEL = {"mpi4py", "zarr", "obstore", "megatron", "deepspeed", "safetensors", "matplotlib"}

@@ -105,3 +105,8 @@ def test_samples_are_not_waited_for_without_end() -> None:
 def test_no_tensors_have_no_samples() -> None:
     assert sample_checksums([], Transports()).tolist() == []
     assert sample_checksums([torch.empty(0)], Transports()).tolist() == [0]
+
+
+def test_one_element_between_others_is_sampled() -> None:
+    lone = torch.arange(6.0)[1::2][:1]
+    assert sample_checksum(lone) == sample_checksum(lone.clone())

@@ -199,7 +199,7 @@ def test_a_header_that_readers_would_refuse_is_not_written() -> None:
 
 def test_a_rank_with_several_files_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     split = split_into_files
-    monkeypatch.setattr("distckpt.saving.split_into_files", lambda c, **k: split(c, **k, max_header_bytes=20_000))
+    monkeypatch.setattr("distckpt.share.split_into_files", lambda c, **k: split(c, **k, max_header_bytes=20_000))
     state = {f"layer {i}": torch.full((3,), float(i)) for i in range(300)}
     target = {key: torch.zeros(3) for key in state}
     with Checkpointer(tmp_path) as ckpt:
@@ -214,7 +214,7 @@ def test_a_rank_with_several_files_loads(tmp_path: Path, monkeypatch: pytest.Mon
 def test_values_too_long_for_a_header_are_saved_in_the_index_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("distckpt.saving.MAX_SHARED_METADATA_BYTES", 100)
+    monkeypatch.setattr("distckpt.saving.SHARED_METADATA_BYTES", 100)
     with Checkpointer(tmp_path) as ckpt:
         ckpt.save({"history": [0.5] * 100, "w": torch.ones(2)}, iteration=1)
         assert ckpt.read()["history"] == [0.5] * 100

@@ -13,6 +13,7 @@ import pytest
 from distckpt import _C
 from distckpt.storage import PosixStorage, Storage, posix
 from distckpt.storage.contract import pattern, read_all, write_all
+from distckpt.storage.posix import PosixWriteFile
 from distckpt.testing import Crash, CrashingStorage, MemoryStorage, StorageContract
 
 
@@ -268,7 +269,7 @@ class FailingFile:
 @pytest.mark.parametrize("step", ["truncate", "sync", "is_named", "close"])
 def test_failed_finish_abandons_the_file_for_good(posix_storage: PosixStorage, root: Path, step: str) -> None:
     inner = _C.File.create(str(root / "a"))
-    file = posix.PosixWriteFile("a", FailingFile(inner, step), posix_storage._pool)  # type: ignore[arg-type]
+    file = posix.PosixWriteFile("a", FailingFile(inner, step), posix_storage._pool, posix_storage._is_buffered)  # type: ignore[arg-type]
     with pytest.raises(OSError, match="Input/output error"):
         file.finish(0)
     with pytest.raises(ValueError, match="abandoned"):
@@ -490,3 +491,19 @@ def test_failure_in_the_middle_of_a_write_leaves_half() -> None:
     with pytest.raises(ValueError, match="abandoned"):
         file.finish(16_384)
     assert read_all(memory, "d/a") == b"1" * 8192
+
+
+def test_storage_says_when_o_direct_was_refused(root: Path) -> None:
+    storage = PosixStorage(root)
+    storage.make_directory("")
+    assert storage.degraded == ()
+    file = _C.File.create(str(root / "f"), direct=False)
+    PosixWriteFile("f", file, storage._pool, storage._is_buffered).finish(0)
+    assert "O_DIRECT" in storage.degraded[0]
+    assert str(root) in storage.degraded[0]
+
+
+def test_storage_says_when_io_uring_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_C, "BLOCK_IO_BACKENDS", ("threads",))
+    assert "io_uring" in PosixStorage(root).degraded[0]
+    assert PosixStorage(root, io_backend="threads").degraded == ()

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from distckpt import Checkpointer, writing
 from distckpt._C import crc32c_blocks
-from distckpt.storage import PosixStorage, Storage, read_checked, write_checked
+from distckpt.storage import PosixStorage, Storage, checked, read_checked, write_checked
 from distckpt.storage.checked import WINDOW_BYTES, CheckedReadFile, CheckedWriteFile
 from distckpt.testing import MemoryStorage
 
@@ -85,3 +87,31 @@ def test_posix_files_have_operations_of_their_own(tmp_path: Path) -> None:
     opened = storage.open("f")
     assert isinstance(opened, CheckedReadFile)
     opened.close()
+
+
+def test_rate_is_kept_by_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a backend that has no operation of its own; the clock stands still but for the waits."""
+    now = [100.0]
+    monkeypatch.setattr(checked.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(checked.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    data = bytes(3 * checked.WINDOW_BYTES)
+    sums = np.empty(len(data) // BLOCK, np.uint32)
+    storage = MemoryStorage()
+    storage.make_directory("")
+    write_checked(storage.create("f"), [data], BLOCK, sums, max_bytes_per_s=1e6)
+    assert now[0] - 100 == pytest.approx(len(data) / 1e6)
+
+
+@pytest.mark.parametrize("limit", [None, 5e9])
+def test_limit_of_a_checkpointer_reaches_the_file(limit: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def see(*_: object, max_bytes_per_s: float) -> None:
+        seen.append(max_bytes_per_s)
+        raise OSError("seen")
+
+    monkeypatch.setattr(writing, "write_checked", see)
+    checkpointer = Checkpointer(MemoryStorage(), max_write_bytes_per_s=limit)
+    with checkpointer, pytest.raises(OSError, match="seen"):
+        checkpointer.save({"a": torch.ones(3)}, iteration=1)
+    assert seen == [limit or 0.0]

@@ -1,0 +1,108 @@
+"""Share: what one rank writes under one plan, and how it lies in files and in the Arena. Kept from save to save.
+
+Decides nothing new: it is the plan's word for this rank, worked out as far as it stays the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+
+from distckpt.arena import Region, arrange
+from distckpt.commit import new_save_id
+from distckpt.describing import Description, Structure
+from distckpt.geometry import Box
+from distckpt.planner import SavePlan
+from distckpt.shard_file import Chunk, FilePlan, nested_json, plan_file, split_into_files
+
+# Of rank 0's first header, for the values that all ranks share; more than that is not kept there a second time.
+SHARED_METADATA_BYTES = 8 << 20
+
+
+class ShareMessage(msgspec.Struct, frozen=True):
+    """From rank 0 to one rank, in a new plan: int32 numbers of the shards it writes and of those that are replicated,
+    ascending, and keys of the PerRank values it writes. plan_id is the same on all ranks, and no other plan's."""
+
+    plan_id: str
+    shards: bytes
+    replicated: bytes
+    per_rank: list[str]
+
+
+def give_shares(plan: SavePlan, world_size: int) -> list[ShareMessage]:
+    """Every rank's share of a new plan."""
+    plan_id = new_save_id()
+    return [
+        ShareMessage(
+            plan_id,
+            plan.shards_of(rank).tobytes(),
+            plan.replicated_of(rank).tobytes(),
+            plan.per_rank_keys_of(rank),
+        )
+        for rank in range(world_size)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class ShareFile:
+    """One file of a share. numbers: its shards in file order. specs: of its tensors, as its header has them."""
+
+    numbers: list[int]
+    plan: FilePlan
+    specs: msgspec.Raw
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """structure: of the state that it fits. plan: rank 0's. regions: where its shards lie in the Arena."""
+
+    plan_id: str
+    structure: Structure
+    shards: list[int]
+    replicated: list[int]
+    per_rank: list[str]
+    files: list[ShareFile]
+    regions: list[Region]
+    image_bytes: int
+    plan: SavePlan | None
+
+
+def adopt(message: ShareMessage, described: Description, plan: SavePlan | None, *, is_leader: bool) -> Share:
+    """What this rank makes of its share. The leader has a file even if it has nothing to put in it."""
+    numbers = np.frombuffer(message.shards, np.int32).tolist()
+    files = _files(numbers, described, is_leader) if numbers or message.per_rank or is_leader else []
+    regions, image_bytes = arrange([(file.numbers, file.plan.starts.tolist(), file.plan.data_bytes) for file in files])
+    return Share(
+        plan_id=message.plan_id,
+        structure=described.structure,
+        shards=numbers,
+        replicated=np.frombuffer(message.replicated, np.int32).tolist(),
+        per_rank=message.per_rank,
+        files=files,
+        regions=regions,
+        image_bytes=image_bytes,
+        plan=plan,
+    )
+
+
+def _files(numbers: Sequence[int], described: Description, is_leader: bool) -> list[ShareFile]:
+    mine = [described.shards[n] for n in numbers]
+    chunks = [
+        Chunk(key, spec.dtype, box.offset, box.shape, box == Box.whole(spec.global_shape)) for key, spec, box in mine
+    ]
+    split = split_into_files(
+        chunks,
+        metadata_bytes=[len(nested_json({key: spec})) for key, spec, _ in mine],
+        first_metadata_bytes=SHARED_METADATA_BYTES if is_leader else 0,
+    )
+    return [
+        ShareFile(
+            numbers=[numbers[i] for i in order],
+            plan=plan_file(chunks, order),
+            specs=msgspec.Raw(nested_json({mine[i][0]: mine[i][1] for i in order})),
+        )
+        for order in split
+    ]
