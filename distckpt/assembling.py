@@ -10,7 +10,8 @@ import msgspec
 import numpy as np
 
 from distckpt._C import crc32c
-from distckpt.chunk_table import Chunks, encode_record, page_checksums
+from distckpt.chunk_table import Chunks, encode_record, encode_whole, page_checksums
+from distckpt.garbage import postponed_collection
 from distckpt.geometry import Int64Array
 from distckpt.index import ChunkTable, Index, PerRankEntry, ShardFile, TensorEntry
 from distckpt.planner import SavePlan
@@ -41,6 +42,7 @@ class Commitment:
     metadata: bytes
 
 
+@postponed_collection()
 def chunk_table_of(
     plan: SavePlan, ranks: Sequence[Written], save_id: str
 ) -> tuple[ChunkTable, bytes, dict[str, tuple[int, int]]]:
@@ -59,6 +61,7 @@ def chunk_table_of(
     return table, body + trailer, places
 
 
+@postponed_collection()
 def index_of(
     who: Commitment,
     plan: SavePlan,
@@ -115,7 +118,11 @@ def _records(plan: SavePlan, ranks: Sequence[Written]) -> dict[str, bytes]:
         ndim = columns.boxes.shape[1] // 2
         tensors, at = np.unique(columns.tensor, return_index=True)
         ends = np.append(at, len(columns.tensor))[1:]
-        for t, low, high in zip(tensors.tolist(), at, ends, strict=True):
+        bounds = (tensors.tolist(), at.tolist(), ends.tolist(), file[at].tolist(), start[at].tolist())
+        for t, low, high, first_file, first_start in zip(*bounds, strict=True):
+            if high - low == 1:
+                records[t] = encode_whole(first_file, first_start, plan.specs[keys[t]].global_shape)
+                continue
             boxes = columns.boxes[low:high]
             chunks = Chunks(boxes[:, :ndim], boxes[:, ndim:], file[low:high], start[low:high])
             records[t] = encode_record(chunks, plan.specs[keys[t]].global_shape)

@@ -12,6 +12,7 @@ of one tensor reads and checks only what it needs. A record is little-endian:
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -43,10 +44,22 @@ class Chunks:
         return len(self.files)
 
 
+def encode_whole(file: int, start: int, global_shape: Sequence[int]) -> bytes:
+    """The record of a tensor that is one chunk: encode_record, without columns of one number each."""
+    width, ndim = _width(global_shape), len(global_shape)
+    no_cuts = (1).to_bytes(8, "little") * ndim + bytes(width * ndim)
+    return struct.pack("<BBHI", _GRID, width, ndim, 1) + no_cuts + struct.pack("<IQ", file, start)
+
+
+def _width(global_shape: Sequence[int]) -> int:
+    """Of an integer that tells a place in the tensor."""
+    return next(w for w in (1, 2, 4, 8) if max(global_shape, default=0) < 1 << (8 * w))
+
+
 def encode_record(chunks: Chunks, global_shape: Sequence[int]) -> bytes:
     """One tensor's record; as a grid when the chunks are all the cells of one. Chunks are non-empty."""
     count, ndim = chunks.offsets.shape
-    width = next(w for w in (1, 2, 4, 8) if max(global_shape, default=0) < 1 << (8 * w))
+    width = _width(global_shape)
     cuts = grid_cuts(chunks.offsets, chunks.shapes) if count else None
     if cuts is not None and prod(len(c) for c in cuts) == count:
         order = np.lexsort(chunks.offsets.T[::-1]) if ndim else np.arange(count)

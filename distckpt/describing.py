@@ -13,6 +13,7 @@ from torch import Tensor
 from distckpt._C import crc32c
 from distckpt.adapters import ADAPTERS
 from distckpt.errors import CheckpointError, UnsupportedTypeError
+from distckpt.garbage import postponed_collection
 from distckpt.geometry import Box
 from distckpt.index import Mesh, Spec
 from distckpt.json_value import EMPTY_DICT
@@ -58,6 +59,7 @@ class Description:
         return RankValues(encode_values(self.values), digests)
 
 
+@postponed_collection()
 def describe(state: dict[str, object], mesh: Mesh) -> Description:
     """Raises what flatten raises, UnsupportedTypeError for meta tensors, CheckpointError for unknown mesh axes."""
     flat = flatten(state, ADAPTERS)

@@ -18,6 +18,7 @@ import numpy as np
 from distckpt._C import crc32c
 from distckpt.chunk_table import Hits
 from distckpt.errors import CheckpointError, CorruptionError
+from distckpt.garbage import postponed_collection
 from distckpt.geometry import MAX_DIMS, Int64Array
 from distckpt.shard_file import DTYPES, FORMAT, FORMAT_VERSION
 
@@ -135,6 +136,7 @@ class _Trailer(msgspec.Struct):
     crc32c: str
 
 
+@postponed_collection()
 def decode_index(data: bytes, *, name: str) -> Index:
     """Decode and validate. Raises CorruptionError for damage, CheckpointError for a version that is too new."""
     if len(data) > MAX_INDEX_BYTES:

@@ -24,6 +24,7 @@ from distckpt.adapters import ADAPTERS
 from distckpt.commit import Commit, decode_index_of, find_commits, read_index, tracker_warning
 from distckpt.coordinator import Coordinator, agree
 from distckpt.errors import CheckpointError, CorruptionError, MismatchError
+from distckpt.garbage import postponed_collection
 from distckpt.geometry import Box, intersect
 from distckpt.host_group import Board, Host, HostGroup, PeerFailed, group_ranks, this_host
 from distckpt.index import Index, Mesh, TensorEntry
@@ -366,6 +367,7 @@ class Load:
             self._flat = flatten(self.state, ADAPTERS)
             self._request = match_state(self._flat, index, self.context.mesh)
 
+    @postponed_collection()
     def _targets(self, index: Index, request: Request) -> list[Wanted]:
         targets: list[Wanted] = []
         for leaf, entry in request.tensors:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from distckpt.errors import CheckpointError, MismatchError
+from distckpt.garbage import postponed_collection
 from distckpt.index import Index, Mesh, TensorEntry
 from distckpt.json_value import LIST_MARKER, TUPLE_MARKER, is_container, is_empty_list
 from distckpt.leaf_value import decode_leaf
@@ -111,6 +112,7 @@ def empty_tensors(index: Index, keys: Iterable[str]) -> dict[str, Tensor]:
     return tensors
 
 
+@postponed_collection()
 def match_state(flat: FlatState, index: Index, mesh: Mesh) -> Request:
     """What of the state this checkpoint can fill, and what it cannot."""
     request = Request()

@@ -18,6 +18,7 @@ from torch import Tensor
 from distckpt._C import crc32c
 from distckpt.chunk_table import PAGE_BYTES, Boxes, Grids, Hits, check_pages, decode_records
 from distckpt.errors import CorruptionError
+from distckpt.garbage import postponed_collection
 from distckpt.geometry import Box, Int64Array, strides_of
 from distckpt.index import Index, ShardFile, check_locations
 from distckpt.planner import Copies, plan_load
@@ -182,6 +183,7 @@ class FileReads:
     entries: list[ExpectedEntry]
 
 
+@postponed_collection()
 def read_chunks(storage: Storage, directory: str, index: Index, keys: Sequence[str]) -> list[Grids | Boxes]:
     """The stored chunks of tensors, numbered as in `keys`. Raises CorruptionError or OSError."""
     table = index.chunk_table
@@ -217,6 +219,7 @@ def _read_chunks(file: ReadFile, index: Index, keys: Sequence[str]) -> list[Grid
     return decode_records(b"".join(parts), places, [index.tensors[k].global_shape for k in keys], keys, where=file.name)
 
 
+@postponed_collection()
 def plan_reads(
     index: Index, keys: Sequence[str], stored: Sequence[Grids | Boxes], wanted: Sequence[Wanted]
 ) -> list[FileReads]:

@@ -14,6 +14,7 @@ import numpy as np
 from distckpt.arena import Region, arrange
 from distckpt.commit import new_save_id
 from distckpt.describing import Description, Structure
+from distckpt.garbage import postponed_collection
 from distckpt.geometry import Box
 from distckpt.planner import SavePlan
 from distckpt.shard_file import Chunk, FilePlan, nested_json, plan_file, split_into_files
@@ -70,6 +71,7 @@ class Share:
     plan: SavePlan | None
 
 
+@postponed_collection()
 def adopt(message: ShareMessage, described: Description, plan: SavePlan | None, *, is_leader: bool) -> Share:
     """What this rank makes of its share. The leader has a file even if it has nothing to put in it."""
     numbers = np.frombuffer(message.shards, np.int32).tolist()

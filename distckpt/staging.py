@@ -14,6 +14,7 @@ from torch import Tensor
 from distckpt._C import gather
 from distckpt.arena import Arena, Region
 from distckpt.errors import CheckpointError
+from distckpt.garbage import postponed_collection
 from distckpt.transport import (
     Event,
     Transports,
@@ -181,6 +182,7 @@ def copy_on_host(tensors: Sequence[Tensor], memory: memoryview, starts: Sequence
     gather(plain, memory, places, threads=threads)
 
 
+@postponed_collection()
 def take_snapshot(
     tensors: Mapping[int, Tensor],
     regions: Sequence[Region],
@@ -203,6 +205,7 @@ def take_snapshot(
     return snapshot
 
 
+@postponed_collection()
 def hold_in_place(tensors: Mapping[int, Tensor], transports: Transports) -> Snapshot:
     """A snapshot without a copy, for tensors that stay as they are until the files are written.
 

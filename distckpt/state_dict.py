@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from distckpt.errors import CheckpointError, CorruptionError, InvalidShardingError, UnsupportedTypeError
+from distckpt.garbage import postponed_collection
 from distckpt.geometry import Box
 from distckpt.index import Spec
 from distckpt.json_value import LIST_MARKER, TUPLE_MARKER, decode_value, encode_value
@@ -152,6 +153,7 @@ def _key_of_segment(text: str) -> object:
     return unquote(text)
 
 
+@postponed_collection()
 def flatten(state: dict[str, object], adapters: Sequence[Adapter]) -> FlatState:
     """The leaves of a nested state.
 

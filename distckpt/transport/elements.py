@@ -57,7 +57,7 @@ def plain_bytes(source: Tensor) -> memoryview | None:
         return None
     if not source.numel():
         return memoryview(b"")
-    return np.from_dlpack(_as_bytes(source.detach())).data
+    return np.from_dlpack(_as_bytes(source.detach() if source.requires_grad else source)).data
 
 
 def host_bytes(source: Tensor) -> memoryview:

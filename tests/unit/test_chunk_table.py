@@ -22,6 +22,7 @@ from distckpt.chunk_table import (
     check_pages,
     decode_records,
     encode_record,
+    encode_whole,
     page_checksums,
 )
 from distckpt.geometry import is_tiling
@@ -386,3 +387,14 @@ def test_random_changes_of_a_record_are_refused_or_tile(
     except CorruptionError:
         return
     assert int(chunks.shapes.prod(axis=1).sum()) == prod(shape)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (255,), (256, 3), (70_000, 2, 9), (2**33,)])
+def test_record_of_one_chunk_is_that_of_a_grid_without_cuts(shape: tuple[int, ...]) -> None:
+    whole = Chunks(
+        np.zeros((1, len(shape)), np.int64),
+        np.array([shape], np.int64).reshape(1, -1),
+        np.array([3], np.int64),
+        np.array([2**40 + 16], np.int64),
+    )
+    assert encode_whole(3, 2**40 + 16, shape) == encode_record(whole, shape)

@@ -12,7 +12,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "distckpt"
 
-VALUES = {"errors", "geometry", "json_value", "host"}
+VALUES = {"errors", "geometry", "json_value", "host", "garbage"}
 FORMAT = {"chunk_table", "shard_file", "index"}
 PORTS = {"storage", "coordinator"}
 TENSORS = {"per_rank", "sharded_tensor", "meta", "leaf_value", "state_dict"}
@@ -28,6 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "geometry": {"errors"},
     "json_value": {"errors"},
     "host": set(),
+    "garbage": set(),
     "chunk_table": VALUES | {"_C"},
     "shard_file": VALUES | {"_C"},
     "index": VALUES | {"_C", "chunk_table", "shard_file"},
@@ -44,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     "transport": VALUES | {"_C", "shard_file"},
     "ring": VALUES | {"_C", "transport"},
     "arena": {"_C", "host", "shard_file", "transport"},
-    "staging": {"_C", "errors", "arena", "transport"},
+    "staging": {"_C", "errors", "garbage", "arena", "transport"},
     "writing": VALUES | FORMAT | {"_C", "storage"},
     "reader": VALUES | FORMAT | PORTS | {"_C", "planner", "transport"},
     "host_group": {"_C", "host"},
