@@ -132,6 +132,7 @@ class Load:
     _flat: FlatState = field(default_factory=FlatState)
     _request: Request = field(default_factory=Request)
     _failed: dict[Commit, str] = field(default_factory=dict)
+    _decoded: Index | None = None  # rank 0's, which has decoded it to see whether it is sound
     _group: HostGroup = field(default_factory=HostGroup.alone)
     _not_shared: str | None = None
     _bytes_read: int = 0
@@ -202,7 +203,8 @@ class Load:
 
         resolved = self._agree("resolve", local, self._decide_commit, _Wanted, _Resolved)
         commit = Commit(resolved.epoch, resolved.commit_seq, resolved.iteration)
-        return resolved, decode_index_of(commit, resolved.index)
+        index, self._decoded = self._decoded, None
+        return resolved, decode_index_of(commit, resolved.index) if index is None else index
 
     def _decide_commit(self, wanted: Sequence[_Wanted]) -> list[_Resolved]:
         """Rank 0: the best commit that has not failed, whose index is sound."""
@@ -215,7 +217,7 @@ class Load:
             if commit in self._failed:
                 continue
             try:
-                _, data = read_index(storage, commit)
+                self._decoded, data = read_index(storage, commit)
             except (CorruptionError, OSError) as error:
                 if not _is_damage(error):
                     raise
