@@ -28,21 +28,21 @@ class Arena:
         self._memory: Memory | None = None
         self._registration: Registration | None = None
 
-    def reserve(self, size_bytes: int) -> bool:
-        """Have at least size_bytes, populated. False, with what it had before freed, if that is more than it may take
-        or can get."""
+    def reserve(self, size_bytes: int) -> str | None:
+        """Have at least size_bytes, populated. Returns None, or, holding nothing any more, why it may not or cannot."""
         if len(self) >= size_bytes:
-            return True
+            return None
         self.release()  # The old goes before it is asked what there is.
-        if size_bytes > self.bound():
-            return False
+        bound = self.bound()
+        if size_bytes > bound:
+            return f"this rank's {size_bytes} bytes are more than the {bound} that staging may take"
         try:
             memory = Memory(size_bytes)
             memory.populate(threads=self.threads)
-        except OSError:
-            return False
+        except OSError as error:
+            return f"the host has no {size_bytes} bytes for staging: {error}"
         self._memory = memory
-        return True
+        return None
 
     def bound(self) -> int:
         """Bytes that it may take now."""

@@ -133,12 +133,17 @@ class Checkpointer:
             raise ValueError(f"snapshot={snapshot!r}: expected 'eager' or 'lazy'")
         started = time.perf_counter()
         save = self._look(state, iteration, metadata)
-        save.stage(self._guards.memory() if snapshot == "lazy" else frozenset())
+        save.stage(self._guards.memory if snapshot == "lazy" else frozenset)
         save.stall_s = time.perf_counter() - started
-        self._saving = save
-        self._pending = PendingSave(lambda: self._finish(save), save.staged, self._save_context.timeout_s)
-        self._pending.start()
-        return self._pending
+        pending = PendingSave(lambda: self._finish(save), save.staged, self._save_context.timeout_s)
+        self._pending, self._saving = pending, save
+        interrupt = save.interrupt
+        if interrupt is not None:
+            pending.mark_known()
+        pending.start()  # After an interrupt too: the other ranks learn of it there.
+        if interrupt is not None:
+            raise interrupt
+        return pending
 
     def _look(self, state: State, iteration: int, metadata: object) -> Save:
         label = self._label("save")
@@ -293,21 +298,24 @@ class Checkpointer:
 
         It is not raised here, but where all ranks agree next: whether it was seen may differ between them.
         """
-        pending, self._pending, self._saving = self._pending, None, None
-        return None if pending is None else pending.take_unseen_error()
+        unseen = None if self._pending is None else self._pending.take_unseen_error()
+        self._pending = self._saving = None  # Only now: if the wait was interrupted, the save goes on.
+        return unseen
 
     def close(self) -> None:
-        """Wait for the save under way, raise its failure if nobody has seen it, free memory and connections."""
-        try:
-            unseen = self._settle()
-            if unseen is not None:
-                raise unseen
-        finally:
-            self.release()
+        """Wait for the save under way, free memory and connections, raise its failure if nobody has seen it.
+
+        If the wait is interrupted nothing is freed, as the save goes on; close() may be called again.
+        """
+        unseen = self._settle()
+        self.release()
+        if unseen is not None:
+            raise unseen
 
     def release(self) -> None:
         """Free memory and connections without waiting for a save; for callbacks of one that has ended."""
         self._closed = True
+        self._pending = self._saving = None
         self._guards.remove()
         self._save_context.arena.release()
         if self._owns_coordinator:

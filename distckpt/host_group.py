@@ -162,10 +162,11 @@ class Board:
         if error is not None:
             self.fail()
         if memory.load(_DOOR) == _OPEN:
-            # Who comes after the name is gone would wait for the others in vain.
-            while not self._all_are(_INSIDE) and not self._is_late():
-                time.sleep(_PAUSES_S[-1])
-            self._remove_name()
+            try:  # Who comes after the name is gone would wait for the others in vain.
+                while memory.load(_DOOR) == _OPEN and not self._all_are(_INSIDE) and not self._is_late():
+                    time.sleep(_PAUSES_S[-1])
+            finally:
+                self._remove_name()
         self._memory = None
 
     @property
@@ -189,13 +190,16 @@ class Board:
         view = memoryview(memory)
         view[start + self.position * size :][:size] = row
         self._store(_STAGE, _TOLD)
-        self.wait(lambda: self._all_are(_INSIDE) or self._is_late(), self._whoever_is_not(_INSIDE))
+        self.wait(
+            lambda: memory.load(_DOOR) != _OPEN or self._all_are(_INSIDE) or self._is_late(),
+            self._whoever_is_not(_INSIDE, "say what it needs to read"),
+        )
         memory.exchange(_DOOR, _OPEN, _MET if self._all_are(_INSIDE) else _REFUSED)
         self._remove_name()
         if memory.load(_DOOR) == _REFUSED:
             self._work_alone(f"not all ranks of this host opened the memory that they were to share in {DIRECTORY}")
             return None
-        self.wait(lambda: self._all_are(_TOLD), self._whoever_is_not(_TOLD))
+        self.wait(lambda: self._all_are(_TOLD), self._whoever_is_not(_TOLD, "say what it needs to read"))
         return [bytes(view[start + p * size :][:size]) for p in range(self.size)]
 
     def take_room(self, rooms: Sequence[tuple[int, int]]) -> bool:
@@ -210,7 +214,7 @@ class Board:
             self._store(_STAGE, _READY)
         except OSError:
             self._store(_STAGE, _NO_ROOM)
-        self.wait(lambda: self._all_are(_READY), self._whoever_is_not(_READY))
+        self.wait(lambda: self._all_are(_READY), self._whoever_is_not(_READY, "take memory for its ring"))
         if any(self._load(_STAGE, p) == _NO_ROOM for p in range(self.size)):
             self._work_alone(f"{DIRECTORY} is full")
             return False
@@ -258,10 +262,10 @@ class Board:
                     f"it was to {what}"
                 )
 
-    def _whoever_is_not(self, stage: int) -> Callable[[], tuple[int, str]]:
+    def _whoever_is_not(self, stage: int, what: str) -> Callable[[], tuple[int, str]]:
         def find() -> tuple[int, str]:
             absent = [p for p in range(self.size) if self._load(_STAGE, p) < stage]
-            return (absent or [self.position])[0], "say what it needs to read"
+            return (absent or [self.position])[0], what
 
         return find
 

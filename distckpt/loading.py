@@ -47,6 +47,7 @@ from distckpt.sharded_tensor import Shard
 from distckpt.shared_reading import read_together, row_bytes
 from distckpt.state_dict import FlatState, PerRankLeaf, flatten, set_per_rank
 from distckpt.storage import Storage
+from distckpt.tied_memory import fill_tied, split_tied
 from distckpt.transport import Transports, is_lazy
 
 logger = logging.getLogger("distckpt")
@@ -247,8 +248,8 @@ class Load:
             return _Match(
                 missing=sorted(request.missing),
                 mismatched=request.mismatched,
-                asked=np.packbits([key in request.asked for key in stored]).tobytes(),
-                named=np.packbits([key in named for key in stored]).tobytes(),
+                asked=_bitmap(key in request.asked for key in stored),
+                named=_bitmap(key in named for key in stored),
                 host=this_host(),
             )
 
@@ -347,7 +348,8 @@ class Load:
         def read(wanted: Sequence[Wanted]) -> None:
             self._bytes_read += read_files(storage, directory, index, plan_reads(index, keys, chunks, wanted))
 
-        reads = plan_reads(index, keys, chunks, in_place)
+        apart, tied = split_tied(in_place)
+        reads = plan_reads(index, keys, chunks, apart)
         self._bytes_read += read_together(reads, partial(open_checked, storage, directory, index), index, board)
         self._not_shared = board.obstacle
         self._warning = fill_through_ring(
@@ -356,6 +358,8 @@ class Load:
             context.transports,
             timeout_s=context.timeout_s,
         )
+        for target, twin in tied:
+            fill_tied(target, twin, read)
         for target in in_place:  # Filled behind autograd's back: a backward through the old values must fail.
             torch.autograd.graph.increment_version(target.data)
 
@@ -425,6 +429,10 @@ def read_all(
             break
         load._failed[Commit(resolved.epoch, resolved.commit_seq, resolved.iteration)] = why
     return subtree(index, load._request.whole_tensors, "", wanted)
+
+
+def _bitmap(bits: Iterable[bool]) -> bytes:
+    return np.packbits(np.fromiter(bits, bool)).tobytes()
 
 
 _DAMAGE = (errno.ENOENT, errno.ESTALE, errno.EIO, errno.ENODATA)

@@ -42,7 +42,11 @@ def async_save(
 ) -> PendingSave:
     """Checkpointer.async_save into a directory of its own. Collective; its failure is raised by wait() only."""
     checkpointer = Checkpointer(directory, mesh=mesh, coordinator=coordinator, timeout_s=timeout_s)
-    pending = checkpointer.async_save(state, iteration=0)
+    try:
+        pending = checkpointer.async_save(state, iteration=0)
+    except BaseException:
+        checkpointer.close()
+        raise
     pending.add_done_callback(checkpointer.release)
     return pending
 

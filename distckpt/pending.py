@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import threading
+import traceback
 from collections.abc import Callable
 
 from distckpt.report import SaveReport
@@ -25,23 +26,31 @@ class PendingSave:
         self._is_known = False
         self._callbacks: list[Callable[[], None]] = []
         self._lock = threading.Lock()
-        self._has_ended = False
+        # Not the thread's own end: after an interrupted join() a thread that runs may count as ended.
+        self._ended = threading.Event()
         self._staged = staged
         self._timeout_s = timeout_s
         self._thread = threading.Thread(target=self._run, args=(work,), name="distckpt-save")
 
     def start(self) -> None:
-        self._thread.start()
+        """Begin. Where the host gives no thread, the save is made here and now, as other ranks are waiting for it."""
+        try:
+            self._thread.start()
+        except RuntimeError:
+            self._thread.run()
 
     def _run(self, work: Callable[[], SaveReport]) -> None:
         try:
             self._report = work()
         except BaseException as error:
             self._error = error
-            atexit.register(self._report_unseen_error)
+            _let_go_of_locals(error)
+            if not self._is_known:
+                atexit.register(self._report_unseen_error)
         with self._lock:
-            self._has_ended = True
-        for callback in self._callbacks:
+            self._ended.set()
+            callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
             callback()
 
     def _report_unseen_error(self) -> None:
@@ -51,7 +60,7 @@ class PendingSave:
     def add_done_callback(self, callback: Callable[[], None]) -> None:
         """Have it called when the save has ended, well or not, in the save's thread; at once if it has."""
         with self._lock:
-            if not self._has_ended:
+            if not self._ended.is_set():
                 self._callbacks.append(callback)
                 return
         callback()
@@ -66,26 +75,33 @@ class PendingSave:
 
     def done(self) -> bool:
         """Whether the save has ended, well or not."""
-        return not self._thread.is_alive()
+        return self._ended.is_set()
 
     def wait(self, timeout_s: float | None = None) -> SaveReport:
         """Wait for the end of the save. Raises its error, or TimeoutError while it goes on."""
-        self._thread.join(timeout_s)
-        if self._thread.is_alive():
+        if not self._ended.wait(timeout_s):
             raise TimeoutError(f"the save is still under way after {timeout_s} s")
         if self._error is not None:
-            self._mark_known()
+            self.mark_known()
             raise self._error
         assert self._report is not None
         return self._report
 
     def take_unseen_error(self) -> BaseException | None:
         """Wait for the end of the save. Its error, unless somebody has seen it; now somebody has."""
-        self._thread.join()
+        self._ended.wait()
         error = None if self._is_known else self._error
-        self._mark_known()
+        self.mark_known()
         return error
 
-    def _mark_known(self) -> None:
+    def mark_known(self) -> None:
+        """Its error, if it has one or comes to have one, need not be raised or logged any more."""
         self._is_known = True
         atexit.unregister(self._report_unseen_error)
+
+
+def _let_go_of_locals(error: BaseException | None) -> None:
+    """Of the calls that failed: they hold the state, and the error is kept for as long as nobody asks for it."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

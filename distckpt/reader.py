@@ -32,7 +32,7 @@ from distckpt.shard_file import (
     escape_key,
 )
 from distckpt.storage import ReadFile, Storage, Target, read_checked
-from distckpt.transport import carrier
+from distckpt.transport import writable_bytes
 
 # Of a chunk in the header of its file: first byte in the file, name, safetensors dtype and shape.
 ExpectedEntry: TypeAlias = tuple[int, str, str, tuple[int, ...]]
@@ -153,14 +153,9 @@ class TargetMemory:
 
     @classmethod
     def of(cls, tensor: Tensor) -> TargetMemory:
-        elements = carrier(tensor)
-        array = elements.numpy()
-        if array.flags.c_contiguous:
-            flat = array.reshape(-1)
-        else:  # Over what lies between its elements, too; it is not written.
-            span = 1 + sum((n - 1) * s for n, s in zip(elements.shape, elements.stride(), strict=True))
-            flat = elements.as_strided((span,), (1,)).numpy()
-        return cls(flat.view(np.uint8).data, array.strides, array.itemsize)
+        item_bytes = tensor.element_size()
+        strides = tuple(stride * item_bytes for stride in tensor.stride())
+        return cls(writable_bytes(tensor), strides, item_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,9 +195,12 @@ def _read_chunks(file: ReadFile, index: Index, keys: Sequence[str]) -> list[Grid
     table = index.chunk_table
     if file.size_bytes != table.size_bytes:
         raise CorruptionError(f"{file.name}: {file.size_bytes} bytes, the index says {table.size_bytes}")
-    trailer = bytearray(table.size_bytes - table.records_bytes)
+    trailer_bytes = 4 * -(-table.records_bytes // PAGE_BYTES)
+    if table.size_bytes - table.records_bytes != trailer_bytes:  # Before memory is taken for it.
+        raise CorruptionError(f"{file.name}: the index gives it a trailer of impossible size")
+    trailer = bytearray(trailer_bytes)
     file.read_into(table.records_bytes, trailer)
-    if crc32c(trailer) != table.trailer_crc or len(trailer) != 4 * -(-table.records_bytes // PAGE_BYTES):
+    if crc32c(trailer) != table.trailer_crc:
         raise CorruptionError(f"{file.name}: the checksum of its trailer is not what the index says")
     places = np.array([index.tensors[key].record for key in keys], np.int64).reshape(-1, 2)
     ordered = places[np.argsort(places[:, 0], kind="stable")]

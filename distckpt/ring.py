@@ -5,8 +5,9 @@ While one slot of it is copied to the device, the next is read into. Decides wha
 
 from __future__ import annotations
 
+import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from distckpt._C import Memory
 from distckpt.geometry import Box
-from distckpt.transport import Event, Transports, pieces
+from distckpt.transport import Event, Registration, Transports, pieces
 
 RING_BYTES = 64 << 20
 _SLOTS = 2
@@ -62,10 +63,25 @@ def fill_through_ring(
             copies = [(data, piece.data) for piece, data in zip(batch, host, strict=True)]
             in_flight.append(transports.copy_from_host(copies))
     finally:
-        for event in in_flight:
-            event.wait(timeout_s)
-        registration.release()
+        _end(in_flight, registration, timeout_s)
     return registration.refusal
+
+
+def _end(in_flight: Iterable[Event], registration: Registration, timeout_s: float) -> None:
+    """Wait for all copies, and give the page locks back if all have ended: others still need them.
+
+    Raises what the first wait raised that failed, unless an error is on its way already.
+    """
+    failures: list[Exception] = []
+    for event in in_flight:
+        try:
+            event.wait(timeout_s)
+        except Exception as error:
+            failures.append(error)
+    if not failures:
+        registration.release()
+    elif sys.exc_info()[1] is None:
+        raise failures[0]
 
 
 def _batches(targets: Sequence[tuple[Box, Tensor]], slot_bytes: int) -> Iterator[list[Piece]]:

@@ -32,7 +32,7 @@ from distckpt.planner import RankShards, SavePlan, check_replicas, join_values, 
 from distckpt.report import SaveReport
 from distckpt.shard_file import DTYPES, FORMAT, FORMAT_VERSION, file_name
 from distckpt.share import SHARED_METADATA_BYTES, Share, ShareMessage, adopt, give_shares
-from distckpt.staging import Snapshot, hold_in_place, take_snapshot
+from distckpt.staging import Snapshot, empty_snapshot, hold_in_place, take_snapshot
 from distckpt.storage import Storage
 from distckpt.transport import Transports, byte_checksums, sample_checksums
 from distckpt.writing import new_file, write_shard_file
@@ -45,7 +45,6 @@ class _Order(msgspec.Struct, frozen=True):
     """What a rank is to do. share: None is the one that it has. save_id "": show your structure first."""
 
     save_id: str
-    epoch: int
     share: ShareMessage | None = None
 
 
@@ -124,9 +123,9 @@ class Save:
         try:
             order = self._agree("plan", self._offer, self._decide_plan, Offer, _Order)
             if not order.save_id:
-                self.context.share = None  # If this fails, no rank may copy by the old plan again.
                 order = self._agree("plan anew", self._show_structure, self._decide_anew, RankShards, _Order)
         except BaseException:
+            self.context.share = None  # All ranks plan in their calls next time, and so learn of failures together.
             self._discard()
             raise
         if order.share is not None:
@@ -180,7 +179,7 @@ class Save:
                 )
         self._offers = offers
         if self._share is None or any(offer.plan_id != self._share.plan_id for offer in offers):
-            return [_Order("", 0)] * len(offers)
+            return [_Order("")] * len(offers)
         self._plan = self._share.plan
         return [self._open()] * len(offers)
 
@@ -206,7 +205,7 @@ class Save:
         removed = sweep(context.storage, grace_s=context.removal_grace_s)
         gained = max(0, free_space(context.storage).size_bytes - offers[0].free_bytes) if removed else 0
         check_free_space(offers, plan, gained)
-        self._order = _Order(new_save_id(), context.writer.epoch)
+        self._order = _Order(new_save_id())
         context.writer.announce(self.iteration, self.save_id)
         return self._order
 
@@ -216,56 +215,57 @@ class Save:
         return self._order.save_id
 
     def hold(self) -> None:
-        """Write the state from where it lies: it stays as it is until finish() returns. After plan().
-
-        What lies on a device is copied to the Arena all the same, if that takes it.
-        """
-        share, described = self._share, self._described
-        assert share is not None
-        assert described is not None
-        transports = self.context.transports
-        on_device = any(not transports.of(described.tensors[n]).is_host for n in share.shards)
-        if on_device and self.context.arena.reserve(max(1, share.image_bytes)):
-            self._stage(lambda: self._copy(frozenset()))
-        else:
-            self._stage(self._hold)
+        """Write the state from where it lies: it stays as it is until finish() returns. After plan()."""
+        self._guarded_step(self._hold)
 
     def before_change(self) -> bool:
         """What Snapshot.before_change() does. In the thread that is about to change the state."""
-        return self._snapshot is None or self._snapshot.before_change()
+        snapshot = self._snapshot
+        return snapshot is None or snapshot.before_change()
 
-    def stage(self, guarded: frozenset[int] = frozenset()) -> None:
+    def stage(self, find_guarded: Callable[[], frozenset[int]] = frozenset) -> None:
         """Copy what this rank writes; plan() first if no earlier plan fits. The state may change once `staged` is set.
 
-        guarded: addresses of storages that are copied by finish() only; see Guards.memory. A state that is more than
-        the Arena takes is written before this returns. Raises what plan() raises; other failures finish() raises.
+        find_guarded: addresses of storages that are copied by finish() only; see Guards.memory. A state that is more
+        than the Arena takes is written before this returns. Raises what plan() raises; other failures finish() raises.
         """
         if self._share is None:
             self.plan()
-        assert self._share is not None
-        if self.context.arena.reserve(max(1, self._share.image_bytes)):
-            self._stage(lambda: self._copy(guarded))
-            if not guarded:
-                self.staged.set()
-            return
-        bound = self.context.arena.bound()
-        self._degraded.append(
-            f"this rank's {self._share.image_bytes} bytes are more than the {bound} that staging may take: they were "
-            f"written while training waited"
-        )
-        if self._order is None:
-            self.plan()
-        self.hold()
-        self._write()
-        self.staged.set()
+        refusal: str | None = None
 
-    def _stage(self, how: Callable[[], None]) -> None:
+        def copy() -> None:
+            nonlocal refusal
+            assert self._share is not None
+            refusal = self.context.arena.reserve(max(1, self._share.image_bytes))
+            if refusal is None:
+                self._copy(find_guarded())
+
+        self._guarded_step(copy)
+        if refusal is not None:
+            self._degraded.append(f"{refusal}: they were written while training waited")
+            if self._order is None:
+                self.plan()
+            self.hold()
+            self._write()
+            self.staged.set()
+        elif self._snapshot is None or not self._snapshot.is_left:
+            self.staged.set()
+        if self._error is not None:
+            self._error.__traceback__ = None  # It leads to the caller's frames, which hold the state.
+
+    @property
+    def interrupt(self) -> BaseException | None:
+        """What interrupted this rank, and is to be raised by it once the others are sure to learn of it."""
+        return None if isinstance(self._error, Exception) else self._error
+
+    def _guarded_step(self, step: Callable[[], None]) -> None:
+        """A step between agreements: its failure, even an exit, is kept for the next, as the other ranks wait there."""
         started = time.perf_counter()
         try:
-            how()
+            step()
         except BaseException as error:
-            self._error = error
-        if self._described is not None:
+            self._error = error if self._error is None else self._error
+        if self._snapshot is not None and self._described is not None:
             self._described.tensors.clear()  # The copies are all that is needed: let memory go that nobody else holds.
         self._seconds["stage"] += time.perf_counter() - started
 
@@ -273,27 +273,31 @@ class Save:
         share, described = self._share, self._described
         assert share is not None
         assert described is not None
-        self._sample_left_out(share, described)
-        self._snapshot = hold_in_place({n: described.tensors[n] for n in share.shards}, self.context.transports)
+        tensors = {n: described.tensors[n] for n in share.shards}
+        snapshot = hold_in_place(tensors, self.context.transports)
+        self._sample_left_out(share, described, snapshot)
+        self._snapshot = snapshot
 
     def _copy(self, guarded: frozenset[int]) -> None:
-        share, described = self._share, self._described
+        share, described, context = self._share, self._described, self.context
         assert share is not None
         assert described is not None
-        self._sample_left_out(share, described)
-        self._snapshot = take_snapshot(
-            {n: described.tensors[n] for n in share.shards},
+        tensors = {n: described.tensors[n] for n in share.shards}
+        self._snapshot = empty_snapshot(tensors, share.regions, context.arena, context.transports)
+        self._sample_left_out(share, described, self._snapshot)
+        take_snapshot(
+            self._snapshot,
+            tensors,
             share.regions,
-            self.context.arena,
-            self.context.transports,
+            context.arena,
+            context.transports,
             lambda tensor: bool(guarded) and tensor.untyped_storage().data_ptr() in guarded,
             lambda n: f"{described.shards[n][0]!r} {described.shards[n][2]}",
         )
 
-    def _sample_left_out(self, share: Share, described: Description) -> None:
-        """Of the replicas that another rank writes; those that this one writes are sampled from its copy."""
-        mine = set(share.shards)
-        numbers = [n for n in share.replicated if n not in mine]
+    def _sample_left_out(self, share: Share, described: Description, snapshot: Snapshot) -> None:
+        """Of the replicas that will not be in memory when the files are written; the others are sampled there."""
+        numbers = [n for n in share.replicated if not isinstance(snapshot.parts.get(n), memoryview)]
         samples = sample_checksums([described.tensors[n] for n in numbers], self.context.transports)
         self._samples = dict(zip(numbers, samples.tolist(), strict=True))
 
@@ -303,16 +307,26 @@ class Save:
         Raises DistributedError, FencedError or CheckpointError, the same on all ranks, when it does not, or may not.
         """
         try:
-            if self._snapshot is not None:
-                snapshot = self._snapshot
-                self._stage(lambda: snapshot.complete(self.context.timeout_s))
+            self._complete_snapshot()
+            if self._order is None:
+                self.plan()
+            return self._commit()
+        finally:
+            self._snapshot = self._described = None
+            self._offers = ()
+
+    def _complete_snapshot(self) -> None:
+        snapshot = self._snapshot
+        try:
+            if snapshot is not None:
+                self._guarded_step(lambda: snapshot.complete(self.context.timeout_s))
                 if snapshot.is_under_way:
                     self.context.arena.abandon()
         finally:
             self.staged.set()
-        if self._order is None:
-            self.plan()
-        started = time.perf_counter()
+
+    def _commit(self) -> SaveReport:
+        started, written_s = time.perf_counter(), self._seconds["write"]
         marker = pending_marker(self.iteration, self.save_id)
         is_leader = self.context.coordinator.rank == 0
         try:
@@ -323,7 +337,7 @@ class Save:
             if getattr(error, "committed", "no") == "no":
                 self._discard()
             raise
-        self._seconds["commit"] = time.perf_counter() - started - self._seconds["write"]
+        self._seconds["commit"] = time.perf_counter() - started - (self._seconds["write"] - written_s)
         return self._report(outcome)
 
     def _write(self) -> None:
@@ -367,9 +381,9 @@ class Save:
         )
 
     def _sample_replicas(self, share: Share, described: Description, snapshot: Snapshot) -> bytes:
-        copied = [n for n in share.replicated if n in snapshot.parts]
+        copied = {n: part for n in share.replicated if isinstance(part := snapshot.parts.get(n), memoryview)}
         item_bytes = [DTYPES[described.shards[n][1].dtype].item_bytes for n in copied]
-        sums = byte_checksums([snapshot.parts[n] for n in copied], item_bytes).tolist()
+        sums = byte_checksums(list(copied.values()), item_bytes).tolist()
         samples = self._samples | dict(zip(copied, sums, strict=True))
         return np.array([samples[n] for n in share.replicated], np.uint32).tobytes()
 
@@ -473,6 +487,8 @@ class Save:
             return give_shares(self._plan, len(ranks))
 
         message = self._agree("prepare", self._show_structure, decide, RankShards, ShareMessage)
+        described = self._known_description()
         self._adopt(message)
         assert self._share is not None
-        self.context.arena.reserve(self._share.image_bytes)
+        if self.context.arena.reserve(max(1, self._share.image_bytes)) is None:
+            self.context.arena.page_lock(self.context.transports, described.tensors)

@@ -5,8 +5,9 @@ they have changed before; where they lie is the Arena's, what they mean in a fil
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from distckpt._C import gather
 from distckpt.arena import Arena, Region
 from distckpt.errors import CheckpointError
 from distckpt.garbage import postponed_collection
+from distckpt.storage import Part
 from distckpt.transport import (
     Event,
     Transports,
@@ -22,6 +24,7 @@ from distckpt.transport import (
     copy_to_host,
     host_bytes,
     host_view,
+    pieces,
     plain_bytes,
     sample_checksums,
 )
@@ -65,6 +68,11 @@ class _Later:
         return CheckpointError(f"{self.name}: it was changed before the snapshot had it. {_ADVICE}")
 
 
+_SMALL_BYTES = 64 << 10
+_COPIED_BYTES = 32 << 20
+_PIECE_BYTES = 16 << 20
+
+
 class Snapshot:
     """Shards by number, as bytes on the host; some perhaps still to be copied, or on their way from a device.
 
@@ -72,7 +80,7 @@ class Snapshot:
     the one that is about to read the copies.
     """
 
-    def __init__(self, parts: Mapping[int, memoryview], memory: memoryview, transports: Transports) -> None:
+    def __init__(self, parts: Mapping[int, Part], memory: memoryview, transports: Transports) -> None:
         self.parts = parts
         self._memory = memory
         self._transports = transports
@@ -112,10 +120,13 @@ class Snapshot:
         return here, there
 
     def _enqueue(self, tensors: Mapping[int, Tensor], regions: Sequence[Region]) -> Event:
-        copies = [(tensors[r.number], host_view(self.parts[r.number], torch.uint8)) for r in regions]
+        copies = [(tensors[r.number], self._place(r.start, tensors[r.number])) for r in regions]
         event = self._transports.copy_to_host(copies)
         self._events.append(event)
         return event
+
+    def _place(self, start: int, tensor: Tensor) -> Tensor:
+        return host_view(self._memory[start : start + tensor.nbytes], torch.uint8)
 
     def before_change(self) -> bool:
         """Order the copies of device tensors ahead of what the caller's stream is asked to do next. Whether that is
@@ -133,6 +144,11 @@ class Snapshot:
         return not self._waits_for_host
 
     @property
+    def is_left(self) -> bool:
+        """Whether something is left for complete() that before_change() must be called for."""
+        return bool(self._later)
+
+    @property
     def is_under_way(self) -> bool:
         """Whether a device may still write to the memory; after a complete() that failed it may go on for ever."""
         return bool(self._events)
@@ -145,15 +161,20 @@ class Snapshot:
         while self._events:
             self._events[-1].wait(timeout_s)
             self._events.pop()
-        with self._lock:
+        with self._lock:  # A step that comes now finds nothing to look at, and may go on to change what was looked at.
             later, self._later = self._later, []
+            for item in later:
+                if item.sample is None:
+                    item.check_version()
         here = [item for item in later if item.sample is not None]
         for item in here:
             item.check_storage()
-        copy_on_host([item.tensor for item in here], self._memory, [item.start for item in here], threads=1)
+        try:
+            copy_on_host([item.tensor for item in here], self._memory, [item.start for item in here], threads=1)
+        finally:  # torch may have noticed, and said so in its own words.
+            for item in here:
+                item.check_storage()
         for item in here:
-            item.check_storage()
-        for item in later:
             item.check_version()
         self._check_samples(here)
         if self._changed is not None:
@@ -182,34 +203,60 @@ def copy_on_host(tensors: Sequence[Tensor], memory: memoryview, starts: Sequence
     gather(plain, memory, places, threads=threads)
 
 
+def empty_snapshot(
+    tensors: Mapping[int, Tensor], regions: Sequence[Region], arena: Arena, transports: Transports
+) -> Snapshot:
+    """One that has a place in the Arena for each tensor, and nothing in it yet."""
+    memory = arena.memory
+    parts = {region.number: memory[region.start : region.start + tensors[region.number].nbytes] for region in regions}
+    return Snapshot(parts, memory, transports)
+
+
 @postponed_collection()
 def take_snapshot(
+    snapshot: Snapshot,
     tensors: Mapping[int, Tensor],
     regions: Sequence[Region],
     arena: Arena,
     transports: Transports,
     may_wait: Callable[[Tensor], bool],
     name_of: Callable[[int], str],
-) -> Snapshot:
-    """Copy the tensors to their regions; on return they may change, but for those of which `may_wait` is true."""
-    memory = arena.memory
-    parts = {region.number: memory[region.start : region.start + tensors[region.number].nbytes] for region in regions}
-    snapshot = Snapshot(parts, memory, transports)
-    now: list[Region] = []
-    later: list[Region] = []
-    for region in regions:
-        (later if may_wait(tensors[region.number]) else now).append(region)
+) -> None:
+    """Copy the tensors to their regions; on return they may change, but for those of which `may_wait` is true.
+
+    The snapshot is the caller's before anything is enqueued: if this fails, it says whether a device is under way.
+    """
+    later = [region for region in regions if may_wait(tensors[region.number])]
+    if not all(transports.of(tensors[region.number]).is_host for region in later):
+        # Optimizers keep step counts on the host: a step would wait there for what the device could order.
+        later = [r for r in later if not _is_small_on_host(tensors[r.number], transports)]
+    left = {region.number for region in later}
     arena.page_lock(transports, tensors.values())
+    # What is ordered first comes first: the end of a batch is the end of all that were enqueued before it.
+    snapshot.copy(tensors, [region for region in regions if region.number not in left], threads=arena.threads)
     snapshot.copy_later(tensors, later, name_of)
-    snapshot.copy(tensors, now, threads=arena.threads)
-    return snapshot
+
+
+def _is_small_on_host(tensor: Tensor, transports: Transports) -> bool:
+    return transports.of(tensor).is_host and tensor.nbytes <= _SMALL_BYTES
 
 
 @postponed_collection()
 def hold_in_place(tensors: Mapping[int, Tensor], transports: Transports) -> Snapshot:
     """A snapshot without a copy, for tensors that stay as they are until the files are written.
 
-    Only what is not a plain block of host memory is copied.
+    Of what is not a plain block of host memory 32 MiB are copied at once; more, a piece at a time when it is written.
     """
-    parts = {number: host_bytes(tensor) for number, tensor in tensors.items()}
+    parts: dict[int, Part] = {}
+    room = _COPIED_BYTES
+    for number, tensor in tensors.items():
+        plain = plain_bytes(tensor) if transports.of(tensor).is_host else None
+        if plain is None and tensor.nbytes <= room:
+            plain, room = host_bytes(tensor), room - tensor.nbytes
+        parts[number] = partial(_pieces_on_host, tensor) if plain is None else plain
     return Snapshot(parts, memoryview(bytearray()), transports)
+
+
+def _pieces_on_host(tensor: Tensor) -> Iterator[memoryview]:
+    for _, piece in pieces(tensor, _PIECE_BYTES):
+        yield host_bytes(piece)

@@ -6,12 +6,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
-from typing_extensions import Buffer
 
 from distckpt._C import crc32c
 from distckpt.index import MeshCoordinates, ShardFile
 from distckpt.shard_file import BLOCK_BYTES, FileLayout
-from distckpt.storage import Storage, WriteFile, write_checked
+from distckpt.storage import Part, Storage, WriteFile, write_checked
 
 
 @contextmanager
@@ -31,7 +30,7 @@ def write_shard_file(
     directory: str,
     name: str,
     layout: FileLayout,
-    parts: Sequence[memoryview],
+    parts: Sequence[Part],
     *,
     rank: int,
     mesh: MeshCoordinates,
@@ -43,7 +42,7 @@ def write_shard_file(
     max_bytes_per_s: 0 is no limit.
     """
     table = np.empty(layout.block_count, np.uint32)
-    pieces: list[Buffer] = [layout.header, *parts, layout.per_rank]
+    pieces: list[Part] = [layout.header, *parts, layout.per_rank]
     with new_file(storage, f"{directory}/{name}", layout.size_bytes) as file:
         write_checked(file, pieces, BLOCK_BYTES, table, max_bytes_per_s=max_bytes_per_s)
     return ShardFile(

@@ -43,6 +43,8 @@ INDEX = ("tests/unit/test_index.py",)
 CHUNK_TABLE = ("tests/unit/test_chunk_table.py",)
 PLANNER = ("tests/unit/test_planner.py",)
 PLAN_REUSE = ("tests/unit/test_plan_reuse.py",)
+TIED = ("tests/unit/test_tied_memory.py",)
+INTERRUPTED = ("tests/unit/test_interrupted_saves.py",)
 LAZY = ("tests/unit/test_lazy_snapshot.py",)
 TRANSPORT = ("tests/unit/test_transport_cuda.py",)
 RING = ("tests/unit/test_ring.py",)
@@ -432,8 +434,8 @@ MUTANTS = (
     Mutant(
         "chunk table: no checksum of the trailer",
         "distckpt/reader.py",
-        "    if crc32c(trailer) != table.trailer_crc or len",
-        "    if len",
+        "    if crc32c(trailer) != table.trailer_crc:\n",
+        "    if False:\n",
         DAMAGE,
     ),
     Mutant(
@@ -529,10 +531,10 @@ MUTANTS = (
         PLAN_REUSE,
     ),
     Mutant(
-        "save: a rank goes on copying by a plan that others gave up",
+        "save: a rank goes on copying by a plan that failed",
         "distckpt/saving.py",
-        "                self.context.share = None  # If this fails, no rank may copy by the old plan again.\n",
-        "",
+        "            self.context.share = None  # All ranks plan in their calls next time",
+        "            #",
         PLAN_REUSE,
     ),
     Mutant(
@@ -580,7 +582,7 @@ MUTANTS = (
     Mutant(
         "staging takes more memory than it may",
         "distckpt/arena.py",
-        "        if size_bytes > self.bound():\n",
+        "        if size_bytes > bound:\n",
         "        if False:\n",
         PLAN_REUSE,
     ),
@@ -594,8 +596,8 @@ MUTANTS = (
     Mutant(
         "save: a failed copy of the state is not reported",
         "distckpt/saving.py",
-        "            how()\n        except BaseException as error:\n            self._error = error\n",
-        "            how()\n        except BaseException as error:\n            self._snapshot = Snapshot()\n",
+        "            self._error = error if self._error is None else self._error\n",
+        "            pass\n",
         ALL_RANKS,
     ),
     Mutant(
@@ -751,8 +753,8 @@ MUTANTS = (
     Mutant(
         "ring: memory is given back while it is copied",
         "distckpt/ring.py",
-        "        for event in in_flight:\n            event.wait(timeout_s)\n",
-        "",
+        "            event.wait(timeout_s)\n        except Exception",
+        "            pass\n        except Exception",
         RING,
     ),
     Mutant(
@@ -761,6 +763,30 @@ MUTANTS = (
         "is_host and not is_lazy(target.data)",
         "is_host",
         RING,
+    ),
+    Mutant(
+        "load: two tensors are read into one memory at once",
+        "distckpt/tied_memory.py",
+        "        if data.data_ptr() >= reach:\n",
+        "        if True:\n",
+        TIED,
+    ),
+    Mutant(
+        "load: tied weights of which different values are stored are taken",
+        "distckpt/tied_memory.py",
+        "        elif not torch.equal(carrier(stored), carrier(view)):\n",
+        "        elif False:\n",
+        TIED,
+    ),
+    Mutant(
+        "a save goes on when the wait for it was interrupted, and its memory is given to the next",
+        "distckpt/checkpointer.py",
+        "        unseen = None if self._pending is None else self._pending.take_unseen_error()\n"
+        "        self._pending = self._saving = None",
+        "        pending, self._pending, self._saving = self._pending, None, None\n"
+        "        unseen = None if pending is None else pending.take_unseen_error()\n"
+        "        pass",
+        INTERRUPTED,
     ),
     # Agreement itself
     Mutant(

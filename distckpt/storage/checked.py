@@ -7,7 +7,7 @@ plain writes and reads, through a window of memory.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -19,6 +19,9 @@ from distckpt.storage.port import ReadFile, WriteFile
 
 WINDOW_BYTES = 8 << 20
 Sums: TypeAlias = npt.NDArray[np.uint32]
+
+# What is written: memory, or what makes it, a piece at a time, when its turn comes. Each piece is gone with the next.
+Part: TypeAlias = Buffer | Callable[[], Iterable[Buffer]]
 
 # chunk_start in the file, target memory, target_start, shape, source strides, target strides, item size
 Target: TypeAlias = tuple[int, Buffer, int, tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
@@ -48,18 +51,19 @@ class CheckedReadFile(Protocol):
 
 
 def write_checked(
-    file: WriteFile, parts: Sequence[Buffer], block_bytes: int, sums: Sums, *, max_bytes_per_s: float = 0.0
+    file: WriteFile, parts: Sequence[Part], block_bytes: int, sums: Sums, *, max_bytes_per_s: float = 0.0
 ) -> None:
     """Write the parts one after the other from offset 0, and after them `sums`, the CRC32C of each block_bytes of
     them, filled on the way. WINDOW_BYTES is a multiple of block_bytes. max_bytes_per_s: 0 is no limit."""
-    if isinstance(file, CheckedWriteFile):
-        file.write_checked(parts, block_bytes, sums.data, max_bytes_per_s=max_bytes_per_s)
+    in_memory = [part for part in parts if not callable(part)]
+    if isinstance(file, CheckedWriteFile) and len(in_memory) == len(parts):
+        file.write_checked(in_memory, block_bytes, sums.data, max_bytes_per_s=max_bytes_per_s)
         return
     window = memoryview(Memory(WINDOW_BYTES))
     position = filled = block = 0
     started = time.monotonic()
-    for part in parts:
-        view = memoryview(part).cast("B")
+    for piece in _pieces(parts):
+        view = memoryview(piece).cast("B")
         while len(view):
             size = min(len(view), WINDOW_BYTES - filled)
             window[filled : filled + size] = view[:size]
@@ -72,6 +76,14 @@ def write_checked(
                     time.sleep(max(0.0, started + position / max_bytes_per_s - time.monotonic()))
     _sum(window[:filled], block_bytes, sums, block)
     file.write(position, bytes(window[:filled]) + sums.tobytes())
+
+
+def _pieces(parts: Sequence[Part]) -> Iterator[Buffer]:
+    for part in parts:
+        if callable(part):
+            yield from part()
+        else:
+            yield part
 
 
 def _sum(window: memoryview, block_bytes: int, sums: Sums, block: int) -> int:

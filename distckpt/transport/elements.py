@@ -60,6 +60,17 @@ def plain_bytes(source: Tensor) -> memoryview | None:
     return np.from_dlpack(_as_bytes(source.detach() if source.requires_grad else source)).data
 
 
+def writable_bytes(target: Tensor) -> memoryview:
+    """The host memory from the first to the last element of a tensor, what lies between them included."""
+    if not target.numel():
+        return memoryview(bytearray())
+    span = 1 + sum((n - 1) * stride for n, stride in zip(target.shape, target.stride(), strict=True))
+    memory = target.detach().as_strided((span,), (1,)).view(torch.uint8)
+    array = np.from_dlpack(memory)
+    # Older NumPy takes no writable memory through DLPack; Tensor.numpy() costs the storage its way to be resized.
+    return array.data if array.flags.writeable else memory.numpy().data
+
+
 def host_bytes(source: Tensor) -> memoryview:
     """The elements of `source` in C order as bytes on the host: a view where they lie so, else a copy."""
     plain = plain_bytes(source)

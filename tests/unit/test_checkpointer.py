@@ -234,3 +234,20 @@ def test_async_save_of_a_directory_is_a_pending_save(tmp_path: Path) -> None:
     pending = distckpt.async_save(make_state(), tmp_path)
     assert isinstance(pending, PendingSave)
     assert pending.wait().bytes > 4000
+
+
+def test_loaded_tensors_can_be_resized() -> None:
+    """As FSDP does with parameters on the host."""
+    with Checkpointer(MemoryStorage()) as checkpointer:
+        checkpointer.save({"a": torch.ones(20, 30), "b": torch.ones(4, 4)}, iteration=1)
+        state: State = {"a": torch.zeros(20, 30), "b": torch.zeros(8, 8)[::2, ::2]}
+        checkpointer.load(state)
+        for tensor in state.values():
+            assert torch.equal(tensor, torch.ones_like(tensor))  # type: ignore[call-overload,arg-type]
+            tensor.untyped_storage().resize_(0)  # type: ignore[attr-defined]
+
+
+def test_empty_state_is_saved_and_loaded() -> None:
+    with Checkpointer(MemoryStorage()) as checkpointer:
+        checkpointer.save({}, iteration=1)
+        assert checkpointer.load({}).bytes == 0

@@ -18,7 +18,7 @@ PORTS = {"storage", "coordinator"}
 TENSORS = {"per_rank", "sharded_tensor", "meta", "leaf_value", "state_dict"}
 MOVEMENT = {"transport", "ring", "staging", "arena", "writing", "host_group", "reader"}
 MOVEMENT |= {"shared_reading", "commit", "heartbeat", "retention"}
-FLOWS = {"matching", "describing", "offer", "share", "saving", "loading"}
+FLOWS = {"matching", "tied_memory", "describing", "offer", "share", "saving", "loading"}
 HANDLES = {"guarding", "pending"}
 
 # What each module may import of this package. A row for a package stands for all modules in it, which may
@@ -45,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     "transport": VALUES | {"_C", "shard_file"},
     "ring": VALUES | {"_C", "transport"},
     "arena": {"_C", "host", "shard_file", "transport"},
-    "staging": {"_C", "errors", "garbage", "arena", "transport"},
+    "staging": {"_C", "errors", "garbage", "arena", "storage", "transport"},
     "writing": VALUES | FORMAT | {"_C", "storage"},
     "reader": VALUES | FORMAT | PORTS | {"_C", "planner", "transport"},
     "host_group": {"_C", "host"},
@@ -64,9 +64,10 @@ ALLOWED: dict[str, set[str]] = {
         *("planner", "assembling", "report", "describing", "offer", "share"),
     },
     "matching": VALUES | FORMAT | TENSORS | {"planner", "reader", "report"},
+    "tied_memory": {"errors", "geometry", "reader", "transport"},
     "loading": {
         *VALUES | FORMAT | PORTS | TENSORS | MOVEMENT,
-        *("_C", "planner", "report", "adapters", "matching"),
+        *("_C", "planner", "report", "adapters", "matching", "tied_memory"),
     },
     "adapters": {"errors", "geometry", "sharded_tensor", "state_dict", "__init__"},
     "guarding": set(),

@@ -199,6 +199,19 @@ def test_change_that_nobody_announced_fails_the_save_and_names_the_tensor(
         checkpointer.close()
 
 
+def test_one_element_changed_in_place_fails_the_save_by_the_version(gate: Gate) -> None:
+    weight = torch.nn.Parameter(torch.zeros(30_000))  # of which 65 elements are sampled
+    optimizer = torch.optim.SGD([weight])
+    checkpointer = Checkpointer(MemoryStorage(), timeout_s=BOUND_S)
+    checkpointer.guard(optimizer)
+    checkpointer.async_save({"w": weight}, iteration=1, snapshot="lazy")
+    with torch.no_grad():
+        weight[7] = 1
+    gate.open()
+    with pytest.raises(CheckpointError, match="it was changed before"):
+        checkpointer.close()
+
+
 def test_parameter_that_gets_another_storage_is_saved_as_it_was(gate: Gate) -> None:
     job = Job(OPTIMIZERS["sgd"])
     before = leaves(job.state())
@@ -251,5 +264,8 @@ def test_guard_is_gone_when_the_checkpointer_is_closed(gate: Gate) -> None:
 
 
 def test_what_has_no_step_hook_cannot_be_guarded() -> None:
-    with Checkpointer(MemoryStorage()) as checkpointer, pytest.raises(TypeError, match=r"no torch\.optim\.Optimizer"):
+    with (
+        Checkpointer(MemoryStorage()) as checkpointer,
+        pytest.raises(TypeError, match="a object has no hook ahead of its step"),
+    ):
         checkpointer.guard(object())  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -249,7 +250,8 @@ def test_failure_on_one_rank_ahead_of_the_plan_is_raised_on_all(failing: str, mo
         assert checkpointer.iterations() == [1]
 
 
-def test_save_after_a_failed_one_uses_the_plan_again(plans: list[int]) -> None:
+def test_all_plan_anew_after_a_failed_save(plans: list[int]) -> None:
+    """In their calls, so that no rank's failure is left for a later call to raise."""
     storage = MemoryStorage()
 
     def run(checkpointer: Checkpointer, rank: int) -> None:
@@ -259,8 +261,42 @@ def test_save_after_a_failed_one_uses_the_plan_again(plans: list[int]) -> None:
         checkpointer.save(make_state(rank, 3.0), iteration=3)
 
     assert on_ranks(2, storage, run) == [None, None]
-    assert plans == [2]
+    assert plans == [2, 2]
     check_stored(storage, 3.0, 3)
+
+
+@pytest.mark.parametrize("trouble", ["bad leaf", "failure that rank 1 has not waited for"])
+def test_one_failed_async_save_does_not_make_later_ones_fail(trouble: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, failed = MemoryStorage(), []
+    write_shard_file = saving.write_shard_file
+
+    def fail_once(*arguments: Any, **options: Any) -> Any:
+        if trouble != "bad leaf" and options["rank"] == 0 and len(failed) == 1:
+            failed.append("now")
+            raise OSError(28, "no room")
+        return write_shard_file(*arguments, **options)
+
+    monkeypatch.setattr(saving, "write_shard_file", fail_once)
+
+    def run(checkpointer: Checkpointer, rank: int) -> None:
+        for iteration in range(8):
+            state = make_state(rank, float(iteration))
+            if iteration == 1 and rank == 0:
+                failed.append("next")
+            if iteration == 1 and rank == 1 and trouble == "bad leaf":
+                state["bad"] = object()
+            try:
+                pending = checkpointer.async_save(state, iteration=iteration)
+                if rank == 0:
+                    pending.wait()
+            except (CheckpointError, OSError):
+                continue
+        with contextlib.suppress(CheckpointError, OSError):
+            checkpointer.latest_iteration()
+
+    on_ranks(2, storage, run)
+    with Checkpointer(storage) as checkpointer:
+        assert set(checkpointer.iterations()) >= {0, 4, 5, 6, 7}
 
 
 def test_other_dtype_or_shape_or_place_is_another_structure(plans: list[int]) -> None:
