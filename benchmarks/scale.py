@@ -147,7 +147,7 @@ def _written(world: World, plan: SavePlan, rank: int) -> Written:
         mesh={axis: at for axis, (at, _) in world.mesh(rank).items()},
     )
     starts = ends - ROWS * COLUMNS * item_bytes
-    return Written([file], np.zeros(len(shards), np.int32).tobytes(), starts.astype(np.int64).tobytes(), {})
+    return Written([file], np.zeros(len(shards), np.int32).tobytes(), starts.astype(np.int64).tobytes(), b"", {})
 
 
 def _load(measured: Measured, world: World, encoded: bytes, table_name: str, table: bytes) -> None:
