@@ -182,8 +182,9 @@ void TestSamplesStayInBounds() {
       Bytes sampled = data;
       if (data.size() > 65536) {
         sampled.clear();
-        for (size_t i = 0; i < 64; ++i) {
-          const auto* const first = data.data() + i * (count - 1) / 63 * static_cast<size_t>(item);
+        for (size_t i = 0; i <= 64; ++i) {  // 64 at equal distances from the first on, and the last.
+          const size_t number = i < 64 ? i * ((count - 1) / 63) : count - 1;
+          const auto* const first = data.data() + number * static_cast<size_t>(item);
           sampled.insert(sampled.end(), first, first + item);
         }
       }
