@@ -40,11 +40,24 @@ void Translate(std::exception_ptr pending) {
   }
 }
 
-template <uint32_t (*kFunction)(uint32_t, const void*, size_t)>
 uint32_t Checksum(const py::object& data, uint32_t value) {
   const Buffer buffer(data, false);
   const py::gil_scoped_release release;
-  return kFunction(value, buffer.data(), buffer.size());
+  return Crc32c(value, buffer.data(), buffer.size());
+}
+
+uint32_t ChecksumBy(const std::string& name, const py::object& data, uint32_t value) {
+  const Buffer buffer(data, false);
+  for (const Crc32cKernel& kernel : Crc32cKernels()) {
+    if (kernel.name == name) return Crc32cBy(kernel, value, buffer.data(), buffer.size());
+  }
+  throw std::invalid_argument("no kernel '" + name + "' here: CRC32C_KERNELS has those that there are");
+}
+
+py::tuple KernelNames() {
+  py::list names;
+  for (const Crc32cKernel& kernel : Crc32cKernels()) names.append(kernel.name);
+  return py::tuple(names);
 }
 
 void CheckSumCount(const Buffer& sums, size_t expected) {
@@ -212,9 +225,9 @@ py::object ReadChecked(BlockIO& io, File& file, const py::sequence& ranges, cons
 }
 
 void BindChecksums(py::module_& m) {
-  m.def("crc32c", &Checksum<&Crc32c>, py::arg("data"), py::arg("value") = 0);
-  m.def("crc32c_portable", &Checksum<&Crc32cPortable>, py::arg("data"), py::arg("value") = 0);
-  m.def("crc32c_kernel", &Crc32cKernelName);
+  m.attr("CRC32C_KERNELS") = KernelNames();
+  m.def("crc32c", &Checksum, py::arg("data"), py::arg("value") = 0);
+  m.def("crc32c_by", &ChecksumBy, py::arg("kernel"), py::arg("data"), py::arg("value") = 0);
   m.def("crc32c_blocks", &ChecksumBlocks, py::arg("data"), py::arg("block_size"), py::arg("out"),
         py::kw_only(), py::arg("threads") = 1);
   m.def("sample_checksums", &SampleChecksums, py::arg("parts"), py::arg("item_bytes"), py::arg("out"));

@@ -9,33 +9,33 @@
 namespace distckpt {
 namespace {
 
-struct Dispatch {
-  internal::Crc32cKernel extend;
-  const char* name;
-};
-
-Dispatch Choose() {
-  if (const auto kernel = internal::Sse42Kernel()) return {kernel, "sse4.2"};
-  if (const auto kernel = internal::Armv8Kernel()) return {kernel, "armv8"};
-  return {internal::ExtendPortable, "portable"};
-}
-
-const Dispatch& Chosen() {
-  static const Dispatch dispatch = Choose();
-  return dispatch;
+std::vector<Crc32cKernel> FindKernels() {
+  std::vector<Crc32cKernel> kernels;
+  const auto add = [&](const char* name, Crc32cExtend extend) {
+    if (extend != nullptr) kernels.push_back({name, extend});
+  };
+  add("avx512", internal::Avx512Kernel());
+  add("sse4.2", internal::Sse42Kernel());
+  add("armv8", internal::Armv8Kernel());
+  add("portable", internal::ExtendPortable);
+  return kernels;
 }
 
 }  // namespace
 
+const std::vector<Crc32cKernel>& Crc32cKernels() {
+  static const std::vector<Crc32cKernel> kernels = FindKernels();
+  return kernels;
+}
+
+uint32_t Crc32cBy(const Crc32cKernel& kernel, uint32_t value, const void* data, size_t size) {
+  return ~kernel.extend(~value, static_cast<const uint8_t*>(data), size);
+}
+
 uint32_t Crc32c(uint32_t value, const void* data, size_t size) {
-  return ~Chosen().extend(~value, static_cast<const uint8_t*>(data), size);
+  static const Crc32cKernel fastest = Crc32cKernels().front();
+  return Crc32cBy(fastest, value, data, size);
 }
-
-uint32_t Crc32cPortable(uint32_t value, const void* data, size_t size) {
-  return ~internal::ExtendPortable(~value, static_cast<const uint8_t*>(data), size);
-}
-
-const char* Crc32cKernelName() { return Chosen().name; }
 
 size_t BlockCount(size_t size, size_t block_size) {
   if (block_size == 0) throw std::invalid_argument("block_size must be at least 1");

@@ -5,18 +5,27 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 namespace distckpt {
 
-// The checksum of data[0, size) appended to bytes whose checksum is `value`; 0 for none. The fastest kernel
-// that this processor has, chosen on first use.
+// The checksum of data[0, size) appended to bytes whose checksum is `value`; 0 for none. By the first of the
+// kernels.
 uint32_t Crc32c(uint32_t value, const void* data, size_t size);
 
-// The same by tables, on any processor.
-uint32_t Crc32cPortable(uint32_t value, const void* data, size_t size);
+// A kernel takes and returns the raw shift register: the checksum's complement.
+using Crc32cExtend = uint32_t (*)(uint32_t state, const uint8_t* data, size_t size);
 
-// The kernel behind Crc32c: "sse4.2", "armv8" or "portable".
-const char* Crc32cKernelName();
+struct Crc32cKernel {
+  const char* name;
+  Crc32cExtend extend;
+};
+
+// Those that this processor has, the fastest first: of "avx512", "sse4.2" and "armv8", and "portable", which
+// uses tables and runs everywhere. They give equal sums.
+const std::vector<Crc32cKernel>& Crc32cKernels();
+
+uint32_t Crc32cBy(const Crc32cKernel& kernel, uint32_t value, const void* data, size_t size);
 
 // The number of blocks of block_size bytes in `size` bytes; the last may be short.
 // Throws std::invalid_argument if block_size is 0.
@@ -28,14 +37,12 @@ void Crc32cBlocks(const void* data, size_t size, size_t block_size, void* out, s
 
 namespace internal {
 
-// A kernel takes and returns the raw shift register: the checksum's complement.
-using Crc32cKernel = uint32_t (*)(uint32_t state, const uint8_t* data, size_t size);
-
 uint32_t ExtendPortable(uint32_t state, const uint8_t* data, size_t size);
 
 // nullptr where the processor lacks the instructions.
-Crc32cKernel Sse42Kernel();
-Crc32cKernel Armv8Kernel();
+Crc32cExtend Avx512Kernel();
+Crc32cExtend Sse42Kernel();
+Crc32cExtend Armv8Kernel();
 
 }  // namespace internal
 }  // namespace distckpt

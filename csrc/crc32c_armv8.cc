@@ -61,13 +61,13 @@ DISTCKPT_TARGET_CRC uint32_t ExtendArmv8(uint32_t state, const uint8_t* data, si
 
 }  // namespace
 
-Crc32cKernel Armv8Kernel() { return (getauxval(AT_HWCAP) & kHwcapCrc32) ? ExtendArmv8 : nullptr; }
+Crc32cExtend Armv8Kernel() { return (getauxval(AT_HWCAP) & kHwcapCrc32) ? ExtendArmv8 : nullptr; }
 
 }  // namespace internal
 }  // namespace distckpt
 
 #else
 
-distckpt::internal::Crc32cKernel distckpt::internal::Armv8Kernel() { return nullptr; }
+distckpt::Crc32cExtend distckpt::internal::Armv8Kernel() { return nullptr; }
 
 #endif

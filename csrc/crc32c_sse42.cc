@@ -55,13 +55,13 @@ __attribute__((target("sse4.2"))) uint32_t ExtendSse42(uint32_t state, const uin
 
 }  // namespace
 
-Crc32cKernel Sse42Kernel() { return __builtin_cpu_supports("sse4.2") ? ExtendSse42 : nullptr; }
+Crc32cExtend Sse42Kernel() { return __builtin_cpu_supports("sse4.2") ? ExtendSse42 : nullptr; }
 
 }  // namespace internal
 }  // namespace distckpt
 
 #else
 
-distckpt::internal::Crc32cKernel distckpt::internal::Sse42Kernel() { return nullptr; }
+distckpt::Crc32cExtend distckpt::internal::Sse42Kernel() { return nullptr; }
 
 #endif

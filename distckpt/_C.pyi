@@ -16,14 +16,13 @@ _Int64s: TypeAlias = npt.NDArray[np.int64]  # C-contiguous, one dimension
 
 BLOCK_IO_BACKENDS: tuple[str, ...]  # what this machine can do, best first: ("io_uring", "threads") or ("threads",)
 
+CRC32C_KERNELS: tuple[str, ...]  # what this CPU has, fastest first, of "avx512", "sse4.2", "armv8"; last "portable"
+
 def crc32c(data: Buffer, value: int = 0) -> int:
-    """CRC32C (Castagnoli, RFC 3720) of data, continuing from `value`; the fastest kernel of this CPU."""
+    """CRC32C (Castagnoli, RFC 3720) of data, continuing from `value`; by the fastest kernel of this CPU."""
 
-def crc32c_portable(data: Buffer, value: int = 0) -> int:
-    """The same by the table-driven kernel, for comparison."""
-
-def crc32c_kernel() -> str:
-    """Which kernel `crc32c` runs: "sse4.2", "armv8" or "portable"."""
+def crc32c_by(kernel: str, data: Buffer, value: int = 0) -> int:
+    """The same by one of CRC32C_KERNELS, for comparison; ValueError for another."""
 
 def crc32c_blocks(data: Buffer, block_size: int, out: Buffer, *, threads: int = 1) -> None:
     """CRC32C of each block_size bytes of data (the last block may be short) into `out`, uint32, one per block.

@@ -1,4 +1,4 @@
-"""CRC32C: the vectors of RFC 3720, both kernels against each other, checksums of blocks and of samples."""
+"""CRC32C: the vectors of RFC 3720, all kernels against each other, checksums of blocks and of samples."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SCSI_READ_10 = bytes.fromhex(
 )
 
 
-@pytest.mark.parametrize("kernel", [_C.crc32c, _C.crc32c_portable])
+@pytest.mark.parametrize("kernel", _C.CRC32C_KERNELS)
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
@@ -31,34 +31,49 @@ SCSI_READ_10 = bytes.fromhex(
     ],
     ids=["zeros", "ones", "rising", "falling", "scsi", "check", "empty"],
 )
-def test_known_vectors(kernel, data: bytes, expected: int) -> None:
-    assert kernel(data) == expected
+def test_known_vectors(kernel: str, data: bytes, expected: int) -> None:
+    assert _C.crc32c_by(kernel, data) == expected
 
 
-def test_kernel_is_one_of_the_three() -> None:
-    assert _C.crc32c_kernel() in ("sse4.2", "armv8", "portable")
+def test_kernels_end_with_the_portable_one_and_the_first_is_used() -> None:
+    *fast, last = _C.CRC32C_KERNELS
+    assert last == "portable"
+    assert set(fast) <= {"avx512", "sse4.2", "armv8"}
+    assert _C.crc32c(PATTERN) == _C.crc32c_by(_C.CRC32C_KERNELS[0], PATTERN)
 
 
-def test_kernels_agree_at_every_short_length_and_alignment() -> None:
+def test_unknown_kernel_is_refused() -> None:
+    with pytest.raises(ValueError, match="no kernel 'abacus' here"):
+        _C.crc32c_by("abacus", b"")
+
+
+@pytest.mark.parametrize("kernel", _C.CRC32C_KERNELS)
+def test_kernels_agree_at_every_short_length_and_alignment(kernel: str) -> None:
     for offset in range(16):
-        for length in range(301):
+        for length in range(601):
             data = PATTERN[offset : offset + length]
-            assert _C.crc32c(data) == _C.crc32c_portable(data), (offset, length)
+            assert _C.crc32c_by(kernel, data, 7) == _C.crc32c_by("portable", data, 7), (offset, length)
 
 
-@pytest.mark.parametrize("edge", [3 * 256, 3 * 8192, 6 * 8192, 1 << 16])
-def test_kernels_agree_around_the_stride_of_the_streams(edge: int) -> None:
-    for length in range(edge - 17, edge + 18):
+# Of the rounds of AVX-512, and of the long and short strides of three streams.
+@pytest.mark.parametrize("edge", [256, 512, 1024, 3 * 256, 3 * 8192, 6 * 8192, 1 << 16])
+@pytest.mark.parametrize("kernel", _C.CRC32C_KERNELS)
+def test_kernels_agree_around_the_strides(kernel: str, edge: int) -> None:
+    for length in range(edge - 65, edge + 66):
         data = PATTERN[3 : 3 + length]
-        assert _C.crc32c(data) == _C.crc32c_portable(data), length
+        assert _C.crc32c_by(kernel, data) == _C.crc32c_by("portable", data), length
 
 
-@pytest.mark.parametrize("kernel", [_C.crc32c, _C.crc32c_portable])
+@pytest.mark.parametrize("kernel", _C.CRC32C_KERNELS)
 @pytest.mark.parametrize("cut", [0, 1, 7, 8, 300, 24576, 100_000])
-def test_continuing_from_a_value_equals_one_pass(kernel, cut: int) -> None:
-    whole = kernel(PATTERN)
-    assert kernel(PATTERN[cut:], kernel(PATTERN[:cut])) == whole
-    assert kernel(PATTERN[cut:], value=kernel(PATTERN[:cut])) == whole
+def test_continuing_from_a_value_equals_one_pass(kernel: str, cut: int) -> None:
+    whole = _C.crc32c_by(kernel, PATTERN)
+    assert _C.crc32c_by(kernel, PATTERN[cut:], _C.crc32c_by(kernel, PATTERN[:cut])) == whole
+    assert _C.crc32c_by(kernel, PATTERN[cut:], value=_C.crc32c_by(kernel, PATTERN[:cut])) == whole
+
+
+def test_going_on_from_a_value_is_the_default_of_zero() -> None:
+    assert _C.crc32c(PATTERN[9:], _C.crc32c(PATTERN[:9])) == _C.crc32c(PATTERN, value=0) == _C.crc32c(PATTERN)
 
 
 def test_one_flipped_bit_changes_the_checksum() -> None:
