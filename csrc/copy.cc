@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "bulk_copy.h"
 #include "checked.h"
 
 namespace distckpt {
@@ -127,8 +128,8 @@ int64_t RegionCopy::CopyRun(const Window& window, int64_t from, uint8_t* target)
   const int64_t skipped = from >= window.begin ? 0 : (window.begin - from + item - 1) / item * item;
   const int64_t stop = std::min(run_, window.end <= from ? 0 : (window.end - from) / item * item);
   if (skipped >= stop) return 0;
-  std::memcpy(target + skipped, window.source + (from + skipped - window.begin),
-              static_cast<size_t>(stop - skipped));
+  BulkCopy(target + skipped, window.source + (from + skipped - window.begin),
+           static_cast<size_t>(stop - skipped));
   return stop - skipped;
 }
 
@@ -154,7 +155,7 @@ void RegionCopy::CopyRuns(const Dimension& d, const uint8_t* source, uint8_t* ta
       return CopyItems<16>(d.count, source, d.source_stride, target, d.target_stride);
     default:
       for (int64_t i = 0; i < d.count; ++i) {
-        std::memcpy(target + i * d.target_stride, source + i * d.source_stride, static_cast<size_t>(run_));
+        BulkCopy(target + i * d.target_stride, source + i * d.source_stride, static_cast<size_t>(run_));
       }
   }
 }

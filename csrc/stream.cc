@@ -114,25 +114,23 @@ VerifyingSink::VerifyingSink(std::vector<RegionCopy> targets, size_t block_size,
 bool VerifyingSink::Take(uint64_t begin, uint64_t end, const uint8_t* data) {
   end = std::min(end, end_);
   if (end != end_) end -= end % block_size_;  // The file may end inside a block.
-  if (begin >= end) return true;
-  if (!Check(begin, end, data)) return false;
-  targets_.CopyFrom(begin, end, data);
+  for (uint64_t at = begin; at < end; at += block_size_, data += block_size_) {
+    const uint64_t stop = std::min(end, at + block_size_);
+    if (!Check(at / block_size_, data, stop - at)) return false;
+    targets_.CopyFrom(at, stop, data);  // The sum has brought the block into the cache.
+  }
   return true;
 }
 
-bool VerifyingSink::Check(uint64_t begin, uint64_t end, const uint8_t* data) {
-  for (uint64_t at = begin; at < end; at += block_size_) {
-    const uint64_t block = at / block_size_;
-    uint32_t expected;
-    std::memcpy(&expected, expected_ + block * sizeof(expected), sizeof(expected));
-    const uint32_t sum = Crc32c(0, data + (at - begin), std::min<uint64_t>(block_size_, end - at));
-    if (sum == expected) continue;
-    failed_ = true;
-    bad_block_ = block;
-    found_ = sum;
-    return false;
-  }
-  return true;
+bool VerifyingSink::Check(uint64_t block, const uint8_t* data, size_t size) {
+  uint32_t expected;
+  std::memcpy(&expected, expected_ + block * sizeof(expected), sizeof(expected));
+  const uint32_t sum = Crc32c(0, data, size);
+  if (sum == expected) return true;
+  failed_ = true;
+  bad_block_ = block;
+  found_ = sum;
+  return false;
 }
 
 }  // namespace distckpt

@@ -92,7 +92,7 @@ class VerifyingSink : public Sink {
   uint32_t found() const { return found_; }
 
  private:
-  bool Check(uint64_t begin, uint64_t end, const uint8_t* data);
+  bool Check(uint64_t block, const uint8_t* data, size_t size);
 
   const Targets targets_;
   const size_t block_size_;
