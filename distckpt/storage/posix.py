@@ -50,6 +50,9 @@ from distckpt.storage.port import FreeSpace
 
 WRITE_ALIGNMENT = 4096
 _PROBES = 8
+# Of reads from the page cache, which end as soon as they begin: what was read is still in the processor's cache when
+# it is summed and copied.
+_CACHED_REQUEST_BYTES, _CACHED_QUEUE_DEPTH = 1 << 20, 2
 TEMPORARY_PREFIX = ".tmp-"
 
 
@@ -69,6 +72,7 @@ class PosixStorage:
     ) -> None:
         self._root = os.path.abspath(os.fspath(root))
         self._pool = _BlockIOPool(io_backend, request_size, queue_depth)
+        self._cached_pool = _BlockIOPool(io_backend, _CACHED_REQUEST_BYTES, _CACHED_QUEUE_DEPTH)
         self._asked_for = io_backend
         self._is_buffered = threading.Event()
 
@@ -119,7 +123,7 @@ class PosixStorage:
         # Look first: a directory opens fine and fails later, a named pipe waits for a writer for ever.
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise OSError(errno.EINVAL, "not a regular file", path)
-        return PosixReadFile(name, _C.File.open(path), self._pool)
+        return PosixReadFile(name, _C.File.open(path), self._pool, self._cached_pool)
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
         path = self._path(name)
@@ -259,13 +263,18 @@ class PosixWriteFile:
 
 
 class PosixReadFile:
-    """One open file: small reads go through the page cache, checked ones around it unless the file lies in it."""
+    """One open file: small reads go through the page cache, checked ones around it unless the file lies in it.
 
-    def __init__(self, name: str, file: _C.File, pool: _BlockIOPool) -> None:
+    Not thread-safe.
+    """
+
+    def __init__(self, name: str, file: _C.File, pool: _BlockIOPool, cached_pool: _BlockIOPool) -> None:
         self._name = name
         self._file = file
+        self._direct: _C.File | None = None  # the same file, opened again when first read around the page cache
         self._size_bytes = file.size
         self._pool = pool
+        self._cached_pool = cached_pool
 
     @property
     def name(self) -> str:
@@ -297,36 +306,39 @@ class PosixReadFile:
         targets: Sequence[Target],
     ) -> tuple[int, int | None] | None:
         """As `checked.read_checked`: read, checked and copied in one pass, without the GIL."""
-        direct = self._open_direct(ranges)
-        try:
-            with self._pool.borrow() as block_io:
-                return block_io.read_checked(direct or self._file, ranges, block_bytes, end, expected, targets)
-        finally:
-            if direct is not None:
-                direct.close()
+        file, pool = self._file, self._cached_pool
+        if not _is_cached(file.path, ranges):
+            file, pool = self._opened_direct() or file, self._pool
+        with pool.borrow() as block_io:
+            return block_io.read_checked(file, ranges, block_bytes, end, expected, targets)
 
-    def _open_direct(self, ranges: Sequence[tuple[int, int]]) -> _C.File | None:
-        """The same file, to be read around the page cache; None if that is slower, or if its name is gone by now."""
-        path = self._file.path
-        try:
-            if _is_cached(path, ranges):
+    def _opened_direct(self) -> _C.File | None:
+        """The same file, to be read around the page cache; None if its name leads elsewhere by now."""
+        if self._direct is None:
+            path = self._file.path
+            try:
+                direct = _C.File.open(path, direct=True)
+            except FileNotFoundError:
                 return None
-            direct = _C.File.open(path, direct=True)
-        except FileNotFoundError:
-            return None
-        if self._file.is_named(path):
-            return direct
-        direct.close()
-        return None
+            if not self._file.is_named(path):
+                direct.close()
+                return None
+            self._direct = direct
+        return self._direct
 
     def close(self) -> None:
+        if self._direct is not None:
+            self._direct.close()
         self._file.close()
 
 
 def _is_cached(path: str, ranges: Sequence[tuple[int, int]]) -> bool:
     """Whether a few places of the ranges lie in the page cache: then reading there is faster than from the disk."""
     places = [begin + (end - begin) * i // _PROBES for begin, end in ranges[:_PROBES] for i in range(_PROBES)]
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
     try:
         return all(os.preadv(descriptor, [bytearray(1)], at, os.RWF_NOWAIT) == 1 for at in places)
     except OSError:  # EAGAIN: not cached; EOPNOTSUPP: the file system does not say.
