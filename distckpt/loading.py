@@ -40,7 +40,8 @@ from distckpt.matching import (
     subtree,
 )
 from distckpt.meta import is_meta_module, make_module_real
-from distckpt.reader import Wanted, open_checked, plan_reads, read_chunks, read_files, read_per_rank
+from distckpt.open_files import read_files
+from distckpt.reader import Wanted, open_checked, plan_reads, read_chunks, read_per_rank
 from distckpt.report import LoadReport
 from distckpt.ring import fill_through_ring
 from distckpt.sharded_tensor import Shard
@@ -337,6 +338,7 @@ class Load:
     def _fill(self, directory: str, index: Index, targets: Sequence[Wanted], board: Board) -> None:
         """Targets in host memory where they are, and together with the ranks of this host; others through the ring."""
         context, storage = self.context, self.context.storage
+        open_file = partial(open_checked, storage, directory, index)
         in_place: list[Wanted] = []
         others: list[Wanted] = []
         for target in targets:
@@ -346,11 +348,11 @@ class Load:
         chunks = read_chunks(storage, directory, index, keys)
 
         def read(wanted: Sequence[Wanted]) -> None:
-            self._bytes_read += read_files(storage, directory, index, plan_reads(index, keys, chunks, wanted))
+            self._bytes_read += read_files(plan_reads(index, keys, chunks, wanted), open_file)
 
         apart, tied = split_tied(in_place)
         reads = plan_reads(index, keys, chunks, apart)
-        self._bytes_read += read_together(reads, partial(open_checked, storage, directory, index), index, board)
+        self._bytes_read += read_together(reads, open_file, index, board)
         self._not_shared = board.obstacle
         self._warning = fill_through_ring(
             [(target.box, target.data) for target in others],

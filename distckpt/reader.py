@@ -306,16 +306,6 @@ def open_checked(storage: Storage, directory: str, index: Index, reads: FileRead
     return file
 
 
-def read_files(storage: Storage, directory: str, index: Index, reads: Iterable[FileReads]) -> int:
-    """Fill the targets; returns the bytes read. Raises CorruptionError or OSError; the targets are then undefined."""
-    bytes_read = 0
-    for of_file in reads:
-        with open_checked(storage, directory, index, of_file) as file:
-            file.copy(of_file.ranges, of_file.targets)
-            bytes_read += file.bytes_read
-    return bytes_read
-
-
 def read_per_rank(storage: Storage, directory: str, index: Index, number: int) -> dict[str, msgspec.Raw]:
     """The per-rank values in a shard file: key -> encoded value. Raises CorruptionError or OSError."""
     start, size = index.files[number].per_rank

@@ -23,7 +23,6 @@ marks the board instead of publishing.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -35,14 +34,14 @@ import numpy.typing as npt
 from distckpt._C import Targets
 from distckpt.host_group import SLOTS, Board, PeerFailed
 from distckpt.index import Index
-from distckpt.reader import CheckedFile, FileReads
+from distckpt.open_files import OpenFile, OpenFiles, read_files
+from distckpt.reader import FileReads
 from distckpt.shard_file import BLOCK_BYTES
 
 _NOT_WORTH_SHARING = 0.04  # of the bytes that are needed: as much may be read twice
 
 Bits = npt.NDArray[np.bool_]
 Int64s = npt.NDArray[np.int64]
-OpenFile = Callable[[FileReads], CheckedFile]
 
 
 def row_bytes(index: Index) -> int:
@@ -62,15 +61,13 @@ def read_together(reads: Sequence[FileReads], open_file: OpenFile, index: Index,
     if rows is not None:
         windows = list_windows(rows, index, board.window_bytes // BLOCK_BYTES)
         if len(windows.file) and board.take_room([windows.room(p) for p in range(board.size)]):
-            with _SharedPass(windows, reads, open_file, index, board) as shared:
-                shared.run()
-            bytes_read += shared.bytes_read
+            used = set(windows.file[windows.needs[:, board.position].any(axis=1)].tolist())
+            shared = [one for one in reads if one.file in used]
+            with OpenFiles(shared, open_file) as files:
+                _SharedPass(windows, shared, files, index, board).run()
+            bytes_read += files.bytes_read
             reads = _without(reads, windows, index)
-    for alone in reads:
-        with open_file(alone) as file:
-            file.copy(alone.ranges, alone.targets)
-            bytes_read += file.bytes_read
-    return bytes_read
+    return bytes_read + read_files(reads, open_file)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,26 +154,17 @@ def _choose_publishers(needs: Bits) -> tuple[Int64s, Int64s]:
 
 
 class _SharedPass:
-    """One rank's way through the shared windows: steps 2 to 5. A context manager: it closes what it opened."""
+    """One rank's way through the shared windows: steps 2 to 5. reads, files: those that this rank needs in them."""
 
     def __init__(
-        self, windows: Windows, reads: Sequence[FileReads], open_file: OpenFile, index: Index, board: Board
+        self, windows: Windows, reads: Sequence[FileReads], files: OpenFiles, index: Index, board: Board
     ) -> None:
         self._windows, self._index, self._board = windows, index, board
-        self._open_file = open_file
-        self._reads = {one.file: one for one in reads}
+        self._files = files
+        self._targets = {one.file: one.targets for one in reads}
         self._to_publish: list[int] = np.flatnonzero(windows.publisher == board.position).tolist()
         self._to_take: list[int] = np.flatnonzero(windows.needs[:, board.position].any(axis=1)).tolist()
         self._published = self._taken = 0  # of these lists
-        self._lock = threading.Lock()  # of the files, which both threads use
-        self._files: dict[int, CheckedFile] = {}
-        self.bytes_read = 0
-
-    def __enter__(self) -> _SharedPass:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._close_before(len(self._index.files))
 
     def run(self) -> None:
         """Publish in a thread of its own, and take in this one."""
@@ -206,7 +194,7 @@ class _SharedPass:
             begin, size = self._windows.begin(window), self._size(window)
             slot = self._board.slot(self._board.position, int(self._windows.slot[window]), size)
             ranges = self._windows.ranges(window, self._index)
-            file = self._file(int(self._windows.file[window]))
+            file = self._files.file(int(self._windows.file[window]))
             file.copy(ranges, [(begin, slot, 0, (size,), (1,), (1,), 1)])
             self._board.publish(window + 1)
             self._published += 1
@@ -221,15 +209,15 @@ class _SharedPass:
             self._board.wait(partial(self._is_published, window, publisher), self._find_culprit)
             if number != int(self._windows.file[window]):
                 number = int(self._windows.file[window])
-                self._file(number)  # Nothing is filled from a file that is not what the index says.
-                targets = Targets(self._reads[number].targets)
+                self._files.file(number)  # Nothing is filled from a file that is not what the index says.
+                targets = Targets(self._targets[number])
             data = self._board.slot(publisher, int(self._windows.slot[window]), self._size(window))
             begin = self._windows.begin(window)
             for low, high in self._windows.ranges(window, self._index, self._board.position):
                 targets.copy_from(data[low - begin : high - begin], low)
             self._board.take(window + 1)
             self._taken += 1
-            self._close_before(self._next_file())
+            self._files.close_before(self._next_file())
 
     def _is_published(self, window: int, publisher: int) -> bool:
         return self._board.published(publisher) > window
@@ -237,23 +225,10 @@ class _SharedPass:
     def _size(self, window: int) -> int:
         return self._windows.end(window, self._index) - self._windows.begin(window)
 
-    def _file(self, number: int) -> CheckedFile:
-        with self._lock:
-            if number not in self._files:
-                self._files[number] = self._open_file(self._reads[number])
-            return self._files[number]
-
     def _next_file(self) -> int:
         """The first file that either thread still needs."""
         rest = self._to_publish[self._published :][:1] + self._to_take[self._taken :][:1]
         return min((int(self._windows.file[window]) for window in rest), default=len(self._index.files))
-
-    def _close_before(self, number: int) -> None:
-        with self._lock:
-            for done in [file for file in self._files if file < number]:
-                file = self._files.pop(done)
-                file.close()
-                self.bytes_read += file.bytes_read
 
     def _find_culprit(self) -> tuple[int, str]:
         """Who holds up the first window that not all have taken, and what it was to do."""

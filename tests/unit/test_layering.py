@@ -17,7 +17,7 @@ FORMAT = {"chunk_table", "shard_file", "index"}
 PORTS = {"storage", "coordinator"}
 TENSORS = {"per_rank", "sharded_tensor", "meta", "leaf_value", "state_dict"}
 MOVEMENT = {"transport", "ring", "staging", "arena", "writing", "host_group", "reader"}
-MOVEMENT |= {"shared_reading", "commit", "heartbeat", "retention"}
+MOVEMENT |= {"open_files", "shared_reading", "commit", "heartbeat", "retention"}
 FLOWS = {"matching", "tied_memory", "describing", "offer", "share", "saving", "loading"}
 HANDLES = {"guarding", "pending"}
 
@@ -49,7 +49,8 @@ ALLOWED: dict[str, set[str]] = {
     "writing": VALUES | FORMAT | {"_C", "storage"},
     "reader": VALUES | FORMAT | PORTS | {"_C", "planner", "transport"},
     "host_group": {"_C", "host"},
-    "shared_reading": FORMAT | {"_C", "host_group", "reader"},
+    "open_files": {"reader"},
+    "shared_reading": FORMAT | {"_C", "host_group", "open_files", "reader"},
     "commit": VALUES | FORMAT | PORTS,
     "heartbeat": {"storage", "commit"},
     "retention": VALUES | FORMAT | PORTS | {"commit"},
@@ -84,7 +85,7 @@ PLANNED = {"reshard", "cli"}
 # Only these touch tensors. The others stay usable where torch is not installed or takes too long to load.
 MAY_IMPORT_TORCH = {
     *TENSORS | FLOWS | HANDLES,
-    *("transport", "ring", "arena", "staging", "writing", "reader", "shared_reading", "reshard"),
+    *("transport", "ring", "arena", "staging", "writing", "reader", "open_files", "shared_reading", "reshard"),
     *("checkpointer", "one_directory", "adapters", "testing"),
 }
 # Extras: imported in the function that needs them.
