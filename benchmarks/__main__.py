@@ -19,10 +19,10 @@ from benchmarks.figures import KINDS
 from benchmarks.layout import Layout
 from benchmarks.machine import commit, core_count, describe_file_system, describe_machine, versions
 from benchmarks.model import Model, Precision
-from benchmarks.plan import Job, Section, plan_sections
+from benchmarks.plan import Section, plan_sections
 from benchmarks.report import read_record, write_report
 from benchmarks.report.terminal import print_record
-from benchmarks.results import Record, checksum_cost, limits_of
+from benchmarks.results import Record
 from benchmarks.runs import Bench
 
 LOG_WIDTH = 150  # characters, where no terminal says how wide it is
@@ -61,9 +61,8 @@ def main(
         layout = Layout(tp=tp, pp=pp, dp=dp)
         model = Model(precision=precisions[0], size_bytes=round(size_gb * 1e9), small_tensors=small_tensors)
         sections = list(plan_sections(kinds, layout, model, precisions, core_count()))
-        limits_job = Job(mode="limits", layout=layout, model=model)
         bench = Bench(repeats, directory.resolve(), timeout_s)
-        record = _measure(bench, limits_job, sections, engine_names, lambda text: console.log(text, highlight=False))
+        record = _measure(bench, sections, engine_names, lambda text: console.log(text, highlight=False))
     else:
         record = read_record(render)
     print_record(console, record)
@@ -72,14 +71,9 @@ def main(
         raise typer.Exit(1)
 
 
-def _measure(
-    bench: Bench, limits_job: Job, sections: Iterable[Section], engines: list[str], tell: Callable[[str], None]
-) -> Record:
+def _measure(bench: Bench, sections: Iterable[Section], engines: list[str], tell: Callable[[str], None]) -> Record:
     start = time.monotonic()
-    tell("limits")
-    [answer] = bench.run([limits_job])
-    limits = limits_of(answer)
-    results = compare(bench, sections, engines, limits, tell)
+    results = compare(bench, sections, engines, tell)
     return Record(
         time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         command=" ".join(["python -m benchmarks", *sys.argv[1:]]),
@@ -89,9 +83,6 @@ def _measure(
         versions=versions(),
         repeats=bench.repeats,
         duration_s=time.monotonic() - start,
-        limits=limits,
-        checksum_cost=checksum_cost(limits),
-        limit_notes=answer.notes,
         sections=results,
     )
 

@@ -26,10 +26,14 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Section:
-    """One table of the report. groups: the jobs of a group run one after the other in the same directory."""
+    """One table of the report. groups: the jobs of a group run one after the other in the same directory.
+
+    limits: the job that measures what the figures are held against, None if they are held against nothing.
+    """
 
     kind: Kind
     title: str
+    limits: Job | None
     groups: tuple[tuple[Job, ...], ...]
 
 
@@ -38,14 +42,15 @@ def plan_sections(
 ) -> Iterator[Section]:
     """The sections in the order of KINDS. `sync` is measured in each precision, all else in the first."""
     first = replace(model, precision=precisions[0])
+    limits = _job("limits", layout, first)
     for kind in KINDS:
         if kind not in kinds:
             continue
         if kind == "sync":
             for precision in precisions:
-                yield _section(kind, [[_job(kind, layout, replace(model, precision=precision))]])
+                yield _section(kind, limits, [[_job(kind, layout, replace(model, precision=precision))]])
         else:
-            yield _section(kind, _groups(kind, layout, first, cores))
+            yield _section(kind, limits, _groups(kind, layout, first, cores))
 
 
 def _groups(kind: Kind, layout: Layout, model: Model, cores: int) -> list[list[Job]]:
@@ -95,8 +100,14 @@ def _job(mode: Mode, layout: Layout, model: Model, label: str = "") -> Job:
     return Job(mode=mode, layout=layout, model=model, label=label)
 
 
-def _section(kind: Kind, groups: Sequence[Sequence[Job]]) -> Section:
+def _section(kind: Kind, limits: Job, groups: Sequence[Sequence[Job]]) -> Section:
     job = groups[0][0]
     what = f"{job.model.small_tensors} tensors of 4 KiB" if job.model.content == "small" else job.model.precision
     where = "" if kind == "layouts" else f", {job.layout}"
-    return Section(kind=kind, title=f"{KINDS[kind].title}: {what}{where}", groups=tuple(map(tuple, groups)))
+    has_limits = any(spec.limit not in ("", "1") for spec in KINDS[kind].figures.values())
+    return Section(
+        kind=kind,
+        title=f"{KINDS[kind].title}: {what}{where}",
+        limits=limits if has_limits else None,
+        groups=tuple(map(tuple, groups)),
+    )

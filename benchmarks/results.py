@@ -50,6 +50,19 @@ class EngineResult:
     figures: dict[str, Figure] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What the machine could do just before the engines of a section ran. transfers: empty if that was not measured.
+
+    checksum_cost: of a save and of a load, as a fraction of the time without: what the C++ core takes beside the
+    transfer.
+    """
+
+    transfers: dict[str, Limit] = field(default_factory=dict)
+    checksum_cost: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
 @dataclass(slots=True, kw_only=True)
 class SectionResult:
     """One table. state_bytes, chunks: of a checkpoint; rank_bytes: of the largest rank's state; 0 if nothing ran."""
@@ -59,6 +72,7 @@ class SectionResult:
     state_bytes: int
     rank_bytes: int
     chunks: int
+    limits: Limits
     engines: dict[str, EngineResult]
 
 
@@ -74,14 +88,12 @@ class Record:
     versions: dict[str, str]
     repeats: int
     duration_s: float
-    limits: dict[str, Limit]
-    checksum_cost: dict[str, float]
-    limit_notes: list[str]
     sections: list[SectionResult]
 
 
-def limits_of(answer: Answer) -> dict[str, Limit]:
-    return {
+def limits_of(answer: Answer) -> Limits:
+    """Of a job of mode "limits"."""
+    transfers = {
         name: Limit(
             median_s=median(samples),
             min_s=min(samples),
@@ -91,12 +103,11 @@ def limits_of(answer: Answer) -> dict[str, Limit]:
         )
         for name, samples in answer.samples.items()
     }
-
-
-def checksum_cost(limits: Mapping[str, Limit]) -> dict[str, float]:
-    """Of a save and of a load, as a fraction of the time without: what the C++ core takes beside the transfer."""
-    pairs = {"save": ("write_checked", "write"), "load": ("read_checked", "read")}
-    return {name: limits[checked].median_s / limits[plain].median_s - 1 for name, (checked, plain) in pairs.items()}
+    checksum_cost = {
+        "save": transfers["write_checked"].median_s / transfers["write"].median_s - 1,
+        "load": transfers["read_checked"].median_s / transfers["read"].median_s - 1,
+    }
+    return Limits(transfers=transfers, checksum_cost=checksum_cost, notes=answer.notes)
 
 
 def section_result(
@@ -105,7 +116,7 @@ def section_result(
     answers: Mapping[str, Sequence[Answer]],
     failures: Mapping[str, str],
     peers: set[str],
-    limits: Mapping[str, Limit],
+    limits: Limits,
 ) -> SectionResult:
     """answers: of each engine's jobs, as far as they have one; failures: engine -> why not."""
     specs = KINDS[kind].figures
@@ -119,7 +130,7 @@ def section_result(
             result.notes += answer.notes
             result.cached_before_cold_load = max(result.cached_before_cold_load, answer.cached_before_cold_load)
             for figure in specs.keys() & answer.samples.keys():
-                limit = _limit(specs[figure], answer.state_bytes, limits)
+                limit = limit_of(specs[figure], answer.state_bytes, limits)
                 result.figures[figure] = _figure(answer.samples[figure], limit, best.get(figure))
         engines[name] = result
     ran = [answer for jobs in answers.values() for answer in jobs if answer.state_bytes]
@@ -129,6 +140,7 @@ def section_result(
         state_bytes=ran[0].state_bytes if ran else 0,
         rank_bytes=ran[0].rank_bytes if ran else 0,
         chunks=ran[0].chunks if ran else 0,
+        limits=limits,
         engines=engines,
     )
 
@@ -144,10 +156,12 @@ def _best_peers(specs: Mapping[str, FigureSpec], answers: Mapping[str, Sequence[
     return best
 
 
-def _limit(spec: FigureSpec, state_bytes: int, limits: Mapping[str, Limit]) -> float | None:
+def limit_of(spec: FigureSpec, state_bytes: int, limits: Limits) -> float | None:
+    """What a figure would be at its limit; None if it has none, or none was measured."""
     if spec.limit == "1":
         return 1.0
-    return state_bytes / 1e9 / limits[spec.limit].gb_per_s if spec.limit else None
+    limit = limits.transfers.get(spec.limit)
+    return None if limit is None else state_bytes / 1e9 / limit.gb_per_s
 
 
 def _figure(samples: list[float], limit: float | None, best_peer: float | None) -> Figure:

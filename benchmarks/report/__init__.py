@@ -21,7 +21,7 @@ def write_report(record: Record, out: Path) -> list[Path]:
         "results.html": to_html(record).encode(),
     }
     for number, section in enumerate(record.sections, start=1):
-        content[f"{number}-{section.kind}.png"] = draw_section(record, section, "png")
+        content[f"{number}-{section.kind}.png"] = draw_section(section, "png")
     for name, data in content.items():
         (out / name).write_bytes(data)
     return [out / name for name in content]

@@ -11,13 +11,13 @@ from matplotlib.figure import Figure as Drawing
 
 from benchmarks.figures import FigureSpec
 from benchmarks.report.wording import columns, number, size, symbol
-from benchmarks.results import Limit, Record, SectionResult
+from benchmarks.results import SectionResult, limit_of
 
 OWN, PEER, LIMIT = "#1b6ca8", "#b0b7bf", "#c0392b"
 INK, WHISKER = "#222222", "#444444"
 
 
-def draw_section(record: Record, section: SectionResult, kind: Literal["png", "svg"]) -> bytes:
+def draw_section(section: SectionResult, kind: Literal["png", "svg"]) -> bytes:
     """The file's content."""
     specs = columns(section)
     across = 4 if len(specs) and len(specs) % 4 == 0 else min(3, max(1, len(specs)))  # pairs of figures stay in one row
@@ -26,7 +26,7 @@ def draw_section(record: Record, section: SectionResult, kind: Literal["png", "s
     drawing = Drawing(figsize=(5 * across, 0.6 + down * (0.9 + 0.28 * engines)), layout="constrained")
     axes = drawing.subplots(down, across, squeeze=False)
     for axis, (name, spec) in zip(axes.flat, specs.items(), strict=False):
-        _draw_panel(axis, name, spec, section, record.limits)
+        _draw_panel(axis, name, spec, section)
     for axis in axes.flat[len(specs) :]:
         axis.set_visible(False)
     drawing.suptitle(f"{section.title} ({size(section.state_bytes)})", fontsize=11, color=INK)
@@ -35,7 +35,7 @@ def draw_section(record: Record, section: SectionResult, kind: Literal["png", "s
     return content.getvalue()
 
 
-def _draw_panel(axis: Axes, name: str, spec: FigureSpec, section: SectionResult, limits: dict[str, Limit]) -> None:
+def _draw_panel(axis: Axes, name: str, spec: FigureSpec, section: SectionResult) -> None:
     rows = [
         (engine, result.figures[name], PEER if result.is_peer else OWN)
         for engine, result in reversed(section.engines.items())
@@ -53,10 +53,8 @@ def _draw_panel(axis: Axes, name: str, spec: FigureSpec, section: SectionResult,
     axis.tick_params(axis="x", labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     axis.margins(x=0.15)
-    if spec.limit == "1":
-        axis.axvline(1, color=LIMIT, linestyle="--", linewidth=1)
-    elif spec.limit:
-        at = section.state_bytes / 1e9 / limits[spec.limit].gb_per_s
+    at = limit_of(spec, section.state_bytes, section.limits)
+    if at is not None:
         axis.axvline(at, color=LIMIT, linestyle="--", linewidth=1)
     if all(figure.min >= 0 for _, figure, _ in rows):
         axis.set_xlim(left=0)

@@ -10,7 +10,7 @@ from benchmarks.results import Figure, Record, SectionResult
 
 
 def to_markdown(record: Record) -> str:
-    lines = [title(record) + ".", "", *(f"* limit {line}" for line in limit_lines(record)), ""]
+    lines = [title(record) + ".", ""]
     for section in record.sections:
         lines += [*_section(section), ""]
     return "\n".join([*lines, HOW_TO_READ, ""])
@@ -25,7 +25,8 @@ def _section(section: SectionResult) -> Iterator[str]:
         if result.figures:
             cells = (_cell(spec, result.figures.get(figure)) for figure, spec in specs.items())
             yield f"| {name} | " + " | ".join(cells) + " |"
-    notes = [remark for name, result in section.engines.items() for remark in remarks(name, result)]
+    notes = [*limit_lines(section)]
+    notes += [remark for name, result in section.engines.items() for remark in remarks(name, result)]
     if notes:
         yield from ("", *("* " + " ".join(note.split()) for note in notes))
 

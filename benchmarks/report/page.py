@@ -19,7 +19,7 @@ def to_html(record: Record) -> str:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    charts = [b64encode(draw_section(record, section, "svg")).decode() for section in record.sections]
+    charts = [b64encode(draw_section(section, "svg")).decode() for section in record.sections]
     return environment.get_template("page.html").render(
         record=record,
         charts=charts,

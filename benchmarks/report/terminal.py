@@ -11,8 +11,6 @@ from benchmarks.results import Record, SectionResult
 
 def print_record(console: Console, record: Record) -> None:
     console.rule(title(record))
-    for line in limit_lines(record):
-        console.print(f"limit {line}", highlight=False)
     for section in record.sections:
         _print_section(console, section)
     console.print(HOW_TO_READ, highlight=False)
@@ -32,6 +30,8 @@ def _print_section(console: Console, section: SectionResult) -> None:
         if any(cells):
             table.add_row(name, *cells, end_section=True)
     console.print(table)
+    for line in limit_lines(section):
+        console.print(line, markup=False, highlight=False)
     for name, result in section.engines.items():
         for remark in remarks(name, result):
             console.print(remark, markup=False, highlight=False)

@@ -72,12 +72,16 @@ def describe(section: SectionResult) -> str:
     )
 
 
-def limit_lines(record: Record) -> Iterator[str]:
-    for name, limit in record.limits.items():
-        yield f"{name}: {limit.gb_per_s:.2f} GB/s ({limit.median_s:.3f} s, {limit.min_s:.3f} to {limit.max_s:.3f})"
-    for name, cost in record.checksum_cost.items():
+def limit_lines(section: SectionResult) -> Iterator[str]:
+    """What the machine could do just before."""
+    limits = section.limits
+    for name, limit in limits.transfers.items():
+        spread = f"{limit.min_s:.3f} to {limit.max_s:.3f}"
+        yield f"limit {name}: {limit.gb_per_s:.2f} GB/s ({limit.median_s:.3f} s, {spread})"
+    for name, cost in limits.checksum_cost.items():
         yield f"checksum cost of a {name}: {cost:+.0%} of its transfer"
-    yield from record.limit_notes
+    for note in limits.notes:
+        yield f"limit {note}"
 
 
 def remarks(name: str, result: EngineResult) -> Iterator[str]:

@@ -24,7 +24,7 @@ from benchmarks.plan import plan_sections
 from benchmarks.report.markdown import to_markdown
 from benchmarks.report.page import to_html
 from benchmarks.request import Answer
-from benchmarks.results import Limit, Record, checksum_cost, limits_of, section_result
+from benchmarks.results import Limit, Limits, Record, limits_of, section_result
 from benchmarks.runs import _last_words
 from benchmarks.state import PRIMES, RankState
 
@@ -235,9 +235,6 @@ def record() -> Record:
         versions={},
         repeats=3,
         duration_s=1.0,
-        limits=limits,
-        checksum_cost=checksum_cost(limits),
-        limit_notes=[],
         sections=[section],
     )
 
@@ -252,8 +249,21 @@ def test_figures_are_medians_beside_limit_and_best_peer() -> None:
     assert engines["torch.save"].figures["save"].of_best_peer == pytest.approx(0.5)
 
 
+def test_limits_are_measured_for_the_sections_that_are_held_against_them() -> None:
+    sections = plan_sections(list(KINDS), Layout(tp=2, pp=2), MODEL, ["mixed", "fp32"], cores=2)
+    assert {section.kind for section in sections if section.limits is None} == {"memory", "index"}
+
+
+def test_section_without_limits_has_no_shares_of_them() -> None:
+    answers = {"dcp": [Answer(state_bytes=1, samples={"save": [1.0]})]}
+    section = section_result("sync", "", answers, {}, {"dcp"}, Limits(notes=["not measured: no memory"]))
+    figure = section.engines["dcp"].figures["save"]
+    assert (figure.of_limit, figure.of_best_peer) == (None, 1.0)
+
+
 def test_extra_time_below_zero_has_no_ratios() -> None:
-    limits = {"copy": Limit(median_s=1.0, min_s=1.0, max_s=1.0, samples_s=[1.0], gb_per_s=1.0)}
+    copy = Limit(median_s=1.0, min_s=1.0, max_s=1.0, samples_s=[1.0], gb_per_s=1.0)
+    limits = Limits(transfers={"copy": copy})
     answers = {"dcp": [Answer(state_bytes=1, samples={"loop_stall": [-0.1], "loop_slowdown": [-3.0]})]}
     figures = section_result("loop", "", answers, {}, {"dcp"}, limits).engines["dcp"].figures
     assert {(figure.of_limit, figure.of_best_peer) for figure in figures.values() if figure.median < 0} == {
@@ -262,7 +272,7 @@ def test_extra_time_below_zero_has_no_ratios() -> None:
 
 
 def test_checksum_cost_is_what_checked_transfers_take_longer() -> None:
-    assert record().checksum_cost == pytest.approx({"save": 0.2, "load": 0.0})
+    assert record().sections[0].limits.checksum_cost == pytest.approx({"save": 0.2, "load": 0.0})
 
 
 @pytest.mark.parametrize("render", [to_markdown, to_html])
