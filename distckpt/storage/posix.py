@@ -37,8 +37,8 @@ import secrets
 import stat
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 
 from typing_extensions import Buffer
 
@@ -47,19 +47,18 @@ from distckpt.host import host_id
 from distckpt.storage.checked import Target
 from distckpt.storage.names import split_name
 from distckpt.storage.port import FreeSpace
+from distckpt.storage.requests import CACHED_READS, READS, WRITES, BlockIOPool, Requests
 
 WRITE_ALIGNMENT = 4096
 _PROBES = 8
-# Of reads from the page cache, which end as soon as they begin: what was read is still in the processor's cache when
-# it is summed and copied.
-_CACHED_REQUEST_BYTES, _CACHED_QUEUE_DEPTH = 1 << 20, 2
 TEMPORARY_PREFIX = ".tmp-"
 
 
 class PosixStorage:
     """Files below `root`, which need not exist yet. Safe to use from several threads, and after a fork.
 
-    io_backend, request_size (bytes) and queue_depth are those of `_C.BlockIO`; "" is the best backend.
+    io_backend: "io_uring", "threads", or "" for the better one that there is. writes, reads: how large transfers are
+    cut.
     """
 
     def __init__(
@@ -67,12 +66,13 @@ class PosixStorage:
         root: str | os.PathLike[str],
         *,
         io_backend: str = "",
-        request_size: int = 2 << 20,
-        queue_depth: int = 16,
+        writes: Requests = WRITES,
+        reads: Requests = READS,
     ) -> None:
         self._root = os.path.abspath(os.fspath(root))
-        self._pool = _BlockIOPool(io_backend, request_size, queue_depth)
-        self._cached_pool = _BlockIOPool(io_backend, _CACHED_REQUEST_BYTES, _CACHED_QUEUE_DEPTH)
+        self._writes = BlockIOPool(io_backend, writes)
+        self._reads = BlockIOPool(io_backend, reads)
+        self._cached_reads = BlockIOPool(io_backend, CACHED_READS)
         self._asked_for = io_backend
         self._is_buffered = threading.Event()
 
@@ -83,7 +83,7 @@ class PosixStorage:
     @property
     def io_backend(self) -> str:
         """The backend that moves the bytes: "io_uring" or "threads"."""
-        with self._pool.borrow() as block_io:
+        with self._writes.borrow() as block_io:
             return block_io.backend
 
     @property
@@ -116,14 +116,14 @@ class PosixStorage:
     def create(self, name: str, *, size_hint: int = 0) -> PosixWriteFile:
         """As in the port. size_hint is not used: preallocation was measured not to make writing faster."""
         file = _C.File.create(self._path(name), direct=True)
-        return PosixWriteFile(name, file, self._pool, self._is_buffered)
+        return PosixWriteFile(name, file, self._writes, self._is_buffered)
 
     def open(self, name: str) -> PosixReadFile:
         path = self._path(name)
         # Look first: a directory opens fine and fails later, a named pipe waits for a writer for ever.
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise OSError(errno.EINVAL, "not a regular file", path)
-        return PosixReadFile(name, _C.File.open(path), self._pool, self._cached_pool)
+        return PosixReadFile(name, _C.File.open(path), self._reads, self._cached_reads)
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
         path = self._path(name)
@@ -200,7 +200,7 @@ class PosixStorage:
 class PosixWriteFile:
     """One new file, open for writing. Not thread-safe; owns its file descriptor."""
 
-    def __init__(self, name: str, file: _C.File, pool: _BlockIOPool, is_buffered: threading.Event) -> None:
+    def __init__(self, name: str, file: _C.File, pool: BlockIOPool, is_buffered: threading.Event) -> None:
         """is_buffered: set if O_DIRECT turns out to be refused."""
         self._name = name
         self._file: _C.File | None = file
@@ -268,7 +268,7 @@ class PosixReadFile:
     Not thread-safe.
     """
 
-    def __init__(self, name: str, file: _C.File, pool: _BlockIOPool, cached_pool: _BlockIOPool) -> None:
+    def __init__(self, name: str, file: _C.File, pool: BlockIOPool, cached_pool: BlockIOPool) -> None:
         self._name = name
         self._file = file
         self._direct: _C.File | None = None  # the same file, opened again when first read around the page cache
@@ -345,33 +345,6 @@ def _is_cached(path: str, ranges: Sequence[tuple[int, int]]) -> bool:
         return False
     finally:
         os.close(descriptor)
-
-
-class _BlockIOPool:
-    """Lends each call a BlockIO of its own, since one serves one user at a time. Thread-safe."""
-
-    def __init__(self, backend: str, request_size: int, queue_depth: int) -> None:
-        self._backend = backend
-        self._request_size = request_size
-        self._queue_depth = queue_depth
-        self._pid = os.getpid()
-        self._idle: list[_C.BlockIO] = []
-        with self.borrow():  # An unknown or refused backend is an error now, not at the first save.
-            pass
-
-    @contextmanager
-    def borrow(self) -> Iterator[_C.BlockIO]:
-        if os.getpid() != self._pid:
-            # The parent's rings and threads are of no use in a forked child.
-            self._pid, self._idle = os.getpid(), []
-        idle = self._idle
-        try:
-            block_io = idle.pop()
-        except IndexError:
-            block_io = _C.BlockIO(self._backend, request_size=self._request_size, queue_depth=self._queue_depth)
-        yield block_io
-        # Not after an error: a BlockIO that failed half-way is not used again.
-        idle.append(block_io)
 
 
 def _make_one_directory(path: str) -> None:

@@ -23,6 +23,7 @@ from distckpt.commit import sweep
 from distckpt.coordinator import Coordinator
 from distckpt.errors import CheckpointError
 from distckpt.storage import PosixStorage, Storage
+from distckpt.storage.requests import Requests
 from distckpt.testing import Crash, CrashingStorage, MemoryStorage, run_ranks
 from tests.crash.states import load_version, loaded, make_state, unexplained
 
@@ -76,7 +77,7 @@ class Roots:
 
     @staticmethod
     def _posix(path: Path) -> PosixStorage:
-        return PosixStorage(path, io_backend="threads", queue_depth=1)
+        return PosixStorage(path, io_backend="threads", writes=Requests(2 << 20, 1))
 
     def copy(self) -> Storage:
         if isinstance(self._first, MemoryStorage):

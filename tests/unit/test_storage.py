@@ -14,6 +14,7 @@ from distckpt import _C
 from distckpt.storage import PosixStorage, Storage, posix
 from distckpt.storage.contract import pattern, read_all, write_all
 from distckpt.storage.posix import PosixWriteFile
+from distckpt.storage.requests import Requests
 from distckpt.testing import Crash, CrashingStorage, MemoryStorage, StorageContract
 
 
@@ -25,7 +26,8 @@ class TestPosixStorageOnThreads(StorageContract):
 @pytest.mark.skipif("io_uring" not in _C.BLOCK_IO_BACKENDS, reason="this kernel refuses io_uring")
 class TestPosixStorageOnIoUring(StorageContract):
     def make_storage(self, tmp_path: Path) -> Storage:
-        return PosixStorage(tmp_path / "root", io_backend="io_uring", request_size=64 << 10, queue_depth=3)
+        requests = Requests(64 << 10, 3)
+        return PosixStorage(tmp_path / "root", io_backend="io_uring", writes=requests, reads=requests)
 
 
 class TestMemoryStorage(StorageContract):
@@ -269,7 +271,7 @@ class FailingFile:
 @pytest.mark.parametrize("step", ["truncate", "sync", "is_named", "close"])
 def test_failed_finish_abandons_the_file_for_good(posix_storage: PosixStorage, root: Path, step: str) -> None:
     inner = _C.File.create(str(root / "a"))
-    file = posix.PosixWriteFile("a", FailingFile(inner, step), posix_storage._pool, posix_storage._is_buffered)  # type: ignore[arg-type]
+    file = posix.PosixWriteFile("a", FailingFile(inner, step), posix_storage._writes, posix_storage._is_buffered)  # type: ignore[arg-type]
     with pytest.raises(OSError, match="Input/output error"):
         file.finish(0)
     with pytest.raises(ValueError, match="abandoned"):
@@ -285,7 +287,7 @@ def test_failed_write_abandons_the_file_for_good(posix_storage: PosixStorage, mo
             raise fail_with(errno.ENOSPC)
 
     file = posix_storage.create("a")
-    monkeypatch.setattr(posix_storage._pool, "_idle", [FailingBlockIO()])
+    monkeypatch.setattr(posix_storage._writes, "_idle", [FailingBlockIO()])
     with pytest.raises(OSError, match="No space"):
         file.write(0, b"1")
     with pytest.raises(ValueError, match="abandoned"):
@@ -498,7 +500,7 @@ def test_storage_says_when_o_direct_was_refused(root: Path) -> None:
     storage.make_directory("")
     assert storage.degraded == ()
     file = _C.File.create(str(root / "f"), direct=False)
-    PosixWriteFile("f", file, storage._pool, storage._is_buffered).finish(0)
+    PosixWriteFile("f", file, storage._writes, storage._is_buffered).finish(0)
     assert "O_DIRECT" in storage.degraded[0]
     assert str(root) in storage.degraded[0]
 
