@@ -79,20 +79,6 @@ void ChecksumBlocks(const py::object& data, const py::object& block_size, const 
   Crc32cBlocks(buffer.data(), buffer.size(), size, sums.data(), thread_count);
 }
 
-int64_t Copy(const py::object& source, const py::object& source_start, const py::object& chunk_start,
-             const py::object& target, const py::object& target_start, const py::sequence& shape,
-             const py::sequence& source_strides, const py::sequence& target_strides,
-             const py::object& item_size) {
-  const Buffer from(source, false);
-  const Buffer to(target, true);
-  const CopyRegion region{ToInt64s(shape),    ToInt64s(source_strides), ToInt64s(target_strides),
-                          ToInt64(item_size), ToInt64(chunk_start),     ToInt64(target_start)};
-  const int64_t start = ToInt64(source_start);
-  const py::gil_scoped_release release;
-  return RegionCopy(region, to.data(), static_cast<int64_t>(to.size()))
-      .CopyFrom(from.data(), start, static_cast<int64_t>(from.size()));
-}
-
 // One checksum of 4 bytes a block.
 void CheckSums(const Buffer& sums, size_t size, size_t block_size) {
   const size_t expected = BlockCount(size, block_size);
@@ -173,12 +159,12 @@ class HeldTargets {
  public:
   explicit HeldTargets(const py::sequence& targets) : targets_(ToTargets(targets, buffers_)) {}
 
-  void CopyFrom(const py::object& source, const py::object& source_start) const {
+  int64_t CopyFrom(const py::object& source, const py::object& source_start) const {
     const Buffer from(source, false);
     const size_t begin = ToCount(source_start, "source_start", 0);
     const int64_t end = CheckedAdd(static_cast<int64_t>(begin), static_cast<int64_t>(from.size()));
     const py::gil_scoped_release release;
-    targets_.CopyFrom(begin, static_cast<uint64_t>(end), from.data());
+    return targets_.CopyFrom(begin, static_cast<uint64_t>(end), from.data());
   }
 
  private:
@@ -370,9 +356,6 @@ PYBIND11_MODULE(_C, m) {
   distckpt::BindBlockIO(m);
   m.def("gather", &distckpt::GatherParts, py::arg("parts"), py::arg("target"), py::arg("offsets"),
         py::kw_only(), py::arg("threads") = 1);
-  m.def("copy_chunk", &distckpt::Copy, py::arg("source"), py::arg("source_start"), py::arg("chunk_start"),
-        py::arg("target"), py::arg("target_start"), py::arg("shape"), py::arg("source_strides"),
-        py::arg("target_strides"), py::arg("item_size"));
   py::class_<distckpt::HeldTargets>(m, "Targets")
       .def(py::init<const py::sequence&>(), py::arg("targets"))
       .def("copy_from", &distckpt::HeldTargets::CopyFrom, py::arg("source"), py::arg("source_start"));

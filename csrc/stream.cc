@@ -97,14 +97,16 @@ Targets::Targets(std::vector<RegionCopy> targets) : targets_(std::move(targets))
   }
 }
 
-void Targets::CopyFrom(uint64_t begin, uint64_t end, const uint8_t* data) const {
+int64_t Targets::CopyFrom(uint64_t begin, uint64_t end, const uint8_t* data) const {
   // From the first target of which, or of whose predecessors, one reaches past `begin`.
   const auto start = static_cast<int64_t>(begin);
   const auto stop = static_cast<int64_t>(end);
+  int64_t copied = 0;
   size_t i = std::upper_bound(reach_.begin(), reach_.end(), start) - reach_.begin();
   for (; i < targets_.size() && targets_[i].begin() < stop; ++i) {
-    if (targets_[i].end() > start) targets_[i].CopyFrom(data, start, stop - start);
+    if (targets_[i].end() > start) copied += targets_[i].CopyFrom(data, start, stop - start);
   }
+  return copied;
 }
 
 VerifyingSink::VerifyingSink(std::vector<RegionCopy> targets, size_t block_size, uint64_t end,

@@ -68,8 +68,9 @@ class Targets {
   // In ascending order of begin(), else std::invalid_argument.
   explicit Targets(std::vector<RegionCopy> targets);
 
-  // Copies what bytes [begin, end) of the file, which lie at `data`, hold of every target.
-  void CopyFrom(uint64_t begin, uint64_t end, const uint8_t* data) const;
+  // Copies what bytes [begin, end) of the file, which lie at `data`, hold of every target; returns how much
+  // that is.
+  int64_t CopyFrom(uint64_t begin, uint64_t end, const uint8_t* data) const;
 
  private:
   const std::vector<RegionCopy> targets_;

@@ -160,7 +160,7 @@ class BlockIO:
         """Read the ranges, check every block, and copy what the targets want of it.
 
         ranges: (begin, end) ascending without overlap, of whole blocks (the last block of the file ends at `end`),
-        else ValueError. expected: uint32, the CRC32C of every block of [0, end). targets: as copy_chunk takes them,
+        else ValueError. expected: uint32, the CRC32C of every block of [0, end). targets: as Targets takes them,
         (chunk_start, target, target_start, shape, source_strides, target_strides, item_size), in ascending order of
         chunk_start, else ValueError; items must not lie across a block's end. Returns None, or the first wrong block
         that was met and its checksum (None where the file ends in it or before it); nothing of a wrong block has been
@@ -171,38 +171,28 @@ class BlockIO:
 def sync_directory(path: str) -> None:
     """fsync of a directory."""
 
-def copy_chunk(
-    source: Buffer,
-    source_start: int,
-    chunk_start: int,
-    target: Buffer,
-    target_start: int,
-    shape: tuple[int, ...],
-    source_strides: tuple[int, ...],
-    target_strides: tuple[int, ...],
-    item_size: int,
-) -> int:
-    """Copy that part of a strided region which lies in a window of the source; returns the bytes copied.
-
-    `source` holds the bytes [source_start, source_start + len(source)) of a file. The region is an array of
-    `shape` items of item_size bytes; item (i, ...) lies in the file at chunk_start + sum(i * source_strides),
-    which must grow in C order (as it does for a box inside a C-ordered chunk; the innermost source stride is
-    item_size), and goes to target_start + sum(i * target_strides) of `target`, whose strides may be any,
-    negative ones included. Items that lie partly or wholly outside the window are left alone.
-    The two memories must not overlap. ValueError, before anything is copied, when any item would fall outside
-    `target`, the source strides do not grow or an argument overflows 63 bits.
-    """
-
 class Targets:
     """Regions of a file that are wanted in memory, looked at once to be copied from many windows.
 
-    Keeps the targets' buffers. Any thread may use it.
+    Each is (chunk_start, target, target_start, shape, source_strides, target_strides, item_size): an array of `shape`
+    items of item_size bytes. Item (i, ...) lies in the file at chunk_start + sum(i * source_strides), which must grow
+    in C order (as it does for a box inside a C-ordered chunk; the innermost source stride is item_size), and goes to
+    target_start + sum(i * target_strides) of `target`, whose strides may be any, negative ones included. Keeps the
+    targets' buffers. Any thread may use it.
     """
 
     def __init__(
         self,
         targets: Sequence[tuple[int, Buffer, int, tuple[int, ...], tuple[int, ...], tuple[int, ...], int]],
     ) -> None:
-        """As copy_chunk takes them and in ascending order of chunk_start, else ValueError; see read_checked."""
-    def copy_from(self, source: Buffer, source_start: int) -> None:
-        """Copy what `source`, bytes [source_start, source_start + len(source)) of the file, holds of each target."""
+        """In ascending order of chunk_start; see read_checked.
+
+        ValueError when they are not, when any item would fall outside its target, the source strides do not grow or
+        an argument overflows 63 bits.
+        """
+    def copy_from(self, source: Buffer, source_start: int) -> int:
+        """Copy what `source`, bytes [source_start, source_start + len(source)) of the file, holds of each target.
+
+        Items that lie partly or wholly outside it are left alone. The memories must not overlap. Returns the bytes
+        copied. ValueError, before anything is copied, if no file has such bytes.
+        """

@@ -48,11 +48,15 @@ class PeerFailed(Exception):
 
 
 class Host(msgspec.Struct, frozen=True):
-    """Where a rank runs: the machine, the memory file system that it sees there, and the room in that."""
+    """Where a rank runs: the machine, the memory file system that it sees there, and the room in that.
+
+    obstacle: why it can make no file in that, if it cannot.
+    """
 
     machine: str
     memory: str
     room_bytes: int
+    obstacle: str | None = None
 
 
 class HostGroup(msgspec.Struct, frozen=True):
@@ -74,9 +78,10 @@ class HostGroup(msgspec.Struct, frozen=True):
 def this_host() -> Host:
     machine = host_id()
     try:
+        os.close(os.open(DIRECTORY, os.O_TMPFILE | os.O_RDWR, 0o600))  # The others would wait for who cannot.
         status, room = os.stat(DIRECTORY), os.statvfs(DIRECTORY)
     except OSError as error:
-        return Host(machine, f"none: {error}", 0)
+        return Host(machine, "none", 0, f"no shared memory: {error}")
     # Containers of one machine usually have a memory file system each; a device number is unique while it lives.
     return Host(machine, f"{status.st_dev} of user {os.getuid()}", room.f_bavail * room.f_frsize)
 
@@ -95,7 +100,9 @@ def group_ranks(hosts: Sequence[Host], row_bytes: int) -> list[HostGroup]:
         fitting = [w for w in WINDOW_SIZES if sizes[w] <= room // 2]  # Half of it: others use it too.
         window_bytes = next((w for w in fitting if len(ranks) * SLOTS * w <= RINGS_BYTES), min(fitting, default=0))
         obstacle = None
-        if len(ranks) < of_machine[machine]:
+        if hosts[ranks[0]].obstacle is not None:
+            obstacle = hosts[ranks[0]].obstacle
+        elif len(ranks) < of_machine[machine]:
             obstacle = f"only {len(ranks)} of the {of_machine[machine]} ranks of this host share one {DIRECTORY}"
         elif not fitting and len(ranks) > 1:
             obstacle = f"{DIRECTORY} has room for {room} bytes, {2 * min(sizes.values())} are needed to share reads"

@@ -246,7 +246,8 @@ class Save:
             if self._order is None:
                 self.plan()
             self.hold()
-            self._write()
+            with self._heartbeat():
+                self._write()
             self.staged.set()
         elif self._snapshot is None or not self._snapshot.is_left:
             self.staged.set()
@@ -327,10 +328,8 @@ class Save:
 
     def _commit(self) -> SaveReport:
         started, written_s = time.perf_counter(), self._seconds["write"]
-        marker = pending_marker(self.iteration, self.save_id)
-        is_leader = self.context.coordinator.rank == 0
         try:
-            with Heartbeat(self.context.storage, marker, active=is_leader):
+            with self._heartbeat():
                 self._write()
                 outcome = self._agree(f"commit {self.save_id}", self._tell, self._decide_commit, Written, _Outcome)
         except BaseException as error:
@@ -339,6 +338,10 @@ class Save:
             raise
         self._seconds["commit"] = time.perf_counter() - started - (self._seconds["write"] - written_s)
         return self._report(outcome)
+
+    def _heartbeat(self) -> Heartbeat:
+        marker = pending_marker(self.iteration, self.save_id)
+        return Heartbeat(self.context.storage, marker, active=self.context.coordinator.rank == 0)
 
     def _write(self) -> None:
         """Write this rank's files, once. A failure is raised in the agreement on the commit."""

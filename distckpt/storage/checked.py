@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import Buffer
 
-from distckpt._C import Memory, copy_chunk, crc32c_blocks
+from distckpt._C import Memory, Targets, crc32c_blocks
 from distckpt.storage.port import ReadFile, WriteFile
 
 WINDOW_BYTES = 8 << 20
@@ -108,6 +108,7 @@ def read_checked(
     if isinstance(file, CheckedReadFile):
         return file.read_checked(ranges, block_bytes, end, expected.data, targets)
     memory = memoryview(Memory(WINDOW_BYTES))
+    wanted = Targets(targets)
     for begin, stop in ranges:
         for at in range(begin, stop, WINDOW_BYTES):
             window = memory[: min(stop - at, WINDOW_BYTES)]
@@ -121,6 +122,5 @@ def read_checked(
             bad = np.flatnonzero(found != expected[first : first + count])
             if len(bad):
                 return first + int(bad[0]), int(found[bad[0]])
-            for chunk_start, target, target_start, shape, source_strides, target_strides, item in targets:
-                copy_chunk(window, at, chunk_start, target, target_start, shape, source_strides, target_strides, item)
+            wanted.copy_from(window, at)
     return None

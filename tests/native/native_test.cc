@@ -36,7 +36,8 @@ void TestChecksumKernelsAgreeAndStayInBounds() {
   for (const distckpt::Crc32cKernel& kernel : distckpt::Crc32cKernels()) {
     CHECK(distckpt::Crc32cBy(kernel, 0, "123456789", 9) == 0xE3069283);
     InThreads(4, [&](int seed) {
-      for (const size_t size : {0, 1, 7, 8, 9, 255, 256, 320, 321, 511, 767, 768, 769, 24576, 24583, 100000}) {
+      for (const size_t size :
+           {0, 1, 7, 8, 9, 255, 256, 320, 321, 511, 767, 768, 769, 24576, 24583, 100000}) {
         const Bytes exact = Random(size, static_cast<uint64_t>(seed));  // The sanitizer guards both ends.
         const uint32_t expected = distckpt::Crc32cBy(portable, 5, exact.data(), size);
         CHECK(distckpt::Crc32cBy(kernel, 5, exact.data(), size) == expected);

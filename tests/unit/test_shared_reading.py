@@ -237,6 +237,24 @@ def test_memory_that_one_rank_does_not_get_makes_all_read_alone(
     assert {report.not_shared for report in reports} == {f"{directory} is full"}
 
 
+def test_rank_that_can_make_no_file_in_memory_is_waited_for_by_nobody(
+    stored: MemoryStorage, directory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = os.path.join(directory, "not a directory")
+    Path(refused).touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(host_group, "DIRECTORY", refused)
+        without = host_group.this_host()
+    os.unlink(refused)
+    monkeypatch.setattr(loading, "this_host", lambda: without if threading_name() == "1" else host_group.this_host())
+    reports = run_ranks(3, lambda coordinator: load(stored, coordinator, replicas))
+    assert [report.not_shared for report in reports] == [
+        (others := f"only 2 of the 3 ranks of this host share one {directory}"),
+        f"no shared memory: [Errno 20] Not a directory: {refused!r}",
+        others,
+    ]
+
+
 @pytest.mark.parametrize("victims", [{0}, {2}, {0, 1, 2}])
 def test_memory_that_one_rank_cannot_open_makes_all_read_alone(
     stored: MemoryStorage, victims: set[int], monkeypatch: pytest.MonkeyPatch

@@ -1,4 +1,4 @@
-"""copy_chunk against numpy: any shape, any cut of the source into windows, any target strides."""
+"""A region of Targets against numpy: any shape, any cut of the source into windows, any target strides."""
 
 from __future__ import annotations
 
@@ -46,17 +46,10 @@ class Case:
         return self.target.__array_interface__["data"][0] - self.memory.__array_interface__["data"][0]
 
     def copy(self, window: bytes | np.ndarray, window_start: int) -> int:
-        return _C.copy_chunk(
-            window,
-            window_start,
-            self.first_item,
-            self.memory,
-            self.target_start,
-            self.target.shape,
-            self.source_strides,
-            self.target.strides,
-            self.item_size,
-        )
+        target = self.memory, self.target_start
+        strides = self.source_strides, self.target.strides
+        region = (self.first_item, *target, self.target.shape, *strides, self.item_size)
+        return _C.Targets([region]).copy_from(window, window_start)
 
     def items_inside(self, begin: int, end: int) -> np.ndarray:
         """Which items of the box lie wholly in [begin, end) of the file."""
@@ -147,9 +140,9 @@ def test_windows_cut_at_items_in_any_order_copy_everything_once(case: Case, data
 
 
 def copy(source=bytes(64), start=0, chunk=0, target=None, at=0, shape=(4, 4), strides=(16, 4), to=(16, 4), item=4):
-    """copy_chunk with defaults that fit; what a test names is wrong."""
+    """One region, with defaults that fit; what a test names is wrong."""
     target = bytearray(64) if target is None else target
-    return _C.copy_chunk(source, start, chunk, target, at, shape, strides, to, item)
+    return _C.Targets([(chunk, target, at, shape, strides, to, item)]).copy_from(source, start)
 
 
 def test_scalar_is_one_item() -> None:
