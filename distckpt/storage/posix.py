@@ -263,14 +263,12 @@ class PosixWriteFile:
 
 
 class PosixReadFile:
-    """One open file: small reads go through the page cache, checked ones around it unless the file lies in it.
-
-    Not thread-safe.
-    """
+    """One open file: small reads go through the page cache, checked ones around it unless the file lies in it."""
 
     def __init__(self, name: str, file: _C.File, pool: BlockIOPool, cached_pool: BlockIOPool) -> None:
         self._name = name
         self._file = file
+        self._lock = threading.Lock()  # of the next one
         self._direct: _C.File | None = None  # the same file, opened again when first read around the page cache
         self._size_bytes = file.size
         self._pool = pool
@@ -314,17 +312,18 @@ class PosixReadFile:
 
     def _opened_direct(self) -> _C.File | None:
         """The same file, to be read around the page cache; None if its name leads elsewhere by now."""
-        if self._direct is None:
-            path = self._file.path
-            try:
-                direct = _C.File.open(path, direct=True)
-            except FileNotFoundError:
-                return None
-            if not self._file.is_named(path):
-                direct.close()
-                return None
-            self._direct = direct
-        return self._direct
+        with self._lock:
+            if self._direct is None:
+                path = self._file.path
+                try:
+                    direct = _C.File.open(path, direct=True)
+                except FileNotFoundError:
+                    return None
+                if not self._file.is_named(path):
+                    direct.close()
+                    return None
+                self._direct = direct
+            return self._direct
 
     def close(self) -> None:
         if self._direct is not None:
