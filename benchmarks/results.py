@@ -105,7 +105,7 @@ def limits_of(answer: Answer) -> Limits:
     }
     checksum_cost = {
         "save": transfers["write_checked"].median_s / transfers["write"].median_s - 1,
-        "load": transfers["read_checked"].median_s / transfers["read"].median_s - 1,
+        "load": transfers["read_checked"].median_s / transfers["read_copied"].median_s - 1,
     }
     return Limits(transfers=transfers, checksum_cost=checksum_cost, notes=answer.notes)
 

@@ -5,6 +5,8 @@
 #include <thread>
 #include <utility>
 
+#include "bulk_copy.h"
+
 namespace distckpt {
 namespace {
 
@@ -65,8 +67,8 @@ void MemoryRequests::Fill(const Piece& piece, uint8_t* bounce) {
 bool MemoryRequests::Empty(const Piece& piece, uint64_t end, const uint8_t* bounce) {
   end = std::min(end, piece.user_end);
   if (end > piece.user_begin) {
-    std::memcpy(memory_ + (piece.user_begin - offset_), bounce + (piece.user_begin - piece.begin),
-                end - piece.user_begin);
+    BulkCopy(memory_ + (piece.user_begin - offset_), bounce + (piece.user_begin - piece.begin),
+             end - piece.user_begin);
   }
   return true;
 }

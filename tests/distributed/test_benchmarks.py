@@ -94,7 +94,7 @@ def test_command_writes_a_report_and_leaves_nothing_else(tmp_path: Path) -> None
     assert {path.name for path in out.iterdir()} == {"results.json", "results.md", "results.html", "1-sync.png"}
     record = read_record(out / "results.json")
     [section] = record.sections
-    assert set(section.limits.transfers) == {"copy", "write", "write_checked", "read", "read_checked"}
+    assert set(section.limits.transfers) == {"copy", "write", "write_checked", "read", "read_copied", "read_checked"}
     assert {name: set(result.figures) for name, result in section.engines.items()} == {"distckpt": figures("sync")}
     page = (out / "results.html").read_text()
     assert "http" not in page.replace("http://www.w3.org", "")  # nothing is fetched

@@ -213,7 +213,8 @@ def record() -> Record:
     limits_answer.samples = {
         "write": [0.5],
         "write_checked": [0.6],
-        "read": [0.4],
+        "read": [0.3],
+        "read_copied": [0.4],
         "read_checked": [0.4],
         "copy": [0.1],
     }
