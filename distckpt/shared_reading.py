@@ -15,8 +15,9 @@ The protocol, over the board of distckpt.host_group:
 
 Nobody waits for ever. Look at the first window of the list that not everybody who needs it has taken. If it is not
 published, its publisher's earlier ones are taken, so its slot is free, and nothing that it is to be published after is
-left: it can go on. If it is published, whoever has not taken it has taken all before, and can go on. So some thread can always do something,
-each of these things ends, and there are finitely many. A rank that stops or dies is found by the same look.
+left: it can go on. If it is published, whoever has not taken it has taken all before, and can go on. So some thread can
+always do something, each of these things ends, and there are finitely many. A rank that stops or dies is found by the
+same look.
 
 Nothing unchecked is taken: a slot has what passed the checksums, and who meets damage, or fails in any other way,
 marks the board instead of publishing.
