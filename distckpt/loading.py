@@ -41,7 +41,7 @@ from distckpt.matching import (
 )
 from distckpt.meta import is_meta_module, make_module_real
 from distckpt.open_files import read_files
-from distckpt.reader import Wanted, open_checked, plan_reads, read_chunks, read_per_rank
+from distckpt.reader import Wanted, check_files_hold, open_checked, plan_reads, read_chunks, read_per_rank
 from distckpt.report import LoadReport
 from distckpt.ring import fill_through_ring
 from distckpt.sharded_tensor import Shard
@@ -323,6 +323,8 @@ class Load:
     def _read_own(self, directory: str, index: Index, board: Board) -> None:
         self._make_modules_real(index)
         storage, request = self.context.storage, self._request
+        whole = sum(index.tensors[key].size_bytes for key in request.whole if key in index.tensors)
+        check_files_hold(storage, directory, index, whole)
         targets = self._targets(index, request)
         self._fill(directory, index, targets, board)
         self._size_bytes = sum(t.data.nbytes for t in targets)

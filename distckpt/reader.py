@@ -309,6 +309,22 @@ def open_checked(storage: Storage, directory: str, index: Index, reads: FileRead
     return file
 
 
+def check_files_hold(storage: Storage, directory: str, index: Index, size_bytes: int) -> None:
+    """Before memory is taken for so many bytes of its tensors: that there are files which can hold them.
+
+    Raises CorruptionError or OSError. The index itself has been checked to name files of as many bytes as its tensors.
+    """
+    for expected in index.files:
+        if size_bytes <= 0:
+            return
+        file = storage.open(f"{directory}/{expected.name}")
+        found = file.size_bytes
+        file.close()
+        if found != expected.size_bytes:
+            raise CorruptionError(f"{file.name}: {found} bytes, the index says {expected.size_bytes}")
+        size_bytes -= found
+
+
 def read_per_rank(storage: Storage, directory: str, index: Index, number: int) -> dict[str, msgspec.Raw]:
     """The per-rank values in a shard file: key -> encoded value. Raises CorruptionError or OSError."""
     start, size = index.files[number].per_rank

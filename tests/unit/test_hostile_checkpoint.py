@@ -27,6 +27,7 @@ from distckpt import (
     LoadReport,
     PerRank,
     ShardedTensor,
+    loading,
 )
 from distckpt._C import crc32c, crc32c_blocks
 from distckpt.chunk_table import page_checksums
@@ -464,6 +465,23 @@ def test_header_and_index_disagree_on_the_dtype(files: Files) -> None:
     storage_dtype = forge_index(files, lambda fields: fields["tensors"]["w"].update(dtype="int32"))
     with pytest.raises(CorruptionError, match=r"have I32 \[4, 3\] 'w@0,0' at byte \d+, the file's own header F32"):
         read(storage_dtype)
+
+
+def test_no_memory_is_taken_for_tensors_that_the_files_cannot_hold(
+    files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def enlarge(fields: Any) -> None:
+        file = fields["files"][1]
+        file["checksum_start"] = 1 << 42
+        file["size_bytes"] = (1 << 42) + 4 * ((1 << 42) // BLOCK_BYTES)
+        fields["tensors"]["model/bias"]["global_shape"] = [1 << 40]
+
+    def fail(*_: object) -> None:
+        raise AssertionError("memory was taken")
+
+    monkeypatch.setattr(loading, "empty_tensors", fail)
+    with pytest.raises(CorruptionError, match=r"shard-00001.*: \d+ bytes, the index says 4398063288320"):
+        read(forge_index(files, enlarge))
 
 
 def test_header_and_index_disagree_on_the_key(files: Files) -> None:
