@@ -287,7 +287,7 @@ class PosixReadFile:
         if offset < 0:
             raise ValueError(f"{self._file.path}: read offset {offset} is negative")
         wanted = memoryview(buffer).nbytes
-        with self._pool.borrow() as block_io:
+        with self._cached_pool.borrow() as block_io:
             count = block_io.read(self._file, offset, buffer)
         if count != wanted:
             raise EOFError(
