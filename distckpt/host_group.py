@@ -32,7 +32,7 @@ from distckpt.host import host_id
 DIRECTORY = "/dev/shm"
 JOIN_TIMEOUT_S = 30.0
 WINDOW_SIZES = (4 << 20, 2 << 20, 1 << 20)
-SLOTS = 4  # of a rank's ring: two are read into while two are taken from
+SLOTS = 2  # of a rank's ring: one is filled while the other is taken from
 RINGS_BYTES = 32 << 20  # of all ranks, unless the smallest windows take more: each page costs each rank a fault
 
 _PAUSES_S = (0.0, 20e-6, 1e-3)  # first, second, longest

@@ -6,7 +6,6 @@ that is read is checked against that table.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -40,7 +39,7 @@ ExpectedEntry: TypeAlias = tuple[int, str, str, tuple[int, ...]]
 
 
 class CheckedFile:
-    """A shard file whose header and checksum table agree with the index. A context manager; any thread may copy.
+    """A shard file whose header and checksum table agree with the index. A context manager.
 
     Raises CorruptionError on entry when they do not, OSError when it cannot be read.
     """
@@ -48,7 +47,6 @@ class CheckedFile:
     def __init__(self, storage: Storage, directory: str, expected: ShardFile) -> None:
         self._expected = expected
         self._file: ReadFile = storage.open(f"{directory}/{expected.name}")
-        self._lock = threading.Lock()
         self.bytes_read = 0
         try:
             self._check()
@@ -114,8 +112,7 @@ class CheckedFile:
         """Read ranges of whole blocks, check them, and copy what the targets want. Raises CorruptionError, OSError."""
         end = self._expected.checksum_start
         bad = read_checked(self._file, ranges, BLOCK_BYTES, end, self._table, targets)
-        with self._lock:
-            self.bytes_read += sum(stop - begin for begin, stop in ranges)
+        self.bytes_read += sum(stop - begin for begin, stop in ranges)
         if bad is None:
             return
         block, found = bad

@@ -5,19 +5,17 @@ The protocol, over the board of distckpt.host_group:
 1. Each rank tells the group, as a bitmap, which blocks it needs. All compute from that the same list of shared
    windows: what several need of an aligned piece of a file, in order of file and position; and who publishes each, one
    of those who need it.
-2. Threads of each rank read the windows that it is to publish, check them, and lay the k-th into slot k % SLOTS of its
-   ring. They are begun in the order of the list, as soon as their slots are free, and some are read at once, so that
-   the disk has work while one is checked. In that order, too, it stores after each how far it has published.
-3. Another thread takes what it needs from the windows in the order of the list, its own ones included, as soon as their
+2. A thread of each rank reads the windows that it is to publish in the order of the list, checks them, and lays the
+   k-th into slot k % SLOTS of its ring. After each it stores how far in the list it has published.
+3. Another takes what it needs from the windows in the order of the list, its own ones included, as soon as their
    publishers have stored a number beyond theirs. After each it stores how far in the list it has taken.
 4. A slot is filled anew when all who need the window in it have stored that they have taken it.
 5. What one rank alone needs it reads for itself after all that, straight into its targets.
 
 Nobody waits for ever. Look at the first window of the list that not everybody who needs it has taken. If it is not
-published, its publisher's earlier ones are taken, so its slot is free, and nothing that it is to be published after is
-left: it can go on. If it is published, whoever has not taken it has taken all before, and can go on. So some thread can
-always do something, each of these things ends, and there are finitely many. A rank that stops or dies is found by the
-same look.
+published, its publisher has published its earlier ones, and they are taken, so the slot is free: it can go on. If it
+is published, whoever has not taken it has taken all before, and can go on. So some thread can always do something,
+each of these things ends, and there are finitely many. A rank that stops or dies is found by the same look.
 
 Nothing unchecked is taken: a slot has what passed the checksums, and who meets damage, or fails in any other way,
 marks the board instead of publishing.
@@ -26,7 +24,7 @@ marks the board instead of publishing.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -40,7 +38,6 @@ from distckpt.open_files import OpenFile, OpenFiles, read_files
 from distckpt.reader import FileReads
 from distckpt.shard_file import BLOCK_BYTES
 
-_READERS = 2  # windows that a rank reads at once
 _NOT_WORTH_SHARING = 0.04  # of the bytes that are needed: as much may be read twice
 
 Bits = npt.NDArray[np.bool_]
@@ -188,28 +185,19 @@ class _SharedPass:
             raise
 
     def _publish_all(self) -> None:
-        last: Future[None] | None = None
-        with ThreadPoolExecutor(_READERS, "distckpt-read") as readers:
-            try:
-                for number, window in enumerate(self._to_publish):
-                    if number >= SLOTS:
-                        before = self._to_publish[number - SLOTS]
-                        is_free = partial(self._all_have_taken, before, self._windows.users(before))
-                        self._board.wait(is_free, self._find_culprit)
-                    last = readers.submit(self._stop_all_on_error, partial(self._publish, window, last))
-            finally:
-                if last is not None:
-                    last.result()  # Of several errors that of the first window that failed, which is the reason.
-
-    def _publish(self, window: int, previous: Future[None] | None) -> None:
-        begin, size = self._windows.begin(window), self._size(window)
-        slot = self._board.slot(self._board.position, int(self._windows.slot[window]), size)
-        file = self._files.file(int(self._windows.file[window]))
-        file.copy(self._windows.ranges(window, self._index), [(begin, slot, 0, (size,), (1,), (1,), 1)])
-        if previous is not None:
-            previous.result()
-        self._board.publish(window + 1)
-        self._published += 1
+        for number, window in enumerate(self._to_publish):
+            if number >= SLOTS:
+                previous = self._to_publish[number - SLOTS]
+                self._board.wait(
+                    partial(self._all_have_taken, previous, self._windows.users(previous)), self._find_culprit
+                )
+            begin, size = self._windows.begin(window), self._size(window)
+            slot = self._board.slot(self._board.position, int(self._windows.slot[window]), size)
+            ranges = self._windows.ranges(window, self._index)
+            file = self._files.file(int(self._windows.file[window]))
+            file.copy(ranges, [(begin, slot, 0, (size,), (1,), (1,), 1)])
+            self._board.publish(window + 1)
+            self._published += 1
 
     def _all_have_taken(self, window: int, users: Sequence[int]) -> bool:
         return all(self._board.taken(user) > window for user in users)

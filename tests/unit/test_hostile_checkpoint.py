@@ -472,6 +472,7 @@ def test_no_memory_is_taken_for_tensors_that_the_files_cannot_hold(
 ) -> None:
     def enlarge(fields: Any) -> None:
         file = fields["files"][1]
+        file["per_rank"] = [1 << 42, 0]
         file["checksum_start"] = 1 << 42
         file["size_bytes"] = (1 << 42) + 4 * ((1 << 42) // BLOCK_BYTES)
         fields["tensors"]["model/bias"]["global_shape"] = [1 << 40]

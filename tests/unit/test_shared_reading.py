@@ -207,8 +207,8 @@ def test_rings_are_smaller_where_there_are_many_ranks_or_little_room() -> None:
     def window(size: int, room: int) -> int:
         return group_ranks([Host("a", "1", room)] * size, 100)[0].window_bytes >> 20
 
-    assert [window(size, 1 << 30) for size in (2, 4, 8, 16, 64)] == [4, 2, 1, 1, 1]
-    assert [window(4, room << 20) for room in (65, 33, 32, 1)] == [2, 1, 0, 0]
+    assert [window(size, 1 << 30) for size in (2, 4, 8, 16, 64)] == [4, 4, 2, 1, 1]
+    assert [window(4, room << 20) for room in (65, 33, 17, 16, 1)] == [4, 2, 1, 0, 0]
     assert SLOTS * 4 << 20 <= 32 << 20  # beside the 32 MiB in which a BlockIO reads
 
 
