@@ -29,7 +29,7 @@ from rich.table import Table
 from benchmarks.machine import commit, describe_machine, versions
 from benchmarks.scale_dcp import global_plan, local_plans, metadata_file, read_items
 from benchmarks.world import COLUMNS, ROWS, World
-from distckpt.assembling import Commitment, Written, chunk_table_of, index_of
+from distckpt.assembling import Commitment, Written, chunk_records, index_of
 from distckpt.index import ShardFile, decode_index, encode_index
 from distckpt.planner import RankShards, RankValues, SavePlan, check_replicas, join_values, plan_save
 from distckpt.reader import Wanted, plan_reads, read_chunks
@@ -122,11 +122,11 @@ def _assemble(measured: Measured, world: World, plan: SavePlan) -> tuple[bytes, 
     with measured.step("decode reports"):
         written = [msgspec.msgpack.decode(report, type=Written) for report in reports]
     with measured.step("chunk table"):
-        table, data, places = chunk_table_of(plan, written, SAVE_ID)
+        records = chunk_records(plan, written)
     with measured.step("index"):
         who = Commitment(SAVE_ID, 1, 1, 1, None, world.ranks, b"null")
-        encoded = encode_index(index_of(who, plan, {}, written, table, places))
-    return encoded, table.name, data
+        encoded = encode_index(index_of(who, plan, {}, written, records))
+    return encoded, records.table(SAVE_ID).name, records.content
 
 
 def _written(world: World, plan: SavePlan, rank: int) -> Written:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -42,23 +43,47 @@ class Commitment:
     metadata: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class ChunkRecords:
+    """What an index says of chunks: the bytes of the chunk table and the tensors that they are of.
+
+    digest: of the files and places that the ranks told.
+    """
+
+    plan: SavePlan
+    digest: bytes
+    content: bytes
+    records_bytes: int
+    trailer_crc: int
+    tensors: dict[str, TensorEntry]
+
+    def table(self, save_id: str) -> ChunkTable:
+        """The table as the index names it."""
+        return ChunkTable(
+            name=f"chunks-{save_id}.bin",
+            size_bytes=len(self.content),
+            records_bytes=self.records_bytes,
+            trailer_crc=self.trailer_crc,
+        )
+
+
 @postponed_collection()
-def chunk_table_of(
-    plan: SavePlan, ranks: Sequence[Written], save_id: str
-) -> tuple[ChunkTable, bytes, dict[str, tuple[int, int]]]:
-    """The chunk table as the index names it, its bytes, and where each tensor's record lies in them."""
-    records = _records(plan, ranks)
+def chunk_records(plan: SavePlan, ranks: Sequence[Written], earlier: ChunkRecords | None = None) -> ChunkRecords:
+    """The records of a save whose files are all written. They are `earlier`, of another save, if that had the same plan
+    and its chunks lay where they lie now, as they do while headers keep their length."""
+    locations = _locations(plan, ranks)
+    digest = hashlib.blake2b(b"".join(column.tobytes() for column in locations), digest_size=16).digest()
+    if earlier is not None and earlier.plan is plan and earlier.digest == digest:
+        return earlier
+    records = _records(plan, *locations)
     positions = np.cumsum([0] + [len(record) for record in records.values()]).tolist()
     body = b"".join(records.values())
     trailer = page_checksums(body)
-    table = ChunkTable(
-        name=f"chunks-{save_id}.bin",
-        size_bytes=len(body) + len(trailer),
-        records_bytes=len(body),
-        trailer_crc=crc32c(trailer),
-    )
-    places = {key: (at, len(record)) for (key, record), at in zip(records.items(), positions, strict=False)}
-    return table, body + trailer, places
+    tensors = {
+        key: TensorEntry(**msgspec.structs.asdict(spec), record=(at, len(records[key])))
+        for (key, spec), at in zip(plan.specs.items(), positions, strict=False)
+    }
+    return ChunkRecords(plan, digest, body + trailer, len(body), crc32c(trailer), tensors)
 
 
 @postponed_collection()
@@ -67,8 +92,7 @@ def index_of(
     plan: SavePlan,
     values: Mapping[str, bytes],
     ranks: Sequence[Written],
-    table: ChunkTable,
-    places: Mapping[str, tuple[int, int]],
+    records: ChunkRecords,
 ) -> Index:
     """The index of a save whose files are all written. values: the joined ones."""
     files = [file for written in ranks for file in written.files]
@@ -84,9 +108,7 @@ def index_of(
         created_unix_s=time.time(),
         world_size=who.world_size,
         mesh=plan.mesh,
-        tensors={
-            key: TensorEntry(**msgspec.structs.asdict(spec), record=places[key]) for key, spec in plan.specs.items()
-        },
+        tensors=records.tensors,
         values=raw_json(values),
         metadata=msgspec.Raw(who.metadata),
         per_rank={
@@ -98,7 +120,7 @@ def index_of(
             for key, entry in plan.per_rank.items()
         },
         files=tuple(files),
-        chunk_table=table,
+        chunk_table=records.table(who.save_id),
     )
 
 
@@ -107,9 +129,8 @@ def raw_json(encoded: Mapping[str, bytes]) -> dict[str, msgspec.Raw]:
     return {key: msgspec.Raw(text) for key, text in encoded.items()}
 
 
-def _records(plan: SavePlan, ranks: Sequence[Written]) -> dict[str, bytes]:
-    """Each tensor's chunk table record, by key."""
-    starts, file_of, start_of = _locations(plan, ranks)
+def _records(plan: SavePlan, starts: Int64Array, file_of: Int64Array, start_of: Int64Array) -> dict[str, bytes]:
+    """Each tensor's chunk table record, by key, in the order of the plan."""
     records: dict[int, bytes] = {}
     keys = list(plan.specs)
     for columns in plan.columns:

@@ -383,9 +383,10 @@ class Load:
         for leaf, entry in request.tensors:
             if leaf.materialize is not None:
                 leaf.shards, leaf.materialize = leaf.materialize(self.device), None
+            is_whole = leaf.spec.global_shape == entry.global_shape  # Then its boxes are inside: they were made so.
             for shard in leaf.shards:
-                target = _clip(shard, entry)
-                if target is not None:
+                target = (shard.box, shard.data) if is_whole else _clip(shard, entry)
+                if target is not None and target[1].numel():
                     targets.append(Wanted(leaf.key, *target))
         request.whole_tensors = empty_tensors(index, request.whole)
         for key, tensor in request.whole_tensors.items():
@@ -448,9 +449,7 @@ def _is_damage(error: CorruptionError | OSError) -> bool:
 
 
 def _clip(shard: Shard, entry: TensorEntry) -> tuple[Box, Tensor] | None:
-    """The part of a shard that is stored (all of it, but for allow_shape_mismatch), and the view of its data."""
-    if shard.box.size and shard.box.is_inside(entry.global_shape):
-        return shard.box, shard.data
+    """The part that is stored of a shard whose tensor has another shape, and the view of its data."""
     box = intersect(shard.box, Box.whole(entry.global_shape))
     if box is None:
         return None

@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 
 from distckpt.arena import Arena
-from distckpt.assembling import Commitment, Written, chunk_table_of, index_of, raw_json
+from distckpt.assembling import ChunkRecords, Commitment, Written, chunk_records, index_of, raw_json
 from distckpt.commit import CommitFailed, Writer, discard, iteration_directory, new_save_id, pending_marker, sweep
 from distckpt.coordinator import Coordinator, agree
 from distckpt.describing import Description, describe
@@ -55,7 +55,8 @@ class _Outcome(msgspec.Struct, frozen=True):
 
 @dataclass(slots=True)
 class SaveContext:
-    """What saves work with, and what one leaves to the next: the share, rank 0's writer, the parent's save_id."""
+    """What saves work with, and what one leaves to the next: the share, rank 0's writer and its records of chunks, the
+    parent's save_id."""
 
     storage: Storage
     coordinator: Coordinator
@@ -68,6 +69,7 @@ class SaveContext:
     transports: Transports
     share: Share | None = None
     writer: Writer | None = None
+    records: ChunkRecords | None = None
     parent: str | None = None
 
 
@@ -432,11 +434,11 @@ class Save:
             metadata=self._metadata,
         )
         try:
-            table, data, places = chunk_table_of(plan, ranks, self.save_id)
-            name = f"{iteration_directory(self.iteration)}/{table.name}"
-            with new_file(self.context.storage, name, len(data)) as file:
-                file.write(0, data)
-            writer.publish(index_of(who, plan, self._values, ranks, table, places))
+            records = self.context.records = chunk_records(plan, ranks, self.context.records)
+            name = f"{iteration_directory(self.iteration)}/{records.table(self.save_id).name}"
+            with new_file(self.context.storage, name, len(records.content)) as file:
+                file.write(0, records.content)
+            writer.publish(index_of(who, plan, self._values, ranks, records))
         except CommitFailed as error:
             raise DistributedError(
                 f"saving iteration {self.iteration}: {error}",
@@ -451,7 +453,7 @@ class Save:
             phase: max(((rank, w.seconds.get(phase, 0.0)) for rank, w in enumerate(ranks)), key=lambda item: item[1])
             for phase in ("plan", "stage", "write")
         }
-        total = sum(file.size_bytes for written in ranks for file in written.files) + table.size_bytes
+        total = sum(file.size_bytes for written in ranks for file in written.files) + len(records.content)
         return [_Outcome(total, slowest)] * len(ranks)
 
     def _discard(self) -> None:
