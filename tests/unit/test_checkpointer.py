@@ -124,6 +124,23 @@ def test_heartbeat_goes_on_after_an_error(monkeypatch: pytest.MonkeyPatch) -> No
             assert touched.acquire(timeout=60)
 
 
+def test_save_that_is_written_in_the_call_shows_that_it_is_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    touched = threading.Event()
+
+    class Slow(MemoryStorage):
+        def touch(self, name: str) -> None:
+            super().touch(name)
+            touched.set()
+
+        def create(self, name: str, *, size_hint: int = 0) -> MemoryWriteFile:
+            assert "shard-" not in name or touched.wait(timeout=20)
+            return super().create(name, size_hint=size_hint)
+
+    monkeypatch.setattr(heartbeat, "HEARTBEAT_S", 0.001)
+    with Checkpointer(Slow(), max_staging_bytes=0) as checkpointer:
+        checkpointer.async_save(make_state(), iteration=1).wait()
+
+
 # Closing
 
 

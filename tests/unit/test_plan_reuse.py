@@ -98,6 +98,20 @@ def test_one_plan_serves_all_saves_of_one_structure(plans: list[int], is_async: 
         check_stored(storage, float(iteration), iteration)
 
 
+def test_chunks_that_a_longer_header_moves_are_found_where_they_lie(plans: list[int]) -> None:
+    storage = MemoryStorage()
+    notes = {1: "short", 2: "long" * 5000, 3: "short"}
+
+    def run(checkpointer: Checkpointer, rank: int) -> None:
+        for iteration, note in notes.items():
+            checkpointer.save(make_state(rank, float(iteration), note=note), iteration=iteration)
+
+    assert on_ranks(2, storage, run) == [None, None]
+    assert plans == [2]
+    for iteration in notes:
+        check_stored(storage, float(iteration), iteration)
+
+
 def test_prepare_makes_the_plan_of_the_first_save(plans: list[int]) -> None:
     storage = MemoryStorage()
 
