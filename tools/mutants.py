@@ -371,8 +371,8 @@ MUTANTS = (
     Mutant(
         "shared reads: who can make no file in memory is waited for",
         "distckpt/host_group.py",
-        "        os.close(os.open(DIRECTORY, os.O_TMPFILE | os.O_RDWR, 0o600))  # The others would wait for who cannot.\n",
-        "",
+        "        os.close(os.open(DIRECTORY, os.O_TMPFILE | os.O_RDWR, 0o600))",
+        "        os.close(os.dup(2))",
         SHARED_READING,
     ),
     Mutant(
