@@ -280,9 +280,8 @@ class Checkpointer:
             return
         if save.before_change():
             return
-        started = time.perf_counter()
+        save.waiting_since = time.perf_counter()
         pending.wait_staged()
-        save.stall_s += time.perf_counter() - started
 
     def _label(self, verb: str) -> str:
         self._check_open(verb)

@@ -12,6 +12,7 @@ import operator
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -55,8 +56,7 @@ class _Outcome(msgspec.Struct, frozen=True):
 
 @dataclass(slots=True)
 class SaveContext:
-    """What saves work with, and what one leaves to the next: the share, rank 0's writer and its records of chunks, the
-    parent's save_id."""
+    """What saves work with, and what one leaves to the next. writer, records: rank 0's; parent: a save_id."""
 
     storage: Storage
     coordinator: Coordinator
@@ -86,7 +86,8 @@ class Save:
     label: str
     unseen: BaseException | None = None  # of an earlier save: raised everywhere if any rank has not seen it
     staged: threading.Event = field(default_factory=threading.Event)  # set when the state may change
-    stall_s: float = 0.0  # how long the caller has waited; kept by the caller
+    stall_s: float = 0.0  # how long the caller has waited; kept by the caller until finish()
+    waiting_since: float | None = None  # when the caller began to wait for `staged`, if it does
     _metadata: bytes = b"null"
     _described: Description | None = None
     _share: Share | None = None
@@ -326,6 +327,8 @@ class Save:
                 if snapshot.is_under_way:
                     self.context.arena.abandon()
         finally:
+            if self.waiting_since is not None:  # Here, and not when the caller wakes up: the save may have ended then.
+                self.stall_s += time.perf_counter() - self.waiting_since
             self.staged.set()
 
     def _commit(self) -> SaveReport:
@@ -459,10 +462,8 @@ class Save:
     def _discard(self) -> None:
         """After a failure: rank 0 removes what was written, as far as it can; the next sweep takes the rest."""
         if self.context.coordinator.rank == 0 and self._order is not None:
-            try:
+            with suppress(OSError):
                 discard(self.context.storage, self.iteration, self.save_id)
-            except OSError:
-                return
 
     def _report(self, outcome: _Outcome) -> SaveReport:
         s = self._seconds

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distckpt import Checkpointer, CheckpointError, staging
+from distckpt import Checkpointer, CheckpointError, PendingSave, staging
 from distckpt.staging import copy_on_host
 from distckpt.testing import MemoryStorage
 
@@ -243,6 +243,19 @@ def test_wait_of_a_step_counts_as_stall(gate: Gate) -> None:
     report = pending.wait()
     assert report.stall_s >= 0.2
     checkpointer.close()
+
+
+def test_wait_counts_as_stall_though_the_save_ends_before_the_waiter_wakes_up(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wait_staged = PendingSave.wait_staged
+
+    def wake_up_late(pending: PendingSave) -> None:
+        wait_staged(pending)
+        pending.wait()
+
+    monkeypatch.setattr(PendingSave, "wait_staged", wake_up_late)
+    test_wait_of_a_step_counts_as_stall(gate)
 
 
 def test_next_steps_pass_once_the_copy_is_made(gate: Gate) -> None:
