@@ -22,7 +22,7 @@ class Requests:
     in_flight: int
 
 
-# Few and large: many in flight are no faster, and take three times as much from the training beside them.
+# Few and large: many in flight are no faster, and take more than twice as much from the training beside them.
 WRITES = Requests(8 << 20, 4)
 READS = Requests(2 << 20, 16)
 # From the page cache, where a request ends as soon as it begins: what was read is still in the processor's cache when
