@@ -38,7 +38,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from distckpt.errors import CheckpointError, CheckpointNotFoundError, Committed, CorruptionError, FencedError
-from distckpt.index import MAX_INDEX_BYTES, Index, decode_index, encode_index
+from distckpt.index import MAX_INDEX_BYTES, Index, IndexHead, decode_index, decode_index_head, encode_index
 from distckpt.storage import Storage
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -124,10 +124,21 @@ def read_index(storage: Storage, commit: Commit) -> tuple[Index, bytes]:
 def decode_index_of(commit: Commit, data: bytes) -> Index:
     """Decode an index and check that it is the one that its name says."""
     index = decode_index(data, name=commit.name)
+    _check_name(commit, index)
+    return index
+
+
+def _read_save_id(storage: Storage, commit: Commit) -> str:
+    """Of an index that is undamaged and the one that its name says. Raises as read_index does."""
+    head = decode_index_head(read_file(storage, commit.name, MAX_INDEX_BYTES), name=commit.name)
+    _check_name(commit, head)
+    return head.save_id
+
+
+def _check_name(commit: Commit, index: Index | IndexHead) -> None:
     found = Commit(index.epoch, index.commit_seq, index.iteration)
     if found != commit:
         raise CorruptionError(f"{commit.name}: it is the index of {found.name}")
-    return index
 
 
 def newest_iteration(storage: Storage) -> int | None:
@@ -265,7 +276,7 @@ class Writer:
     def _is_committed(self, commit: Commit, save_id: str) -> Committed:
         """After a put of the index that may have had its effect or not."""
         try:
-            if read_index(self.storage, commit)[0].save_id != save_id:
+            if _read_save_id(self.storage, commit) != save_id:
                 return "no"
             self.storage.sync_directory(commit.directory)  # What can be seen can still be lost.
             return "yes"
@@ -308,7 +319,7 @@ def retire(storage: Storage, commits: Iterable[Commit]) -> None:
     """Make checkpoints none: their indexes go; their files follow at a sweep after the grace period."""
     for commit in commits:
         try:
-            save_id = read_index(storage, commit)[0].save_id
+            save_id = _read_save_id(storage, commit)
         except (OSError, CheckpointError):
             continue  # Damaged: nothing says which files are its own, and `repair` may want them.
         storage.put_if_absent(f"{commit.directory}/retired-{save_id}", b"")
@@ -365,7 +376,7 @@ def _committed_save_ids(storage: Storage, iteration: int, names: Sequence[str]) 
     """Save ids of the committed checkpoints in a directory; None when one of them cannot be read."""
     commits = [Commit(int(m[1]), int(m[2]), iteration) for m in map(_INDEX.fullmatch, names) if m]
     try:
-        return {read_index(storage, commit)[0].save_id for commit in commits}
+        return {_read_save_id(storage, commit) for commit in commits}
     except (OSError, CheckpointError):
         return None
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from math import prod
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias, TypeVar
 
 import msgspec
 import numpy as np
@@ -22,6 +22,7 @@ from distckpt.garbage import postponed_collection
 from distckpt.geometry import MAX_DIMS, Int64Array
 from distckpt.shard_file import DTYPES, FORMAT, FORMAT_VERSION
 
+T = TypeVar("T")
 MAX_INDEX_BYTES = 1 << 30
 MAX_BYTES = 1 << 62
 
@@ -132,6 +133,15 @@ class _Version(msgspec.Struct):
     version: int
 
 
+class IndexHead(msgspec.Struct, frozen=True):
+    """Which checkpoint an index is of."""
+
+    save_id: SaveId
+    epoch: Natural
+    commit_seq: Natural
+    iteration: Natural
+
+
 class _Trailer(msgspec.Struct):
     crc32c: str
 
@@ -139,6 +149,19 @@ class _Trailer(msgspec.Struct):
 @postponed_collection()
 def decode_index(data: bytes, *, name: str) -> Index:
     """Decode and validate. Raises CorruptionError for damage, CheckpointError for a version that is too new."""
+    index = _decode(data, Index, name)
+    why = _find_fault(index)
+    if why:
+        raise CorruptionError(f"{name}: {why}")
+    return index
+
+
+def decode_index_head(data: bytes, *, name: str) -> IndexHead:
+    """What an undamaged index is of, without what it says of its tensors. Raises as decode_index does."""
+    return _decode(data, IndexHead, name)
+
+
+def _decode(data: bytes, kind: type[T], name: str) -> T:
     if len(data) > MAX_INDEX_BYTES:
         raise CorruptionError(f"{name}: {len(data)} bytes are more than an index may have ({MAX_INDEX_BYTES})")
     body, newline, last = data[:-1].rpartition(b"\n") if data.endswith(b"\n") else (b"", b"", b"")
@@ -161,13 +184,9 @@ def decode_index(data: bytes, *, name: str) -> Index:
                 f"{name}: format version {version.version}; this package reads version {FORMAT_VERSION}. "
                 f"Use a newer distckpt."
             )
-        index = msgspec.json.decode(body, type=Index)
+        return msgspec.json.decode(body, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CorruptionError(f"{name}: {error}") from error
-    why = _find_fault(index)
-    if why:
-        raise CorruptionError(f"{name}: {why}")
-    return index
 
 
 def _find_fault(index: Index) -> str | None:
@@ -188,13 +207,9 @@ def _find_fault(index: Index) -> str | None:
     twice = sorted(index.tensors.keys() & index.values.keys())
     if twice:
         return f"{twice[0]!r} is a tensor and a value"
-    for key, entry in index.tensors.items():
-        fault = _find_tensor_fault(entry, table)
-        if fault:
-            return f"tensor {key!r}: {fault}"
-    stored = sum(f.per_rank[0] - f.header_bytes for f in index.files)
-    if sum(entry.size_bytes for entry in index.tensors.values()) > stored:
-        return f"the tensors take more bytes than the {stored} that the files hold"
+    fault = _find_tensor_fault(index)
+    if fault:
+        return fault
     for key, per_rank in index.per_rank.items():
         sizes = [size for _, size in per_rank.axes]
         if len(dict(per_rank.axes)) != len(sizes):
@@ -209,21 +224,37 @@ def _find_fault(index: Index) -> str | None:
     return None
 
 
-def _find_tensor_fault(entry: TensorEntry, table: ChunkTable) -> str | None:
-    if entry.dtype not in DTYPES:
-        return f"unknown dtype {entry.dtype!r}"
-    if len(entry.global_shape) > MAX_DIMS:  # Before the product, which is slow to compute when there are many.
-        return f"{len(entry.global_shape)} dimensions, at most {MAX_DIMS} expected"
-    if prod(n for n in entry.global_shape if n) * 16 > MAX_BYTES:
-        return f"global shape {entry.global_shape} is too large"
-    start, size = entry.record
-    if start + size > table.records_bytes:
-        return f"its record {start}+{size} is outside the chunk table's {table.records_bytes} bytes"
-    for name, labels in (("partition", entry.partition), ("blocks", entry.blocks)):
-        if labels is not None and len(labels) != len(entry.global_shape):
-            return f"{name} {labels} for {len(entry.global_shape)} dimensions"
-    if any(n < 1 or extent % n for n, extent in zip(entry.blocks or (), entry.global_shape, strict=False)):
-        return f"blocks {entry.blocks} do not divide {entry.global_shape}"
+def _find_tensor_fault(index: Index) -> str | None:
+    records_bytes = index.chunk_table.records_bytes
+    known: dict[object, int] = {}  # Many tensors are few kinds, of which each is looked at once.
+    size_bytes = 0
+    for key, entry in index.tensors.items():
+        start, size = entry.record
+        if start + size > records_bytes:
+            return f"tensor {key!r}: its record {start}+{size} is outside the chunk table's {records_bytes} bytes"
+        kind = entry.dtype, entry.global_shape, entry.partition, entry.blocks
+        if kind not in known:
+            fault = _find_spec_fault(entry)
+            if fault:
+                return f"tensor {key!r}: {fault}"
+            known[kind] = entry.size_bytes
+        size_bytes += known[kind]
+    stored = sum(f.per_rank[0] - f.header_bytes for f in index.files)
+    return None if size_bytes <= stored else f"the tensors take more bytes than the {stored} that the files hold"
+
+
+def _find_spec_fault(spec: Spec) -> str | None:
+    if spec.dtype not in DTYPES:
+        return f"unknown dtype {spec.dtype!r}"
+    if len(spec.global_shape) > MAX_DIMS:  # Before the product, which is slow to compute when there are many.
+        return f"{len(spec.global_shape)} dimensions, at most {MAX_DIMS} expected"
+    if prod(n for n in spec.global_shape if n) * 16 > MAX_BYTES:
+        return f"global shape {spec.global_shape} is too large"
+    for name, labels in (("partition", spec.partition), ("blocks", spec.blocks)):
+        if labels is not None and len(labels) != len(spec.global_shape):
+            return f"{name} {labels} for {len(spec.global_shape)} dimensions"
+    if any(n < 1 or extent % n for n, extent in zip(spec.blocks or (), spec.global_shape, strict=False)):
+        return f"blocks {spec.blocks} do not divide {spec.global_shape}"
     return None
 
 

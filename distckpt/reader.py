@@ -295,6 +295,7 @@ def _expected_entries(index: Index, keys: Sequence[str], tensor: Int64Array, chu
         yield start, name, dtype.stored, (*shape, *dtype.trailing)
 
 
+@postponed_collection()
 def open_checked(storage: Storage, directory: str, index: Index, reads: FileReads) -> CheckedFile:
     """The file of some reads, whose own header speaks of the same bytes as the chunk table. Raises CorruptionError."""
     file = CheckedFile(storage, directory, index.files[reads.file])

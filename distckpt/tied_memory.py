@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from distckpt.errors import MismatchError
 from distckpt.geometry import Box
 from distckpt.reader import Wanted
-from distckpt.transport import carrier, pieces
+from distckpt.transport import carrier, pieces, span_bytes
 
 _PIECE_BYTES = 16 << 20
 
@@ -21,24 +22,24 @@ _PIECE_BYTES = 16 << 20
 def split_tied(targets: Sequence[Wanted]) -> tuple[list[Wanted], list[tuple[Wanted, Wanted | None]]]:
     """Targets of which no two reach into each other's memory, and the rest: each with its twin, a target before it that
     is the very same memory, if there is one."""
-    apart: list[Wanted] = []
+    given = sorted((t for t in targets if t.data.numel()), key=lambda t: t.data.data_ptr())
+    starts = np.array([target.data.data_ptr() for target in given], np.int64)
+    reach = np.maximum.accumulate(starts + np.array([span_bytes(target.data) for target in given], np.int64))
+    reached_into = np.flatnonzero(starts[1:] < reach[:-1]) + 1
     tied: list[tuple[Wanted, Wanted | None]] = []
     known: dict[tuple[int, torch.Size, tuple[int, ...], int], Wanted] = {}
-    reach = 0
-    for target in sorted((t for t in targets if t.data.numel()), key=lambda t: t.data.data_ptr()):
-        data = target.data
-        place = (data.data_ptr(), data.shape, data.stride(), data.element_size())
-        if data.data_ptr() >= reach:
-            apart.append(target)
-        else:
-            tied.append((target, known.get(place)))
-        known.setdefault(place, target)
-        reach = max(reach, data.data_ptr() + _span_bytes(data))
-    return apart, tied
+    firsts = np.searchsorted(starts, starts[reached_into])  # Of those that start there: only it may be apart.
+    for first, number in zip(firsts.tolist(), reached_into.tolist(), strict=True):
+        target = given[number]
+        if first < number:
+            known.setdefault(_place(given[first].data), given[first])
+        tied.append((target, known.get(_place(target.data))))
+        known.setdefault(_place(target.data), target)
+    return [given[i] for i in np.setdiff1d(np.arange(len(given)), reached_into).tolist()], tied
 
 
-def _span_bytes(data: Tensor) -> int:
-    return data.element_size() * (1 + sum((n - 1) * s for n, s in zip(data.shape, data.stride(), strict=True)))
+def _place(data: Tensor) -> tuple[int, torch.Size, tuple[int, ...], int]:
+    return data.data_ptr(), data.shape, data.stride(), data.element_size()
 
 
 def fill_tied(target: Wanted, twin: Wanted | None, read: Callable[[Sequence[Wanted]], None]) -> None:

@@ -208,7 +208,7 @@ MUTANTS = (
     Mutant(
         "another's index under our name counts as ours",
         "distckpt/commit.py",
-        "            if read_index(self.storage, commit)[0].save_id != save_id:\n",
+        "            if _read_save_id(self.storage, commit) != save_id:\n",
         "            if False:\n",
         COMMIT,
     ),
@@ -793,10 +793,17 @@ MUTANTS = (
         RING,
     ),
     Mutant(
+        "memory behind the end of a storage that was freed is read",
+        "distckpt/transport/elements.py",
+        "    if first + size_bytes > storage.nbytes():\n",
+        "    if False:\n",
+        LAZY,
+    ),
+    Mutant(
         "load: two tensors are read into one memory at once",
         "distckpt/tied_memory.py",
-        "        if data.data_ptr() >= reach:\n",
-        "        if True:\n",
+        "np.flatnonzero(starts[1:] < reach[:-1]) + 1",
+        "np.flatnonzero(starts[1:] < 0) + 1",
         TIED,
     ),
     Mutant(
@@ -907,6 +914,8 @@ def run_tests(tree: Path, tests: Sequence[str]) -> Result:
     except subprocess.TimeoutExpired:
         return Result(KILLED, time.monotonic() - started, "by a hang")
     failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    if done.returncode < 0:
+        return Result(KILLED, time.monotonic() - started, f"by signal {-done.returncode}")
     verdict = {0: "SURVIVED", 1: KILLED}.get(done.returncode, "broken")
     detail = failed[0].split(" ")[1].partition("::")[2] if failed else done.stdout[-300:] + done.stderr[-300:]
     return Result(verdict, time.monotonic() - started, detail if verdict != "SURVIVED" else "")

@@ -2,7 +2,16 @@
 
 from distckpt.transport.blocking import BlockingTransport, copy_to_host
 from distckpt.transport.devices import Transports
-from distckpt.transport.elements import carrier, host_bytes, host_view, is_lazy, pieces, plain_bytes, writable_bytes
+from distckpt.transport.elements import (
+    carrier,
+    host_bytes,
+    host_view,
+    is_lazy,
+    pieces,
+    plain_bytes,
+    span_bytes,
+    writable_bytes,
+)
 from distckpt.transport.port import Copies, Event, Registration, Transport
 from distckpt.transport.samples import byte_checksums, sample_checksum, sample_checksums
 
@@ -23,5 +32,6 @@ __all__ = [
     "plain_bytes",
     "sample_checksum",
     "sample_checksums",
+    "span_bytes",
     "writable_bytes",
 ]

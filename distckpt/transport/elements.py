@@ -6,9 +6,9 @@ every bit pattern comes out as it went in.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,42 +39,55 @@ def movable(tensor: Tensor) -> Tensor:
 
 def flat_bytes(tensor: Tensor) -> Tensor:
     """The elements in C order as 1-d uint8, where they are: a view of a contiguous tensor, else a copy."""
-    return _as_bytes(tensor.detach().resolve_conj().resolve_neg().contiguous())
-
-
-def _as_bytes(tensor: Tensor) -> Tensor:
-    """A contiguous tensor as 1-d uint8. view(-1) could leave a lone element with a stride other than 1."""
-    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+    plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    # Not view(-1), which could leave a lone element with a stride other than 1.
+    return plain.as_strided((plain.numel(),), (1,)).view(torch.uint8)
 
 
 def plain_bytes(source: Tensor) -> memoryview | None:
-    """The bytes of a tensor that lies on the host in C order; None of one that does not.
-
-    Through DLPack, because Tensor.numpy() makes the storage one that can never be resized again. Where NumPy is older
-    than 2.1 the view is read-only.
-    """
-    if source.device.type != "cpu" or not source.is_contiguous() or is_lazy(source):
+    """The bytes of a tensor that lies on the host in C order; None of one that does not."""
+    if not source.is_contiguous() or source.device.type != "cpu" or is_lazy(source):
         return None
-    if not source.numel():
-        return memoryview(b"")
-    return np.from_dlpack(_as_bytes(source.detach() if source.requires_grad else source)).data
+    return _memory(source, source.nbytes)
 
 
 def writable_bytes(target: Tensor) -> memoryview:
     """The host memory from the first to the last element of a tensor, what lies between them included."""
-    if not target.numel():
+    return _memory(target, span_bytes(target))
+
+
+def span_bytes(tensor: Tensor) -> int:
+    """From the first to the last element of a tensor, what lies between them included."""
+    if tensor.is_contiguous():
+        return tensor.nbytes
+    if not tensor.numel():
+        return 0
+    return tensor.element_size() * (1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)))
+
+
+def _memory(tensor: Tensor, size_bytes: int) -> memoryview:
+    """Bytes from the first element of a tensor on the host on, whose storage they hold.
+
+    By address, because Tensor.numpy() makes the storage one that can never be resized again, and DLPack takes ten
+    times as long. Raises RuntimeError for a storage that no longer has as many.
+    """
+    if not size_bytes:
         return memoryview(bytearray())
-    span = 1 + sum((n - 1) * stride for n, stride in zip(target.shape, target.stride(), strict=True))
-    memory = target.detach().as_strided((span,), (1,)).view(torch.uint8)
-    array = np.from_dlpack(memory)
-    # Older NumPy takes no writable memory through DLPack; Tensor.numpy() costs the storage its way to be resized.
-    return array.data if array.flags.writeable else memory.numpy().data
+    storage = tensor.untyped_storage()
+    first = tensor.storage_offset() * tensor.element_size()
+    if first + size_bytes > storage.nbytes():
+        raise RuntimeError(
+            f"a {tuple(tensor.shape)} tensor takes {first + size_bytes} bytes of a storage that has {storage.nbytes()}"
+        )
+    memory = (ctypes.c_ubyte * size_bytes).from_address(tensor.data_ptr())
+    memory.storage = storage  # type: ignore[attr-defined]
+    return memoryview(memory).cast("B")
 
 
 def host_bytes(source: Tensor) -> memoryview:
     """The elements of `source` in C order as bytes on the host: a view where they lie so, else a copy."""
     plain = plain_bytes(source)
-    return np.from_dlpack(flat_bytes(source).cpu()).data if plain is None else plain
+    return writable_bytes(flat_bytes(source).cpu()) if plain is None else plain
 
 
 def host_view(data: memoryview, dtype: torch.dtype) -> Tensor:
