@@ -30,9 +30,10 @@ from benchmarks.machine import commit, describe_machine, versions
 from benchmarks.scale_dcp import global_plan, local_plans, metadata_file, read_items
 from benchmarks.world import COLUMNS, ROWS, World
 from distckpt.assembling import Commitment, Written, chunk_records, index_of
+from distckpt.checkpoint_files import read_chunks
 from distckpt.index import ShardFile, decode_index, encode_index
 from distckpt.planner import RankShards, RankValues, SavePlan, check_replicas, join_values, plan_save
-from distckpt.reader import Wanted, plan_reads, read_chunks
+from distckpt.reader import Wanted, plan_reads
 from distckpt.shard_file import BLOCK_BYTES, file_name
 from distckpt.testing import MemoryStorage
 

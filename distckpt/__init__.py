@@ -24,9 +24,14 @@ if TYPE_CHECKING:
     from distckpt.one_directory import save as save
     from distckpt.pending import PendingSave as PendingSave
     from distckpt.per_rank import PerRank as PerRank
+    from distckpt.repairing import RepairReport as RepairReport
+    from distckpt.repairing import repair as repair
     from distckpt.report import LoadReport as LoadReport
     from distckpt.report import SaveReport as SaveReport
     from distckpt.sharded_tensor import ShardedTensor as ShardedTensor
+    from distckpt.termination import Termination as Termination
+    from distckpt.verifying import VerifyReport as VerifyReport
+    from distckpt.verifying import verify as verify
 
 _HOMES = {
     "Checkpointer": "checkpointer",
@@ -47,6 +52,11 @@ _HOMES = {
     "LoadReport": "report",
     "SaveReport": "report",
     "ShardedTensor": "sharded_tensor",
+    "RepairReport": "repairing",
+    "repair": "repairing",
+    "Termination": "termination",
+    "VerifyReport": "verifying",
+    "verify": "verifying",
 }
 __all__ = list(_HOMES)
 __version__ = "0.1.0"

@@ -15,7 +15,14 @@ import msgspec
 import torch
 
 from distckpt.arena import Arena
-from distckpt.commit import list_commits, newest_iteration, read_tracker, retire, sweep
+from distckpt.commit import (
+    list_commits,
+    newest_iteration,
+    newest_verified_iteration,
+    read_tracker,
+    retire,
+    sweep,
+)
 from distckpt.coordinator import Coordinator, agree, default_coordinator
 from distckpt.errors import CheckpointError, FencedError
 from distckpt.guarding import Guards
@@ -24,6 +31,7 @@ from distckpt.index import Mesh
 from distckpt.loading import Load, LoadContext, read_all
 from distckpt.pending import PendingSave
 from distckpt.planner import check_places
+from distckpt.protecting import Protection, protect
 from distckpt.report import LoadReport, SaveReport
 from distckpt.retention import superfluous
 from distckpt.saving import Save, SaveContext
@@ -34,6 +42,7 @@ logger = logging.getLogger("distckpt")
 State: TypeAlias = dict[str, object]
 T = TypeVar("T")
 TIMEOUT_S = 1800.0
+PARITY_GROUP = 8  # shard files
 
 
 class _Place(msgspec.Struct, frozen=True):
@@ -56,6 +65,10 @@ class Checkpointer:
     checkpoint stay for readers that have it open. max_staging_bytes: memory that this rank's async saves may take, by
     default half of what the host and its control groups have left, divided by the ranks on the host; a state that is
     more is written while training waits. max_write_bytes_per_s: of this rank, while it writes; None is no limit.
+    parity: make one file more for each group of so many shard files (8 if True), from which any one of them that is
+    damaged or lost is made again. verify_after_save: read everything back, past the page cache, before the save
+    counts as done. Both are done after the commit, in the background of an async save. on_error: "warn" logs an async
+    save that failed, and lets training go on; the max_failures-th in a row is raised, and so is any FencedError.
     """
 
     def __init__(
@@ -70,6 +83,10 @@ class Checkpointer:
         io_backend: str = "",
         max_staging_bytes: int | None = None,
         max_write_bytes_per_s: float | None = None,
+        parity: bool | int = False,
+        verify_after_save: bool = False,
+        on_error: Literal["raise", "warn"] = "raise",
+        max_failures: int = 3,
     ) -> None:
         if max_staging_bytes is not None and max_staging_bytes < 0:
             raise ValueError(f"max_staging_bytes={max_staging_bytes}: expected at least 0, or None")
@@ -77,6 +94,12 @@ class Checkpointer:
             raise ValueError(f"max_write_bytes_per_s={max_write_bytes_per_s}: expected more than 0, or None")
         if keep_last is not None and keep_last < 1:
             raise ValueError(f"keep_last={keep_last}: at least the newest checkpoint is kept; None keeps all")
+        if on_error not in ("raise", "warn"):
+            raise ValueError(f"on_error={on_error!r}: expected 'raise' or 'warn'")
+        if max_failures < 1:
+            raise ValueError(f"max_failures={max_failures}: expected at least 1")
+        if parity < 0:
+            raise ValueError(f"parity={parity}: expected True, or the number of files in a group")
         self._owns_coordinator = coordinator is None
         self._coordinator = default_coordinator() if coordinator is None else coordinator
         own_place = {"rank": (self._coordinator.rank, self._coordinator.world_size)} if mesh is None else mesh
@@ -84,6 +107,7 @@ class Checkpointer:
         self._storage = storage
         self._keep_last = keep_last
         self._grace_s = removal_grace_s
+        self._protection = Protection(PARITY_GROUP if parity is True else int(parity), bool(verify_after_save))
         transports = Transports()
         self._save_context = SaveContext(
             storage=storage,
@@ -97,6 +121,8 @@ class Checkpointer:
             transports=transports,
         )
         self._load_context = LoadContext(storage, self._coordinator, self._mesh, timeout_s, transports)
+        self._tolerated_failures = max_failures - 1 if on_error == "warn" else 0
+        self._failures = 0  # of async saves, in a row
         self._pending: PendingSave | None = None
         self._calls = 0
         self._has_resumed = False
@@ -133,9 +159,15 @@ class Checkpointer:
             raise ValueError(f"snapshot={snapshot!r}: expected 'eager' or 'lazy'")
         started = time.perf_counter()
         save = self._look(state, iteration, metadata)
-        save.stage(self._guards.memory if snapshot == "lazy" else frozenset)
+        try:
+            save.stage(self._guards.memory if snapshot == "lazy" else frozenset)
+        except (CheckpointError, OSError) as error:
+            self._failures += 1
+            if self._must_raise(error):
+                raise
+            return PendingSave.failed(error)
         save.stall_s = time.perf_counter() - started
-        pending = PendingSave(lambda: self._finish(save), save.staged, self._save_context.timeout_s)
+        pending = PendingSave(lambda: self._finish_async(save), save.staged, self._save_context.timeout_s)
         self._pending, self._saving = pending, save
         interrupt = save.interrupt
         if interrupt is not None:
@@ -151,9 +183,29 @@ class Checkpointer:
         save.look(state)
         return save
 
+    def _finish_async(self, save: Save) -> SaveReport:
+        """In the background. Failures are counted here: whether anybody waits for them differs between ranks."""
+        try:
+            report = self._finish(save)
+        except (CheckpointError, OSError):
+            self._failures += 1
+            raise
+        self._failures = 0
+        return report
+
+    def _must_raise(self, error: BaseException) -> bool:
+        """Whether the failure of an async save is to be raised. Else it is logged."""
+        if not isinstance(error, (CheckpointError, OSError)) or isinstance(error, FencedError):
+            return True
+        if self._failures > self._tolerated_failures:
+            return True
+        if self._coordinator.rank == 0:
+            logger.warning("an async save failed, training goes on (failure %d in a row): %s", self._failures, error)
+        return False
+
     def _finish(self, save: Save, waiting_since: float | None = None) -> SaveReport:
         """waiting_since: when the call began that returns after this; None if training goes on meanwhile."""
-        report = save.finish()
+        report = self._protect(save, save.finish())
         if waiting_since is not None:
             report = replace(report, stall_s=time.perf_counter() - waiting_since)
         self._save_context.parent = report.save_id
@@ -167,6 +219,31 @@ class Checkpointer:
                 report.stall_s,
             )
         return report
+
+    def _protect(self, save: Save, report: SaveReport) -> SaveReport:
+        """Read back, and make parity, before what it replaces may go."""
+        if not self._protection.is_wanted:
+            return report
+        context = self._save_context
+        done = protect(
+            context.storage,
+            context.coordinator,
+            save.saved,
+            self._protection,
+            label=save.label,
+            timeout_s=context.timeout_s,
+            max_bytes_per_s=context.max_write_bytes_per_s,
+        )
+        if done.problem is not None and self._coordinator.rank == 0:
+            logger.warning("iteration %d has no parity: %s", report.iteration, done.problem)
+        return replace(
+            report,
+            verified=done.is_verified,
+            parity_bytes=done.parity_bytes,
+            protect_s=done.seconds,
+            total_s=report.total_s + done.seconds,
+            degraded=(*report.degraded, *([] if done.problem is None else [f"no parity: {done.problem}"])),
+        )
 
     def _clean_up(self) -> None:
         """Retention and sweep, after a commit. What fails is tried again after the next one."""
@@ -227,9 +304,13 @@ class Checkpointer:
         label = self._label("read")
         return read_all(self._load_context, iteration, keys, label, unseen=self._settle())
 
-    def latest_iteration(self) -> int | None:
-        """The iteration that load() would take first; None if there is no committed one. Collective."""
-        found = self._ask_leader("latest", lambda: [newest_iteration(self._storage)])
+    def latest_iteration(self, *, verified: bool = False) -> int | None:
+        """The iteration that load() would take first; None if there is no committed one. Collective.
+
+        verified: the newest of those that were read back after they were saved (verify_after_save).
+        """
+        newest = newest_verified_iteration if verified else newest_iteration
+        found = self._ask_leader("latest", lambda: [newest(self._storage)])
         return found[0]
 
     def iterations(self) -> list[int]:
@@ -299,7 +380,7 @@ class Checkpointer:
         """
         unseen = None if self._pending is None else self._pending.take_unseen_error()
         self._pending = self._saving = None  # Only now: if the wait was interrupted, the save goes on.
-        return unseen
+        return unseen if unseen is not None and self._must_raise(unseen) else None
 
     def close(self) -> None:
         """Wait for the save under way, free memory and connections, raise its failure if nobody has seen it.

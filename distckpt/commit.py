@@ -21,11 +21,19 @@ A save of iteration I by the job that holds epoch E:
  7. Look again: if a higher epoch has come since step 5, the save counts as failed, committed or not.
     Why: the successor may take our files for those of a dead save, and what is reported must stay.
  8. Tracker. Replace latest_checkpointed_iteration.txt. It is a convenience: "newest" is decided by 6.
- 9. Remove the marker, retire what retention gives up, sweep.
+ 9. Protect, if that is asked for (distckpt.protecting): read everything back, then put verified-<save_id>; write
+    parity files, sync the directory, then put their record.
+    Why now: nothing that the save replaces may go before it is known to be sound. Why in this order: a marker or
+    record that survives a power cut must be true.
+10. Remove the marker, retire what retention gives up, sweep.
 
 Removing a checkpoint: a retired-<save_id> marker, then the index, sync the directory, and after a grace period the
 files. Why: without its index it is no checkpoint, so a crash in between leaves garbage and never a half; readers
 that have opened it get the grace period to finish.
+
+I/O rules: after a failed write, fsync or close nothing is known of a file, so it is abandoned; what is tried again is
+written as another file under another name. A file is finished only if its name still leads to it. No file changes
+after the index that names it is there; repair alone replaces one, whole, by what the index says it was.
 """
 
 from __future__ import annotations
@@ -39,7 +47,7 @@ from dataclasses import dataclass, field
 
 from distckpt.errors import CheckpointError, CheckpointNotFoundError, Committed, CorruptionError, FencedError
 from distckpt.index import MAX_INDEX_BYTES, Index, IndexHead, decode_index, decode_index_head, encode_index
-from distckpt.storage import Storage
+from distckpt.storage import Storage, drop_cache
 
 TRACKER = "latest_checkpointed_iteration.txt"
 STALE_AFTER_S = 600.0  # a pending marker that was not touched for so long belongs to a save that died
@@ -89,21 +97,27 @@ def iteration_directories(storage: Storage) -> list[tuple[int, str]]:
     return sorted((int(m[1]), name) for m, name in found if m and name == iteration_directory(int(m[1])))
 
 
+def indexes_in(iteration: int, names: Iterable[str]) -> list[Commit]:
+    """The commits among the names of an iteration's directory."""
+    return [Commit(int(m[1]), int(m[2]), iteration) for m in map(_INDEX.fullmatch, names) if m]
+
+
 def list_commits(storage: Storage) -> list[Commit]:
     """Every commit under the root, newest first. Nothing is opened: an index may still turn out to be damaged."""
     commits = [
-        Commit(int(m[1]), int(m[2]), iteration)
+        commit
         for iteration, directory in iteration_directories(storage)
-        for m in map(_INDEX.fullmatch, storage.list(directory))
-        if m
+        for commit in indexes_in(iteration, storage.list(directory))
     ]
     return sorted(commits, reverse=True)
 
 
-def read_file(storage: Storage, name: str, max_bytes: int) -> bytes:
+def read_file(storage: Storage, name: str, max_bytes: int, *, past_cache: bool = False) -> bytes:
     """A small file, whole. Raises CorruptionError if it is larger than max_bytes."""
     file = storage.open(name)
     try:
+        if past_cache:
+            drop_cache(file)
         if file.size_bytes > max_bytes:
             raise CorruptionError(f"{name}: {file.size_bytes} bytes, at most {max_bytes} expected")
         data = bytearray(file.size_bytes)
@@ -115,9 +129,10 @@ def read_file(storage: Storage, name: str, max_bytes: int) -> bytes:
         file.close()
 
 
-def read_index(storage: Storage, commit: Commit) -> tuple[Index, bytes]:
-    """The validated index of a commit, and its bytes. Raises CorruptionError, or OSError if it is gone."""
-    data = read_file(storage, commit.name, MAX_INDEX_BYTES)
+def read_index(storage: Storage, commit: Commit, *, past_cache: bool = False) -> tuple[Index, bytes]:
+    """The validated index of a commit, and its bytes. past_cache: read what lies on the storage, not what this host
+    remembers of it. Raises CorruptionError, or OSError if it is gone."""
+    data = read_file(storage, commit.name, MAX_INDEX_BYTES, past_cache=past_cache)
     return decode_index_of(commit, data), data
 
 
@@ -155,6 +170,22 @@ def newest_iteration(storage: Storage) -> int | None:
             damaged.append(str(error))
     if damaged:
         raise CorruptionError(f"{storage.location}: no index is sound: {'; '.join(damaged)}")
+    return None
+
+
+def newest_verified_iteration(storage: Storage) -> int | None:
+    """The newest iteration whose newest commit was read back after it was saved; None if none was. Raises OSError."""
+    newest: dict[int, Commit] = {}
+    for commit in list_commits(storage):
+        newest.setdefault(commit.iteration, commit)
+    for commit in newest.values():
+        try:
+            save_id = _read_save_id(storage, commit)
+        except (CorruptionError, FileNotFoundError):
+            continue
+        marker = verified_marker(commit.iteration, save_id)
+        if marker.rpartition("/")[2] in storage.list(commit.directory):
+            return commit.iteration
     return None
 
 
@@ -198,6 +229,7 @@ class Writer:
     storage: Storage
     epoch: int
     commit_seq: int
+    published: Commit | None = None  # the last one
 
     @classmethod
     def claim(cls, storage: Storage) -> Writer:
@@ -257,6 +289,7 @@ class Writer:
             self.check_fence()
         except (FencedError, OSError) as error:
             raise CommitFailed(f"a newer job may have claimed the root in the meantime: {error}", "unknown") from error
+        self.published = commit
         try:
             self.storage.replace(TRACKER, str(index.iteration).encode())
         except OSError as error:
@@ -297,6 +330,17 @@ def _writers(storage: Storage) -> list[int]:
 
 def pending_marker(iteration: int, save_id: str) -> str:
     return f"{iteration_directory(iteration)}/pending-{save_id}"
+
+
+def verified_marker(iteration: int, save_id: str) -> str:
+    return f"{iteration_directory(iteration)}/verified-{save_id}"
+
+
+def is_under_way(storage: Storage, iteration: int, save_id: str) -> bool:
+    """Whether a save that is not committed may still be: it was announced, and its job has not been seen to die."""
+    marker = pending_marker(iteration, save_id)
+    is_announced = f"pending-{save_id}" in storage.list(iteration_directory(iteration))
+    return is_announced and not _is_dead(storage, marker)
 
 
 def discard(storage: Storage, iteration: int, save_id: str) -> None:
@@ -374,9 +418,8 @@ def _is_tidy(names: Sequence[str]) -> bool:
 
 def _committed_save_ids(storage: Storage, iteration: int, names: Sequence[str]) -> set[str] | None:
     """Save ids of the committed checkpoints in a directory; None when one of them cannot be read."""
-    commits = [Commit(int(m[1]), int(m[2]), iteration) for m in map(_INDEX.fullmatch, names) if m]
     try:
-        return {_read_save_id(storage, commit) for commit in commits}
+        return {_read_save_id(storage, commit) for commit in indexes_in(iteration, names)}
     except (OSError, CheckpointError):
         return None
 

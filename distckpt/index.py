@@ -15,7 +15,7 @@ from typing import Annotated, Literal, TypeAlias, TypeVar
 import msgspec
 import numpy as np
 
-from distckpt._C import crc32c
+from distckpt.checked_json import checked_body, decode_body, encode_record
 from distckpt.chunk_table import Hits
 from distckpt.errors import CheckpointError, CorruptionError
 from distckpt.garbage import postponed_collection
@@ -123,9 +123,8 @@ class Index(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def encode_index(index: Index) -> bytes:
-    """Two lines: the JSON, and {"crc32c": "..."} of the first line with its line feed."""
-    body = msgspec.json.encode(index) + b"\n"
-    return body + msgspec.json.encode({"crc32c": f"{crc32c(body):08x}"}) + b"\n"
+    """Two lines; see distckpt.checked_json."""
+    return encode_record(index)
 
 
 class _Version(msgspec.Struct):
@@ -140,10 +139,6 @@ class IndexHead(msgspec.Struct, frozen=True):
     epoch: Natural
     commit_seq: Natural
     iteration: Natural
-
-
-class _Trailer(msgspec.Struct):
-    crc32c: str
 
 
 @postponed_collection()
@@ -164,29 +159,16 @@ def decode_index_head(data: bytes, *, name: str) -> IndexHead:
 def _decode(data: bytes, kind: type[T], name: str) -> T:
     if len(data) > MAX_INDEX_BYTES:
         raise CorruptionError(f"{name}: {len(data)} bytes are more than an index may have ({MAX_INDEX_BYTES})")
-    body, newline, last = data[:-1].rpartition(b"\n") if data.endswith(b"\n") else (b"", b"", b"")
-    if not newline:
-        raise CorruptionError(f"{name}: the checksum line is missing; the file is cut short")
-    body += newline
-    try:
-        stated = msgspec.json.decode(last, type=_Trailer).crc32c
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise CorruptionError(f"{name}: the checksum line is damaged: {error}") from error
-    found = f"{crc32c(body):08x}"
-    if found != stated:
-        raise CorruptionError(f"{name}: crc32c is {found}, its last line says {stated}")
-    try:
-        version = msgspec.json.decode(body, type=_Version)
-        if version.format != FORMAT:
-            raise CorruptionError(f"{name}: format is {version.format!r}, expected {FORMAT!r}")
-        if version.version != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{name}: format version {version.version}; this package reads version {FORMAT_VERSION}. "
-                f"Use a newer distckpt."
-            )
-        return msgspec.json.decode(body, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise CorruptionError(f"{name}: {error}") from error
+    body = checked_body(data, name=name)
+    version = decode_body(body, _Version, name=name)
+    if version.format != FORMAT:
+        raise CorruptionError(f"{name}: format is {version.format!r}, expected {FORMAT!r}")
+    if version.version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{name}: format version {version.version}; this package reads version {FORMAT_VERSION}. "
+            f"Use a newer distckpt."
+        )
+    return decode_body(body, kind, name=name)
 
 
 def _find_fault(index: Index) -> str | None:

@@ -5,7 +5,6 @@ A checkpoint that is damaged for any rank is passed over by all of them; every t
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import logging
 import operator
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from distckpt.adapters import ADAPTERS
+from distckpt.checkpoint_files import check_files_hold, is_damage, read_chunks, read_per_rank
 from distckpt.commit import Commit, decode_index_of, find_commits, read_index, tracker_warning
 from distckpt.coordinator import Coordinator, agree
 from distckpt.errors import CheckpointError, CorruptionError, MismatchError
@@ -41,7 +41,8 @@ from distckpt.matching import (
 )
 from distckpt.meta import is_meta_module, make_module_real
 from distckpt.open_files import read_files
-from distckpt.reader import Wanted, check_files_hold, open_checked, plan_reads, read_chunks, read_per_rank
+from distckpt.reader import Wanted, open_checked, plan_reads
+from distckpt.repairing import rebuild_damaged
 from distckpt.report import LoadReport
 from distckpt.ring import fill_through_ring
 from distckpt.sharded_tensor import Shard
@@ -140,6 +141,8 @@ class Load:
     _bytes_read: int = 0
     _size_bytes: int = 0
     _warning: str | None = None  # of this rank alone
+    _mended: set[Commit] = field(default_factory=set)  # of which it was tried
+    _rebuilt: list[str] = field(default_factory=list)
 
     def run(self) -> tuple[LoadReport, Index]:
         """Fill the state. Raises, the same on all ranks: CheckpointNotFoundError, MismatchError (nothing has been
@@ -152,7 +155,7 @@ class Load:
             why = self._read(resolved, index)
             if why is None:
                 break
-            self._failed[Commit(resolved.epoch, resolved.commit_seq, resolved.iteration)] = why
+            self.pass_over(resolved, why)
         read_s = time.perf_counter() - read_started
         self._agree("apply", lambda: self._apply(index), lambda done: [None] * len(done), type(None), type(None))
         if self.context.coordinator.rank == 0:
@@ -173,9 +176,38 @@ class Load:
             reseeded=tuple(sorted(leaf.key for leaf in self._request.reseed)),
             skipped=tuple(sorted(leaf.key for leaf in self._request.skip)),
             warnings=tuple(warning for warning in (resolved.warning, self._warning) if warning),
+            rebuilt=tuple(self._rebuilt),
             not_shared=self._not_shared,
         )
         return report, index
+
+    def pass_over(self, resolved: _Resolved, why: str) -> None:
+        """Go on without a checkpoint that could not be read; or with it once more, if rank 0 can mend it by parity."""
+        commit = Commit(resolved.epoch, resolved.commit_seq, resolved.iteration)
+        made: list[str] = []
+        if commit not in self._mended:
+            self._mended.add(commit)
+            made = self._agree(
+                f"rebuild {len(self._mended)}",
+                lambda: None,
+                lambda ranks: [self._mend(commit)] * len(ranks),
+                type(None),
+                list,
+            )
+        if made:
+            self._rebuilt += made
+        else:
+            self._failed[commit] = why
+
+    def _mend(self, commit: Commit) -> list[str]:
+        try:
+            made = rebuild_damaged(self.context.storage, commit)
+        except OSError as error:
+            logger.warning("iteration %d is damaged, and could not be mended: %s", commit.iteration, error)
+            return []
+        for name in made:
+            logger.warning("iteration %d: %s was damaged; it was made again from parity", commit.iteration, name)
+        return made
 
     def _agree(
         self,
@@ -221,7 +253,7 @@ class Load:
             try:
                 self._decoded, data = read_index(storage, commit)
             except (CorruptionError, OSError) as error:
-                if not _is_damage(error):
+                if not is_damage(error):
                     raise
                 self._failed[commit] = str(error)
                 continue
@@ -307,7 +339,7 @@ class Load:
             except PeerFailed as stopped:
                 return _ReadOutcome(str(stopped), is_echo=True)
             except (CorruptionError, OSError) as error:
-                if not _is_damage(error):
+                if not is_damage(error):
                     raise
                 return _ReadOutcome(f"{type(error).__name__}: {error}")
             return _ReadOutcome(None)
@@ -432,20 +464,12 @@ def read_all(
         why = load._read(resolved, index)
         if why is None:
             break
-        load._failed[Commit(resolved.epoch, resolved.commit_seq, resolved.iteration)] = why
+        load.pass_over(resolved, why)
     return subtree(index, load._request.whole_tensors, "", wanted)
 
 
 def _bitmap(bits: Iterable[bool]) -> bytes:
     return np.packbits(np.fromiter(bits, bool)).tobytes()
-
-
-_DAMAGE = (errno.ENOENT, errno.ESTALE, errno.EIO, errno.ENODATA)
-
-
-def _is_damage(error: CorruptionError | OSError) -> bool:
-    """Whether it is the checkpoint that is at fault, and not this process or its rights (EMFILE, EACCES, ...)."""
-    return isinstance(error, CorruptionError) or error.errno in _DAMAGE
 
 
 def _clip(shard: Shard, entry: TensorEntry) -> tuple[Box, Tensor] | None:

@@ -13,7 +13,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from typing_extensions import Self
 
-from distckpt.reader import CheckedFile, FileReads
+from distckpt.checkpoint_files import CheckedFile
+from distckpt.reader import FileReads
 
 OpenFile = Callable[[FileReads], CheckedFile]
 

@@ -32,6 +32,20 @@ class PendingSave:
         self._timeout_s = timeout_s
         self._thread = threading.Thread(target=self._run, args=(work,), name="distckpt-save")
 
+    @classmethod
+    def failed(cls, error: BaseException) -> PendingSave:
+        """One that has ended already, and whose error somebody knows."""
+
+        def fail() -> SaveReport:
+            raise error
+
+        staged = threading.Event()
+        staged.set()
+        pending = cls(fail, staged, 0.0)
+        pending.mark_known()
+        pending._run(fail)
+        return pending
+
     def start(self) -> None:
         """Begin. Where the host gives no thread, the save is made here and now, as other ranks are waiting for it."""
         try:

@@ -107,6 +107,13 @@ class SavePlan:
         """Keys of the PerRank values that `rank` writes."""
         return [key for key, plan in self.per_rank.items() if plan.writer[rank] == rank]
 
+    def writers(self) -> list[int]:
+        """The ranks that have a file, ascending: those that write something, and rank 0."""
+        columns = [columns.writer for columns in self.columns]
+        values = [plan.writer[plan.writer >= 0] for plan in self.per_rank.values()]
+        ranks: list[int] = np.unique(np.concatenate([np.zeros(1, np.int32), *columns, *values])).tolist()
+        return ranks
+
     def replicated_of(self, rank: int) -> Int32Array:
         """Numbers of the shards of `rank` whose box is given more than once, by other ranks or twice by itself."""
         return self._replicas.shards.of(rank)

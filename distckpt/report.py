@@ -13,7 +13,8 @@ class SaveReport:
     plan_s: agreeing on who writes what. stage_s: copying the state. stall_s: the time that training stood still: the
     call itself, and the steps that waited for a lazy snapshot. write_s: checksums, writing, fsync. commit_s: waiting
     for all ranks and making the checkpoint exist. slowest: phase -> (rank, seconds). backend: what moved the bytes.
-    degraded: what was slower than it could be on this rank, and why.
+    degraded: what was slower than it could be on this rank, and why, or could not be done. verified: whether all was
+    read back, past the page cache, and is what was written. parity_bytes: of the parity files. protect_s: those two.
     """
 
     iteration: int
@@ -28,6 +29,9 @@ class SaveReport:
     slowest: Mapping[str, tuple[int, float]]
     backend: str
     degraded: tuple[str, ...] = ()
+    verified: bool = False
+    parity_bytes: int = 0
+    protect_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +41,7 @@ class LoadReport:
     missing: keys the state has and the checkpoint has not; unexpected: stored keys below a container of the state
     that nobody asked for (both empty unless strict=False). fell_back_from: iteration -> why it was passed over.
     reseeded, skipped: PerRank keys left alone because the layout changed. warnings: whatever else was odd.
+    rebuilt: shard files that were damaged and were made again from parity, by any rank of this load.
     not_shared: why ranks of one host could not read for each other what several of them need; None if nothing was in
     the way.
     """
@@ -53,4 +58,5 @@ class LoadReport:
     reseeded: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    rebuilt: tuple[str, ...] = ()
     not_shared: str | None = None

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import count
 from typing import TypeVar
 
 import msgspec
@@ -30,13 +31,14 @@ from distckpt.index import Mesh, ShardFile
 from distckpt.json_value import encode_value
 from distckpt.offer import Offer, check_free_space, free_space
 from distckpt.planner import RankShards, SavePlan, check_replicas, join_values, plan_save
+from distckpt.protecting import Saved
 from distckpt.report import SaveReport
-from distckpt.shard_file import DTYPES, FORMAT, FORMAT_VERSION, file_name
+from distckpt.shard_file import DTYPES, file_name
 from distckpt.share import SHARED_METADATA_BYTES, Share, ShareMessage, adopt, give_shares
 from distckpt.staging import Snapshot, empty_snapshot, hold_in_place, take_snapshot
-from distckpt.storage import Storage
+from distckpt.storage import Storage, new_file
 from distckpt.transport import Transports, byte_checksums, sample_checksums
-from distckpt.writing import new_file, write_shard_file
+from distckpt.writing import header_metadata, write_shard_file
 
 M = TypeVar("M")
 D = TypeVar("D")
@@ -137,8 +139,7 @@ class Save:
         self._seconds["plan"] = time.perf_counter() - started
 
     def _adopt(self, message: ShareMessage) -> None:
-        is_leader = self.context.coordinator.rank == 0
-        self._share = self.context.share = adopt(message, self._known_description(), self._plan, is_leader=is_leader)
+        self._share = self.context.share = adopt(message, self._known_description(), self._plan)
 
     def _agree(
         self,
@@ -319,6 +320,13 @@ class Save:
             self._snapshot = self._described = None
             self._offers = ()
 
+    @property
+    def saved(self) -> Saved:
+        """What was committed, once finish() has returned."""
+        assert self._written is not None
+        writer = self.context.writer
+        return Saved(self.iteration, self.save_id, self._written.files, None if writer is None else writer.published)
+
     def _complete_snapshot(self) -> None:
         snapshot = self._snapshot
         try:
@@ -366,18 +374,22 @@ class Save:
         assert snapshot is not None
         per_rank = msgspec.json.encode(raw_json({key: described.per_rank[key] for key in share.per_rank}))
         shared = self._shared_metadata()
+        rank, world_size = context.coordinator.rank, context.coordinator.world_size
+        common = header_metadata(self.save_id, self.iteration, rank, context.mesh)
+        names = (file_name(rank, part, world_size, self.save_id) for part in count())
         files: list[ShardFile] = []
         file_of, start_of = np.zeros(len(share.shards), np.int32), np.zeros(len(share.shards), np.int64)
         for number, file in enumerate(share.files):
-            metadata = self._header_metadata(file.specs) | ({} if number else shared)
-            layout = file.plan.lay_out(b"{}" if number else per_rank, metadata)
+            layout = file.plan.lay_out(
+                b"{}" if number else per_rank, common | file.metadata | ({} if number else shared)
+            )
             written = write_shard_file(
                 context.storage,
                 iteration_directory(self.iteration),
-                file_name(context.coordinator.rank, number, context.coordinator.world_size, self.save_id),
+                names,
                 layout,
                 [snapshot.parts[n] for n in file.numbers],
-                rank=context.coordinator.rank,
+                rank=rank,
                 mesh={axis: at for axis, (at, _) in context.mesh.items()},
                 max_bytes_per_s=context.max_write_bytes_per_s,
             )
@@ -395,20 +407,8 @@ class Save:
         samples = self._samples | dict(zip(copied, sums, strict=True))
         return np.array([samples[n] for n in share.replicated], np.uint32).tobytes()
 
-    def _header_metadata(self, specs: msgspec.Raw) -> dict[str, str | msgspec.Raw]:
-        """What rebuilding an index from the files alone needs."""
-        return {
-            "format": FORMAT,
-            "version": str(FORMAT_VERSION),
-            "save_id": self.save_id,
-            "iteration": str(self.iteration),
-            "rank": str(self.context.coordinator.rank),
-            "mesh": msgspec.json.encode(self.context.mesh).decode(),
-            "tensors": specs,
-        }
-
     def _shared_metadata(self) -> dict[str, str | msgspec.Raw]:
-        """The same, of what belongs to no tensor: in the first file of rank 0, unless it is too long for a header."""
+        """What belongs to no tensor: in the header of rank 0's first file, unless it is too long for it."""
         if self._plan is None:
             return {}
         values = msgspec.json.encode(raw_json(self._values)).decode()

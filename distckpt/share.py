@@ -5,7 +5,6 @@ Decides nothing new: it is the plan's word for this rank, worked out as far as i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -49,11 +48,11 @@ def give_shares(plan: SavePlan, world_size: int) -> list[ShareMessage]:
 
 @dataclass(frozen=True, slots=True)
 class ShareFile:
-    """One file of a share. numbers: its shards in file order. specs: of its tensors, as its header has them."""
+    """One file of a share. numbers: its shards in file order. metadata: what its header says of them."""
 
     numbers: list[int]
     plan: FilePlan
-    specs: msgspec.Raw
+    metadata: dict[str, str | msgspec.Raw]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +71,10 @@ class Share:
 
 
 @postponed_collection()
-def adopt(message: ShareMessage, described: Description, plan: SavePlan | None, *, is_leader: bool) -> Share:
-    """What this rank makes of its share. The leader has a file even if it has nothing to put in it."""
+def adopt(message: ShareMessage, described: Description, plan: SavePlan | None) -> Share:
+    """What this rank makes of its share. The leader, who has the plan, has a file even if it puts nothing in it."""
     numbers = np.frombuffer(message.shards, np.int32).tolist()
-    files = _files(numbers, described, is_leader) if numbers or message.per_rank or is_leader else []
+    files = _files(message, described, plan) if numbers or message.per_rank or plan is not None else []
     regions, image_bytes = arrange([(file.numbers, file.plan.starts.tolist(), file.plan.data_bytes) for file in files])
     return Share(
         plan_id=message.plan_id,
@@ -90,21 +89,35 @@ def adopt(message: ShareMessage, described: Description, plan: SavePlan | None, 
     )
 
 
-def _files(numbers: Sequence[int], described: Description, is_leader: bool) -> list[ShareFile]:
+def _files(message: ShareMessage, described: Description, plan: SavePlan | None) -> list[ShareFile]:
+    numbers = np.frombuffer(message.shards, np.int32).tolist()
     mine = [described.shards[n] for n in numbers]
     chunks = [
         Chunk(key, spec.dtype, box.offset, box.shape, box == Box.whole(spec.global_shape)) for key, spec, box in mine
     ]
+    first = {"per_rank": _nested({key: described.structure.per_rank[key] for key in message.per_rank})}
+    if plan is not None:
+        empty = {key: spec for key, spec in plan.specs.items() if not spec.size_bytes}
+        first |= {"writers": _nested(plan.writers()), "empty_tensors": _nested(empty)}
     split = split_into_files(
         chunks,
         metadata_bytes=[len(nested_json({key: spec})) for key, spec, _ in mine],
-        first_metadata_bytes=SHARED_METADATA_BYTES if is_leader else 0,
+        first_metadata_bytes=sum(len(bytes(text)) for text in first.values())
+        + (0 if plan is None else SHARED_METADATA_BYTES),
     )
     return [
         ShareFile(
             numbers=[numbers[i] for i in order],
             plan=plan_file(chunks, order),
-            specs=msgspec.Raw(nested_json({mine[i][0]: mine[i][1] for i in order})),
+            metadata={
+                "files": str(len(split)),
+                "tensors": _nested({mine[i][0]: mine[i][1] for i in order}),
+                **({} if number else first),
+            },
         )
-        for order in split
+        for number, order in enumerate(split)
     ]
+
+
+def _nested(value: object) -> msgspec.Raw:
+    return msgspec.Raw(nested_json(value))

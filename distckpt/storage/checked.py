@@ -50,6 +50,19 @@ class CheckedReadFile(Protocol):
     ) -> tuple[int, int | None] | None: ...
 
 
+@runtime_checkable
+class CachedReadFile(Protocol):
+    """A ReadFile of whose content the host may keep a copy in memory."""
+
+    def drop_cache(self) -> None: ...
+
+
+def drop_cache(file: ReadFile) -> None:
+    """Have later reads of a file come from the storage itself, as far as the host lets go of what it remembers."""
+    if isinstance(file, CachedReadFile):
+        file.drop_cache()
+
+
 def write_checked(
     file: WriteFile, parts: Sequence[Part], block_bytes: int, sums: Sums, *, max_bytes_per_s: float = 0.0
 ) -> None:

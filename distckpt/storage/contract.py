@@ -26,6 +26,8 @@ NAMED_CALLS: list[Callable[[Storage, str], object]] = [
     lambda storage, name: storage.open(name),
     lambda storage, name: storage.put_if_absent(name, b"x"),
     lambda storage, name: storage.replace(name, b"x"),
+    lambda storage, name: storage.move(name, "x"),
+    lambda storage, name: storage.move("x", name),
     lambda storage, name: storage.remove(name),
     lambda storage, name: storage.remove_directory(name),
     lambda storage, name: storage.touch(name),
@@ -344,6 +346,25 @@ class StorageContract:
         storage.remove("a")
         write_all(storage, "a", b"3")
         assert read_all(storage, "a") == b"3"
+
+    def test_move_gives_a_file_another_name_over_whatever_held_it(self, storage: Storage) -> None:
+        storage.make_directory("d")
+        write_all(storage, "d/new", b"2")
+        storage.move("d/new", "d/other")
+        assert list(storage.list("d")) == ["other"]
+        write_all(storage, "d/new", b"3")
+        opened = storage.open("d/other")
+        storage.move("d/new", "d/other")
+        assert read_all(storage, "d/other") == b"3"
+        assert list(storage.list("d")) == ["other"]
+        content = bytearray(1)
+        opened.read_into(0, content)
+        opened.close()
+        assert content == b"2"
+
+    def test_move_of_a_missing_file_is_an_error(self, storage: Storage) -> None:
+        with pytest.raises(FileNotFoundError):
+            storage.move("missing", "a")
 
     def test_remove_of_a_missing_file_is_fine(self, storage: Storage) -> None:
         storage.remove("missing")

@@ -91,6 +91,9 @@ class CrashingStorage:
     def replace(self, name: str, data: bytes) -> None:
         self.run("replace", name, lambda: self._inner.replace(name, data))
 
+    def move(self, name: str, new_name: str) -> None:
+        self.run("move", name, lambda: self._inner.move(name, new_name))
+
     def remove(self, name: str) -> None:
         self.run("remove", name, lambda: self._inner.remove(name))
 

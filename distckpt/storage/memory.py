@@ -146,6 +146,15 @@ class MemoryStorage:
                 raise _os_error(errno.EISDIR, name)
             self._put(name, data)
 
+    def move(self, name: str, new_name: str) -> None:
+        with self._lock:
+            self._require_parent(new_name)
+            file = self._lookup(name)
+            if new_name in self._directories:
+                raise _os_error(errno.EISDIR, new_name)
+            self._change_name(name, None)
+            self._change_name(new_name, file)
+
     def remove(self, name: str) -> None:
         split_name(name)
         with self._lock:

@@ -90,6 +90,10 @@ class Storage(Protocol):
     def replace(self, name: str, data: bytes) -> None:
         """Store a small file durably over whatever the name held; readers see the old or the new content."""
 
+    def move(self, name: str, new_name: str) -> None:
+        """Give a finished file another name in its directory, over whatever file held that; readers see the old file or
+        the new one. Durable with the next `sync_directory`."""
+
     def remove(self, name: str) -> None:
         """Remove a file; a missing one is fine. Durable with the next `sync_directory`."""
 

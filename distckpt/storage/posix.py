@@ -146,6 +146,9 @@ class PosixStorage:
             raise
         _sync_directory(os.path.dirname(path))
 
+    def move(self, name: str, new_name: str) -> None:
+        os.rename(self._path(name), self._path(new_name))
+
     def remove(self, name: str) -> None:
         with suppress(FileNotFoundError):
             os.unlink(self._path(name))
@@ -324,6 +327,14 @@ class PosixReadFile:
                     return None
                 self._direct = direct
             return self._direct
+
+    def drop_cache(self) -> None:
+        """As `checked.drop_cache`. The kernel keeps what is not written back yet, or mapped by somebody."""
+        descriptor = os.open(self._file.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
 
     def close(self) -> None:
         if self._direct is not None:

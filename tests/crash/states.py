@@ -105,4 +105,8 @@ def unexplained(storage: Storage) -> set[str]:
 
 def _files_of(storage: Storage, commit: Commit) -> set[str]:
     index = read_index(storage, commit)[0]
-    return {f"{commit.directory}/{name}" for name in (index.chunk_table.name, *(f.name for f in index.files))}
+    names = [index.chunk_table.name, *(file.name for file in index.files)]
+    # Parity that a crash has left unfinished goes with its checkpoint.
+    extras = (name for name in storage.list(commit.directory) if name.startswith(("verified-", "parity-")))
+    names += [name for name in extras if index.save_id in name]
+    return {f"{commit.directory}/{name}" for name in names}

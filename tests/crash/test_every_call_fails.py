@@ -10,14 +10,14 @@ import errno
 import logging
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
-from distckpt import Checkpointer
+from distckpt import Checkpointer, writing
 from distckpt import commit as commit_module
 from distckpt.commit import sweep
 from distckpt.coordinator import Coordinator
@@ -56,20 +56,26 @@ FAULTS = {
 def everything_is_stale(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """A later sweep is one at once: what a failed save has left is old the moment it fails."""
     monkeypatch.setattr(commit_module, "STALE_AFTER_S", 0.0)
+    monkeypatch.setattr(writing, "RETRY_AFTER_S", (0.0, 0.0))
     caplog.set_level(logging.CRITICAL, "distckpt")
 
 
-class Roots:
-    """Copies of one root with iterations 10 and 20, on either backend."""
+OPTIONS: Mapping[str, Any] = {"keep_last": 2, "removal_grace_s": 0}
+PROTECTED: Mapping[str, Any] = {**OPTIONS, "parity": 2, "verify_after_save": True}
 
-    def __init__(self, backend: str, world_size: int, tmp_path: Path) -> None:
+
+class Roots:
+    """Copies of one root with iterations 10 and 20, on either backend; and how a job saves there."""
+
+    def __init__(self, backend: str, world_size: int, tmp_path: Path, options: Mapping[str, Any] = OPTIONS) -> None:
+        self.options = options
         self._tmp_path = tmp_path
         self._count = 0
         self._first: Storage = MemoryStorage() if backend == "memory" else self._posix(tmp_path / "first")
         self.world_size = world_size
 
         def save(coordinator: Coordinator) -> None:
-            with Checkpointer(self._first, coordinator=coordinator, keep_last=2) as checkpointer:
+            with Checkpointer(self._first, coordinator=coordinator, **self.options) as checkpointer:
                 for iteration in (10, 20):
                     checkpointer.save(make_state(iteration, coordinator), iteration=iteration)
 
@@ -112,7 +118,7 @@ def count_calls(roots: Roots, failing_rank: int, save: Save) -> tuple[int, Seque
 
     def run(coordinator: Coordinator) -> None:
         storage = counting if coordinator.rank == failing_rank else inner
-        with Checkpointer(storage, coordinator=coordinator, keep_last=2, removal_grace_s=0) as checkpointer:
+        with Checkpointer(storage, coordinator=coordinator, **roots.options) as checkpointer:
             checkpointer.load(make_state(0, coordinator))
             if storage is counting:
                 loading.append(len(counting.calls))
@@ -122,18 +128,19 @@ def count_calls(roots: Roots, failing_rank: int, save: Save) -> tuple[int, Seque
     return loading[0], counting.calls[loading[0] :]
 
 
-def save_with_fault(inner: Storage, crashing: CrashingStorage, failing_rank: int, world_size: int, save: Save) -> None:
+def save_with_fault(inner: Storage, crashing: CrashingStorage, failing_rank: int, roots: Roots, save: Save) -> None:
     """A resumed job: a save on all ranks, one of which meets the fault; then, unless that was a crash, another.
 
     Checks the root after each.
     """
     errors: dict[int, Exception | None] = {}
+    world_size = roots.world_size
     is_crash = isinstance(crashing._error, Crash)
 
     def run(coordinator: Coordinator) -> None:
         rank = coordinator.rank
         storage = crashing if rank == failing_rank else inner
-        checkpointer = Checkpointer(storage, coordinator=coordinator, keep_last=2, removal_grace_s=0)
+        checkpointer = Checkpointer(storage, coordinator=coordinator, **roots.options)
         errors[rank] = None
         checkpointer.load(make_state(0, coordinator))
         try:
@@ -201,7 +208,7 @@ def try_every_call(roots: Roots, failing_rank: int, fault: Fault, save: Save) ->
             continue  # It has no half.
         inner = roots.copy()
         crashing = CrashingStorage(inner, fail_at=before + number, error=fault.error(), moment=fault.moment)
-        save_with_fault(inner, crashing, failing_rank, roots.world_size, save)
+        save_with_fault(inner, crashing, failing_rank, roots, save)
         assert crashing.failed
         check_next_save(inner, roots.world_size)
 
@@ -221,6 +228,13 @@ def test_any_call_of_a_save_to_files_may_fail(tmp_path: Path, world_size: int, f
     try_every_call(Roots("posix", world_size, tmp_path), failing_rank, FAULTS[name], save_now)
 
 
+@pytest.mark.parametrize("name", ["EIO", "ENOSPC in the middle of a write", "crash after the effect"])
+@pytest.mark.parametrize(("world_size", "failing_rank"), [(1, 0), (2, 1)])
+def test_any_call_of_a_protected_save_may_fail(tmp_path: Path, world_size: int, failing_rank: int, name: str) -> None:
+    """One that is read back and has parity: what fails after the commit leaves the checkpoint, and says so."""
+    try_every_call(Roots("memory", world_size, tmp_path, PROTECTED), failing_rank, FAULTS[name], save_now)
+
+
 @pytest.mark.parametrize("save", [save_async_and_wait, save_async_and_ask])
 @pytest.mark.parametrize("name", ["EIO", "ENOSPC in the middle of a write", "crash after the effect"])
 @pytest.mark.parametrize(("world_size", "failing_rank"), [(1, 0), (2, 1)])
@@ -229,6 +243,11 @@ def test_any_call_of_an_async_save_may_fail(
 ) -> None:
     """The failure is raised by wait(), or else by the next call."""
     try_every_call(Roots("memory", world_size, tmp_path), failing_rank, FAULTS[name], save)
+
+
+def full() -> OSError:
+    """What no second try helps against."""
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "injected")
 
 
 def first_finish(roots: Roots) -> int:
@@ -241,7 +260,7 @@ def first_finish(roots: Roots) -> int:
 def test_failure_of_an_async_save_is_raised_once(tmp_path: Path, save: Save) -> None:
     roots = Roots("memory", 1, tmp_path)
     failing = first_finish(roots)
-    with Checkpointer(CrashingStorage(roots.copy(), fail_at=failing)) as checkpointer:
+    with Checkpointer(CrashingStorage(roots.copy(), fail_at=failing, error=full())) as checkpointer:
         with pytest.raises(OSError, match="injected"):
             save(checkpointer, make_state(NEW))
         assert checkpointer.latest_iteration() == OLD
@@ -251,7 +270,7 @@ def test_failure_of_an_async_save_is_raised_once(tmp_path: Path, save: Save) -> 
 def test_failure_of_an_async_save_is_raised_by_close(tmp_path: Path) -> None:
     roots = Roots("memory", 1, tmp_path)
     failing = first_finish(roots)
-    checkpointer = Checkpointer(CrashingStorage(roots.copy(), fail_at=failing))
+    checkpointer = Checkpointer(CrashingStorage(roots.copy(), fail_at=failing, error=full()))
     checkpointer.async_save(make_state(NEW), iteration=NEW)
     with pytest.raises(OSError, match="injected"):
         checkpointer.close()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -21,6 +20,7 @@ from distckpt.shard_file import BLOCK_BYTES
 from distckpt.storage.contract import read_all
 from distckpt.storage.memory import MemoryReadFile
 from distckpt.testing import MemoryStorage, run_ranks
+from tests.unit.damage import change, flip, newest
 
 BLOCKS = 3
 
@@ -43,25 +43,6 @@ def saved() -> MemoryStorage:
 @pytest.fixture
 def storage(saved: MemoryStorage) -> MemoryStorage:
     return saved.power_cut()
-
-
-def newest(storage: MemoryStorage) -> tuple[str, Index]:
-    """Its directory and index."""
-    commit = list_commits(storage)[0]
-    return commit.directory, read_index(storage, commit)[0]
-
-
-def change(storage: MemoryStorage, name: str, edit: Callable[[bytearray], object]) -> None:
-    content = bytearray(read_all(storage, name))
-    edit(content)
-    storage.replace(name, bytes(content))
-
-
-def flip(position: int) -> Callable[[bytearray], object]:
-    def edit(content: bytearray) -> None:
-        content[position] ^= 1
-
-    return edit
 
 
 def check_load_falls_back(storage: MemoryStorage, why: str) -> None:

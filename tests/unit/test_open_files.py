@@ -8,9 +8,10 @@ from typing import cast
 
 import pytest
 
+from distckpt.checkpoint_files import CheckedFile
 from distckpt.errors import CorruptionError
 from distckpt.open_files import OpenFiles, read_files
-from distckpt.reader import CheckedFile, FileReads
+from distckpt.reader import FileReads
 
 TIMEOUT_S = 30.0
 

@@ -1,0 +1,36 @@
+"""The `distckpt` command. Each command is a module of this package; none of them needs torch to be loaded."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from distckpt.cli.repair import repair
+from distckpt.cli.verify import verify
+from distckpt.errors import CheckpointError
+
+NOT_DONE = 2  # exit code: the command could not do what it was asked; 1 is what it found out
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Look after sharded checkpoints: verify what is stored, repair what can be repaired.",
+)
+app.command()(verify)
+app.command()(repair)
+
+
+@app.callback()
+def _commands() -> None:
+    """So that the commands have names even while there are few."""
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 all is well, 1 damage was found, 2 it could not be done."""
+    try:
+        app()
+    except (CheckpointError, OSError, ValueError) as error:
+        print(f"distckpt: {error}", file=sys.stderr)
+        sys.exit(NOT_DONE)

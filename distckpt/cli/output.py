@@ -1,0 +1,40 @@
+"""What commands print: JSON for programs, a line for people, progress while they wait."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import msgspec
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+DAMAGED = 1  # exit code
+
+# Paths and keys are printed as they are: no markup, no colours in them, no line breaks.
+console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+
+
+def print_json(value: object) -> None:
+    """One line of JSON on standard output."""
+    sys.stdout.buffer.write(msgspec.json.encode(value) + b"\n")
+    sys.stdout.buffer.flush()
+
+
+def size_text(size_bytes: int) -> str:
+    """1.5 GB, in units of 1000."""
+    return decimal(size_bytes)
+
+
+@contextmanager
+def progress_bar(what: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
+    """A bar on standard error where that is a terminal, nothing in a log; yields what is told of each step's bytes."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    terminal = Console(stderr=True)
+    with Progress(
+        *columns, TimeRemainingColumn(), console=terminal, transient=True, disable=not terminal.is_terminal
+    ) as bar:
+        task = bar.add_task(what, total=total_bytes)
+        yield lambda step: bar.advance(task, step)

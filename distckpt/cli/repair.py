@@ -1,0 +1,40 @@
+"""distckpt repair: mend what can be known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from distckpt.cli.output import DAMAGED, console, print_json
+from distckpt.repairing import repair as repair_root
+
+
+def repair(
+    root: Annotated[Path, typer.Argument(help="The directory that holds latest_checkpointed_iteration.txt.")],
+    iteration: Annotated[int | None, typer.Option(help="Which; the newest if not given.", show_default=False)] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Make an index where none is: this makes a checkpoint, the newest.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Look, and print what would be done.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
+) -> None:
+    """Mend the tracker, and a damaged index or chunk table, from the shard files' own headers.
+
+    Every block of the files is checked first; nothing that is damaged gets a new checksum. Exit code 0: nothing is
+    damaged (any more); 1: something still is, and is printed.
+
+    Example: distckpt repair /checkpoints/run7 --dry-run
+    """
+    report = repair_root(root, iteration, force=force, dry_run=dry_run)
+    if json:
+        print_json(report)
+    else:
+        for what in report.repaired:
+            console.print(f"{'would repair' if dry_run else 'repaired'}: {what}")
+        for what in report.damaged:
+            console.print(f"DAMAGED: {what}")
+        if not report.repaired and not report.damaged:
+            console.print("nothing to repair")
+    raise typer.Exit(0 if report.is_sound else DAMAGED)

@@ -1,0 +1,227 @@
+"""Parity: of a group of shard files, one more, from which any one of them can be made again. No torch.
+
+A parity file is the XOR of its group's files, each as if zeros followed it up to the length of the longest, and then a
+CRC32C of each MiB, as shard files have them. It is made once the checkpoint exists, from the files as they are stored
+and while their checksums are checked: a fault in one of them is found then, not copied. `parity-<save_id>.json`, put
+after the parity files are durable, says which files are of which group; without it there is no parity.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from functools import partial
+from typing import Protocol
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from distckpt._C import Memory, crc32c
+from distckpt.checked_json import checked_body, decode_body, encode_record
+from distckpt.checkpoint_files import CheckedFile, check_length
+from distckpt.commit import read_file
+from distckpt.errors import CorruptionError
+from distckpt.index import Index, Natural, SaveId, ShardFile, UInt32
+from distckpt.shard_file import BLOCK_BYTES
+from distckpt.storage import Storage, drop_cache, new_file, read_checked, write_checked
+
+_WINDOW_BYTES = 8 << 20
+_MAX_RECORD_BYTES = 64 << 20
+_TEMPORARY = ".tmp-"  # a sweep removes what is left of it
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class ParityGroup(msgspec.Struct, frozen=True, kw_only=True):
+    """One parity file. members: names of the shard files that it is of. data_bytes: without the checksums, of which
+    table_crc is the checksum."""
+
+    name: str
+    members: tuple[str, ...]
+    data_bytes: Natural
+    table_crc: UInt32
+
+    @property
+    def size_bytes(self) -> int:
+        return self.data_bytes + 4 * -(-self.data_bytes // BLOCK_BYTES)
+
+
+class ParityRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """All parity files of one save."""
+
+    save_id: SaveId
+    groups: tuple[ParityGroup, ...]
+
+
+def group_files(files: Sequence[ShardFile], group_size: int) -> list[list[ShardFile]]:
+    """Files cut into groups, as even as can be, of at most `group_size`; of one file alone the parity is a copy."""
+    count = -(-len(files) // group_size)
+    return [[files[i] for i in part.tolist()] for part in np.array_split(np.arange(len(files)), count)]
+
+
+def write_parity(
+    storage: Storage, directory: str, save_id: str, number: int, files: Sequence[ShardFile], *, max_bytes_per_s: float
+) -> ParityGroup:
+    """Make the parity file of a group, the save's number-th. Raises CorruptionError if one of the files is damaged."""
+    name = f"parity-{number:05d}-{save_id}.bin"
+    data_bytes = max(file.size_bytes for file in files)
+    table = np.empty(-(-data_bytes // BLOCK_BYTES), np.uint32)
+    try:
+        with ExitStack() as stack:
+            opened = [stack.enter_context(CheckedFile(storage, directory, file)) for file in files]
+            with new_file(storage, f"{directory}/{name}", data_bytes + table.nbytes) as out:
+                pieces = partial(_xor, opened, data_bytes)
+                write_checked(out, [pieces], BLOCK_BYTES, table, max_bytes_per_s=max_bytes_per_s)
+    except BaseException:
+        with suppress(OSError):
+            storage.remove(f"{directory}/{name}")
+        raise
+    return ParityGroup(
+        name=name, members=tuple(file.name for file in files), data_bytes=data_bytes, table_crc=crc32c(table)
+    )
+
+
+def put_record(storage: Storage, directory: str, save_id: str, groups: Sequence[ParityGroup]) -> None:
+    """After all parity files: from now on they count."""
+    storage.sync_directory(directory)
+    record = ParityRecord(save_id=save_id, groups=tuple(groups))
+    storage.put_if_absent(f"{directory}/{_record_name(save_id)}", encode_record(record))
+
+
+def read_record(storage: Storage, directory: str, index: Index) -> ParityRecord | None:
+    """The parity of a checkpoint; None if it has none. Raises CorruptionError or OSError."""
+    name = f"{directory}/{_record_name(index.save_id)}"
+    try:
+        data = read_file(storage, name, _MAX_RECORD_BYTES)
+    except FileNotFoundError:
+        return None
+    record = decode_body(checked_body(data, name=name), ParityRecord, name=name)
+    members = [member for group in record.groups for member in group.members]
+    names = [f"parity-{number:05d}-{index.save_id}.bin" for number in range(len(record.groups))]
+    if (
+        record.save_id != index.save_id
+        or sorted(members) != sorted(file.name for file in index.files)
+        or [group.name for group in record.groups] != names
+    ):
+        raise CorruptionError(f"{name}: it is not the parity of the files of {index.save_id}")
+    return record
+
+
+def _record_name(save_id: str) -> str:
+    return f"parity-{save_id}.json"
+
+
+def parity_faults(storage: Storage, directory: str, group: ParityGroup) -> Iterator[str]:
+    """What is wrong with each damaged block of a parity file. Raises CorruptionError or OSError."""
+    with _ParityFile(storage, directory, group) as file:
+        window = _window()
+        for begin in range(0, group.data_bytes, _WINDOW_BYTES):
+            try:
+                file.read_window(begin, window)
+            except CorruptionError as error:
+                yield str(error)
+
+
+def find_rebuildable(record: ParityRecord | None, damaged: Collection[str]) -> dict[str, ParityGroup]:
+    """Those of the damaged files, parity files among them, that are the only one of their group; with their groups."""
+    rebuildable = {}
+    for group in () if record is None else record.groups:
+        lost = [name for name in (*group.members, group.name) if name in damaged]
+        if len(lost) == 1 and lost[0] != group.name:
+            rebuildable[lost[0]] = group
+    return rebuildable
+
+
+def rebuild_file(storage: Storage, directory: str, index: Index, name: str, group: ParityGroup) -> None:
+    """Make a shard file of the group again that is damaged or gone.
+
+    What is made is read back and compared with the index before it takes the place of what lay under the name. Raises
+    CorruptionError if a file that is needed is damaged too; OSError.
+    """
+    lost = next(file for file in index.files if file.name == name)
+    others = [file for file in index.files if file.name in group.members and file.name != name]
+    temporary = msgspec.structs.replace(lost, name=f"{_TEMPORARY}{secrets.token_hex(16)}")
+    try:
+        with ExitStack() as stack:
+            opened: list[_Readable] = [stack.enter_context(_ParityFile(storage, directory, group))]
+            opened += [stack.enter_context(CheckedFile(storage, directory, file)) for file in others]
+            with new_file(storage, f"{directory}/{temporary.name}", lost.size_bytes) as out:
+                position = 0
+                for piece in _xor(opened, lost.size_bytes):
+                    out.write(position, piece)
+                    position += len(piece)
+        with CheckedFile(storage, directory, temporary, past_cache=True) as made:
+            for problem in made.faults([(0, lost.checksum_start)]):
+                raise CorruptionError(f"what parity makes of {lost.name} is not what the index names: {problem}")
+        storage.move(f"{directory}/{temporary.name}", f"{directory}/{lost.name}")
+    except BaseException:
+        with suppress(OSError):
+            storage.remove(f"{directory}/{temporary.name}")
+        raise
+    storage.sync_directory(directory)
+
+
+class _Readable(Protocol):
+    def read_window(self, begin: int, window: memoryview) -> int: ...
+
+
+def _xor(files: Sequence[_Readable], size_bytes: int) -> Iterator[memoryview]:
+    """The XOR of files, up to size_bytes, a window at a time; each is gone with the next."""
+    total, part = _window(), _window()
+    sums, parts = np.frombuffer(total, np.uint8), np.frombuffer(part, np.uint8)
+    for begin in range(0, size_bytes, _WINDOW_BYTES):
+        size = min(_WINDOW_BYTES, size_bytes - begin)
+        sums[:size] = 0
+        for file in files:
+            got = min(size, file.read_window(begin, part))
+            np.bitwise_xor(sums[:got], parts[:got], out=sums[:got])
+        yield total[:size]
+
+
+def _window() -> memoryview:
+    return memoryview(Memory(_WINDOW_BYTES))
+
+
+class _ParityFile:
+    """A parity file that was opened and has the checksums that its record says. A context manager."""
+
+    def __init__(self, storage: Storage, directory: str, group: ParityGroup) -> None:
+        self._group = group
+        self._file = storage.open(f"{directory}/{group.name}")
+        try:
+            drop_cache(self._file)
+            check_length(self._file, group.size_bytes, "its record")
+            table = bytearray(group.size_bytes - group.data_bytes)
+            self._file.read_into(group.data_bytes, table)
+        except EOFError as error:
+            self._file.close()
+            raise CorruptionError(f"{self._file.name}: {error}") from error
+        except BaseException:
+            self._file.close()
+            raise
+        if crc32c(table) != group.table_crc:
+            self._file.close()
+            raise CorruptionError(f"{self._file.name}: the checksum of its checksums is not what its record says")
+        self._table = np.frombuffer(table, "<u4")
+
+    def __enter__(self) -> _ParityFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def read_window(self, begin: int, window: memoryview) -> int:
+        """As CheckedFile.read_window."""
+        end = self._group.data_bytes
+        size = max(0, min(len(window), end - begin))
+        if not size:
+            return 0
+        target = (begin, window, 0, (size,), (1,), (1,), 1)
+        bad = read_checked(self._file, [(begin, begin + size)], BLOCK_BYTES, end, self._table, [target])
+        if bad is not None:
+            block, found = bad
+            is_ = "the file ends in it" if found is None else f"crc32c is {found:08x}"
+            raise CorruptionError(f"{self._file.name}, block {block}: {is_}, its table says {self._table[block]:08x}")
+        return size

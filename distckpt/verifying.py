@@ -1,0 +1,249 @@
+"""verify: whether what is stored of a checkpoint is what was written. Reads everything, or a sample; changes nothing.
+
+No torch and no other ranks: it runs beside a job, on a machine without accelerators, after a copy to other storage.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+
+import msgspec
+import numpy as np
+
+from distckpt.checkpoint_files import (
+    CheckedFile,
+    ExpectedEntry,
+    decode_per_rank,
+    expected_entries,
+    is_damage,
+    read_chunks,
+)
+from distckpt.commit import Commit, find_commits, read_index, tracker_warning
+from distckpt.errors import CheckpointError
+from distckpt.geometry import Box
+from distckpt.index import Index, ShardFile, check_locations
+from distckpt.json_value import decode_value
+from distckpt.parity import ParityGroup, parity_faults, read_record
+from distckpt.planner import plan_load
+from distckpt.shard_file import BLOCK_BYTES
+from distckpt.storage import PosixStorage, Storage
+
+_PIECE_BLOCKS = 256  # blocks that are read between two words to on_bytes
+
+OnBytes = Callable[[int], None]
+
+
+class Fault(msgspec.Struct, frozen=True):
+    """One thing that is not as it was written. file: below the root."""
+
+    file: str
+    problem: str
+
+
+class VerifyReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What verifying one checkpoint found.
+
+    save_id: "" if the index could not be read. bytes: of all files that the index names; bytes_read: of those, what was
+    read and checked. warnings: what is odd, but loses nothing.
+    """
+
+    iteration: int
+    epoch: int
+    commit_seq: int
+    save_id: str
+    files: int
+    bytes: int
+    bytes_read: int
+    total_s: float
+    is_sound: bool
+    faults: tuple[Fault, ...]
+    warnings: tuple[str, ...] = ()
+
+
+def verify(
+    root: str | os.PathLike[str] | Storage,
+    iteration: int | None = None,
+    *,
+    sample: float = 1.0,
+    jobs: int | None = None,
+    on_bytes: OnBytes = lambda _: None,
+) -> VerifyReport:
+    """Check the newest checkpoint under a root, or that of one iteration, against its checksums.
+
+    Past the page cache. Each damaged block is found, not only the first. sample: which part of the blocks of each file
+    is read, chosen anew by every call; index, chunk table, headers, checksum tables and parity are always read. jobs:
+    files that are read at a time. on_bytes: told, by any thread, how many bytes were read since it was told last.
+
+    Raises CheckpointNotFoundError; CheckpointError for a format that is newer than this package; OSError for what says
+    nothing of the checkpoint (no right to read it).
+    """
+    storage = PosixStorage(root) if isinstance(root, (str, os.PathLike)) else root
+    commits = find_commits(storage, iteration)
+    report = verify_commit(storage, commits[0], sample=sample, jobs=jobs, on_bytes=on_bytes)
+    warning = tracker_warning(storage, commits[0]) if iteration is None else None
+    return report if warning is None else msgspec.structs.replace(report, warnings=(warning,))
+
+
+def verify_commit(
+    storage: Storage,
+    commit: Commit,
+    *,
+    sample: float = 1.0,
+    jobs: int | None = None,
+    on_bytes: OnBytes = lambda _: None,
+) -> VerifyReport:
+    """The same of a particular commit."""
+    if not 0 < sample <= 1:
+        raise ValueError(f"sample={sample}: expected more than 0, and at most 1 for all")
+    started = time.perf_counter()
+    faults: list[Fault] = []
+    index, bytes_read = _index(storage, commit, faults)
+    on_bytes(bytes_read)
+    if index is not None:
+        entries: list[list[ExpectedEntry]] = [[] for _ in index.files]
+        with _noting(faults, f"{commit.directory}/{index.chunk_table.name}"):
+            entries = _entries_by_file(storage, commit.directory, index)
+            bytes_read += index.chunk_table.size_bytes
+            on_bytes(index.chunk_table.size_bytes)
+        with ThreadPoolExecutor(jobs or os.cpu_count() or 1, "distckpt-verify") as threads:
+            files = [
+                threads.submit(_verify_file, storage, commit.directory, file, of_file, sample, on_bytes)
+                for file, of_file in zip(index.files, entries, strict=True)
+            ]
+            for done in files:
+                found, read = done.result()
+                faults += found
+                bytes_read += read
+            parity = _parity_groups(storage, commit.directory, index, faults)
+            for found in threads.map(partial(_verify_parity, storage, commit.directory), parity):
+                faults += found
+    return VerifyReport(
+        iteration=commit.iteration,
+        epoch=commit.epoch,
+        commit_seq=commit.commit_seq,
+        save_id="" if index is None else index.save_id,
+        files=0 if index is None else len(index.files),
+        bytes=0 if index is None else _total_bytes(index),
+        bytes_read=bytes_read,
+        total_s=time.perf_counter() - started,
+        is_sound=not faults,
+        faults=tuple(faults),
+    )
+
+
+def _index(storage: Storage, commit: Commit, faults: list[Fault]) -> tuple[Index | None, int]:
+    """The index, if it can be read, and its length."""
+    found: tuple[Index | None, bytes] = None, b""
+    with _noting(faults, commit.name):
+        found = read_index(storage, commit, past_cache=True)
+    return found[0], len(found[1])
+
+
+def damaged_files(report: VerifyReport) -> set[str]:
+    """Names, below the iteration's directory, of the files in which there are faults."""
+    return {fault.file.rpartition("/")[2] for fault in report.faults}
+
+
+def stored_bytes(storage: Storage, commit: Commit) -> int:
+    """Of the files that an index names; 0 if it cannot be read."""
+    try:
+        return _total_bytes(read_index(storage, commit)[0])
+    except (CheckpointError, OSError):
+        return 0
+
+
+def _total_bytes(index: Index) -> int:
+    return sum(file.size_bytes for file in index.files) + index.chunk_table.size_bytes
+
+
+@contextmanager
+def _noting(faults: list[Fault], name: str) -> Iterator[None]:
+    """Note what is wrong with the file of that name, and go on after the body."""
+    try:
+        yield
+    except (CheckpointError, OSError) as error:
+        if not is_damage(error):
+            raise
+        faults.append(Fault(name, str(error)))
+
+
+def _entries_by_file(storage: Storage, directory: str, index: Index) -> list[list[ExpectedEntry]]:
+    """The chunks that the chunk table has in each file. Raises CorruptionError or OSError."""
+    keys = list(index.tensors)
+    boxes = [Box.whole(entry.global_shape) for entry in index.tensors.values()]
+    entries: list[list[ExpectedEntry]] = [[] for _ in index.files]
+    for copies in plan_load(read_chunks(storage, directory, index, keys, past_cache=True), np.arange(len(keys)), boxes):
+        of_tensor = copies.target
+        check_locations(index, keys, of_tensor, copies.hits)
+        for file, entry in zip(
+            copies.hits.files.tolist(), expected_entries(index, keys, of_tensor, copies.hits), strict=True
+        ):
+            entries[file].append(entry)
+    return entries
+
+
+def _verify_file(
+    storage: Storage,
+    directory: str,
+    expected: ShardFile,
+    entries: Sequence[ExpectedEntry],
+    sample: float,
+    on_bytes: OnBytes,
+) -> tuple[list[Fault], int]:
+    """What is wrong with a shard file, and how much of it was read."""
+    name = f"{directory}/{expected.name}"
+    faults: list[Fault] = []
+    bytes_read = 0
+    with _noting(faults, name), CheckedFile(storage, directory, expected, past_cache=True) as file:
+        try:
+            on_bytes(file.bytes_read)
+            with _noting(faults, name):
+                file.check_entries(entries)
+            for piece in _pieces(expected, sample):
+                before = file.bytes_read
+                faults += [Fault(name, problem) for problem in file.faults(piece)]
+                on_bytes(file.bytes_read - before)
+            if not faults:
+                for key, value in decode_per_rank(file.read(*expected.per_rank), name).items():
+                    decode_value(bytes(value), f"{name}: {key!r}")
+        finally:
+            bytes_read = file.bytes_read
+    return faults, bytes_read
+
+
+def _parity_groups(storage: Storage, directory: str, index: Index, faults: list[Fault]) -> Sequence[ParityGroup]:
+    record = None
+    with _noting(faults, f"{directory}/parity-{index.save_id}.json"):
+        record = read_record(storage, directory, index)
+    return () if record is None else record.groups
+
+
+def _verify_parity(storage: Storage, directory: str, group: ParityGroup) -> list[Fault]:
+    faults: list[Fault] = []
+    name = f"{directory}/{group.name}"
+    with _noting(faults, name):
+        faults += [Fault(name, problem) for problem in parity_faults(storage, directory, group)]
+    return faults
+
+
+def _pieces(file: ShardFile, sample: float) -> Iterator[Iterable[tuple[int, int]]]:
+    """The blocks to read of a file as ranges of bytes, a bounded number at a time."""
+    blocks = -(-file.checksum_start // BLOCK_BYTES)
+    chosen = list(range(blocks))
+    if sample < 1:
+        chosen = sorted(random.sample(chosen, max(1, round(sample * blocks))))
+    for first in range(0, len(chosen), _PIECE_BLOCKS):
+        yield _ranges(chosen[first : first + _PIECE_BLOCKS], file.checksum_start)
+
+
+def _ranges(blocks: Sequence[int], end: int) -> list[tuple[int, int]]:
+    """Ascending blocks as ranges that do not touch."""
+    numbers = np.array(blocks)
+    runs = np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1)
+    return [(int(run[0]) * BLOCK_BYTES, min((int(run[-1]) + 1) * BLOCK_BYTES, end)) for run in runs]
