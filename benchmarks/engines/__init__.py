@@ -48,6 +48,15 @@ ENGINES = {
     "distckpt-threads": Entry(
         "distckpt:Distckpt", frozenset({"sync", "async"}), {"io_backend": "threads"}, is_peer=False
     ),
+    "distckpt-parity": Entry(
+        "distckpt:Distckpt", frozenset({"sync", "async"}), {"io_backend": "io_uring", "parity": True}, is_peer=False
+    ),
+    "distckpt-verified": Entry(
+        "distckpt:Distckpt",
+        frozenset({"sync", "async"}),
+        {"io_backend": "io_uring", "verify_after_save": True},
+        is_peer=False,
+    ),
     "torch.save": Entry("torch_save:TorchSave", SAME_LAYOUT, has_async=False),
     "safetensors": Entry("safetensors:Safetensors", SAME_LAYOUT, has_async=False),
     "dcp": Entry("dcp:Dcp", ALL, {"thread_count": 1}),

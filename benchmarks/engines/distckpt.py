@@ -8,8 +8,8 @@ from typing import Literal
 from benchmarks.engines.port import Engine
 from benchmarks.state import Piece, RankState
 from distckpt import Checkpointer, PendingSave, ShardedTensor
+from distckpt.checkpoint_files import read_chunks
 from distckpt.commit import list_commits, read_index
-from distckpt.reader import read_chunks
 from distckpt.storage import PosixStorage
 
 
@@ -18,14 +18,23 @@ class Distckpt(Engine):
     has_prepare = True
 
     def __init__(
-        self, root: Path, state: RankState, *, io_backend: str, snapshot: Literal["eager", "lazy"] = "eager"
+        self,
+        root: Path,
+        state: RankState,
+        *,
+        io_backend: str,
+        snapshot: Literal["eager", "lazy"] = "eager",
+        parity: bool = False,
+        verify_after_save: bool = False,
     ) -> None:
         super().__init__(root, state)
         self.backend = io_backend
         self._snapshot = snapshot
         place, layout = state.place, state.layout
         mesh = {"tp": (place.tp, layout.tp), "pp": (place.pp, layout.pp), "dp": (place.dp, layout.dp)}
-        self._checkpointer = Checkpointer(root, mesh=mesh, io_backend=io_backend)
+        self._checkpointer = Checkpointer(
+            root, mesh=mesh, io_backend=io_backend, parity=parity, verify_after_save=verify_after_save
+        )
         if snapshot == "lazy":
             self._checkpointer.guard(state.optimizer)
         self._sharded: dict[str, object] = {"state": [_sharded(piece) for piece in state.pieces.values()]}
