@@ -48,6 +48,12 @@ INTERRUPTED = ("tests/unit/test_interrupted_saves.py",)
 LAZY = ("tests/unit/test_lazy_snapshot.py",)
 TRANSPORT = ("tests/unit/test_transport_cuda.py",)
 RING = ("tests/unit/test_ring.py",)
+VERIFYING = ("tests/unit/test_verifying.py",)
+REPAIRING = ("tests/unit/test_repairing.py",)
+PARITY = ("tests/unit/test_parity.py",)
+READ_BACK = ("tests/unit/test_read_back.py",)
+IN_TRAINING = ("tests/unit/test_failures_in_training.py",)
+TERMINATION = ("tests/unit/test_termination.py",)
 SAVE_POWER_CUT = ("tests/crash/test_save_power_cut.py",)
 
 # What is left of an agreement when nobody is asked: a rank decides on its own data alone.
@@ -321,35 +327,35 @@ MUTANTS = (
     ),
     Mutant(
         "shard file: no length",
-        "distckpt/reader.py",
-        "        if file.size_bytes != expected.size_bytes:\n",
-        "        if False:\n",
+        "distckpt/checkpoint_files.py",
+        "        check_length(file, expected.size_bytes)\n        blocks",
+        "        blocks",
         DAMAGE,
     ),
     Mutant(
         "shard file: no checksum of header and table",
-        "distckpt/reader.py",
+        "distckpt/checkpoint_files.py",
         "        if found != crc:\n",
         "        if False:\n",
         DAMAGE,
     ),
     Mutant(
         "shard file: no checksum of the header",
-        "distckpt/reader.py",
+        "distckpt/checkpoint_files.py",
         "        if found != crc:\n",
         '        if found != crc and what != "header":\n',
         DAMAGE,
     ),
     Mutant(
         "shard file: no checksum of the checksum table",
-        "distckpt/reader.py",
+        "distckpt/checkpoint_files.py",
         "        if found != crc:\n",
         '        if found != crc and what == "header":\n',
         DAMAGE,
     ),
     Mutant(
         "shard file: no checksum of blocks",
-        "distckpt/reader.py",
+        "distckpt/checkpoint_files.py",
         "        if bad is None:\n",
         "        if bad is None or bad:\n",
         DAMAGE,
@@ -377,9 +383,9 @@ MUTANTS = (
     ),
     Mutant(
         "reads without a template: memory is taken before the sizes of files are looked at",
-        "distckpt/reader.py",
-        "        if found != expected.size_bytes:\n",
-        "        if False:\n",
+        "distckpt/checkpoint_files.py",
+        "            check_length(file, expected.size_bytes)\n",
+        "            pass\n",
         ("tests/unit/test_hostile_checkpoint.py",),
     ),
     Mutant(
@@ -447,28 +453,28 @@ MUTANTS = (
     ),
     Mutant(
         "shard file: header and index may disagree about per-rank values",
-        "distckpt/reader.py",
+        "distckpt/checkpoint_files.py",
         "        if entry is None or (self.header.start_of(PER_RANK_ENTRY), *entry.shape) != expected.per_rank:\n",
         "        if False:\n",
         ("tests/unit/test_hostile_checkpoint.py",),
     ),
     Mutant(
         "chunk table: no length",
-        "distckpt/reader.py",
-        "    if file.size_bytes != table.size_bytes:\n",
-        "    if False:\n",
+        "distckpt/checkpoint_files.py",
+        "    check_length(file, table.size_bytes)\n",
+        "",
         DAMAGE,
     ),
     Mutant(
         "chunk table: no checksum of the trailer",
-        "distckpt/reader.py",
+        "distckpt/checkpoint_files.py",
         "    if crc32c(trailer) != table.trailer_crc:\n",
         "    if False:\n",
         DAMAGE,
     ),
     Mutant(
         "chunk table: no checksum of pages",
-        "distckpt/reader.py",
+        "distckpt/checkpoint_files.py",
         "        check_pages(pages, begin // PAGE_BYTES, trailer, where=file.name)\n",
         "",
         DAMAGE,
@@ -872,6 +878,140 @@ MUTANTS = (
         "_failed(lost.failures, self.after)\n            error.__cause__ = lost\n            return",
         '_failed(lost.failures, "no")\n            error.__cause__ = lost\n            return',
         AGREEMENT,
+    ),
+    Mutant(
+        "verify: blocks are not read",
+        "distckpt/verifying.py",
+        "for problem in file.faults(piece)]",
+        "for problem in ()]",
+        VERIFYING,
+    ),
+    Mutant(
+        "verify: the chunk table is not read",
+        "distckpt/verifying.py",
+        "            entries = _entries_by_file(storage, commit.directory, index)\n",
+        "            pass\n",
+        VERIFYING,
+    ),
+    Mutant(
+        "verify: parity is not read",
+        "distckpt/verifying.py",
+        "for problem in parity_faults(storage, directory, group)]",
+        "for problem in ()]",
+        VERIFYING,
+    ),
+    Mutant(
+        "repair: damaged blocks get a new checksum",
+        "distckpt/rebuilding.py",
+        "            raise CorruptionError(problem)\n        on_bytes",
+        "            pass\n        on_bytes",
+        REPAIRING,
+    ),
+    Mutant(
+        "repair: files that are missing are not missed",
+        "distckpt/rebuilding.py",
+        "        _check_complete(found, leader, directory)\n",
+        "        pass\n",
+        REPAIRING,
+    ),
+    Mutant(
+        "repair: a save under way is committed by another",
+        "distckpt/repairing.py",
+        "        elif is_under_way(self._storage, iteration, saves[0]):\n",
+        "        elif False:\n",
+        REPAIRING,
+    ),
+    Mutant(
+        "repair: what was never committed becomes a checkpoint unasked",
+        "distckpt/repairing.py",
+        "        elif not force:\n",
+        "        elif False:\n",
+        REPAIRING,
+    ),
+    Mutant(
+        "parity: what is made is not compared with the index",
+        "distckpt/parity.py",
+        "            for problem in made.faults([(0, lost.checksum_start)]):\n",
+        "            for problem in ():\n",
+        PARITY,
+    ),
+    Mutant(
+        "parity: of two damaged files one is made up",
+        "distckpt/parity.py",
+        "        if len(lost) == 1 and",
+        "        if lost and",
+        PARITY,
+    ),
+    Mutant(
+        "parity: what was made is not durable",
+        "distckpt/parity.py",
+        "        raise\n    storage.sync_directory(directory)\n",
+        "        raise\n",
+        PARITY,
+    ),
+    Mutant(
+        "parity: the record is durable before the files that it names",
+        "distckpt/parity.py",
+        "    storage.sync_directory(directory)\n    record = ",
+        "    record = ",
+        PARITY,
+    ),
+    Mutant(
+        "parity: a record of another save is taken",
+        "distckpt/parity.py",
+        "        record.save_id != index.save_id\n        or sorted(members)",
+        "        False and sorted(members)",
+        PARITY,
+    ),
+    Mutant(
+        "read back: shard files are not read",
+        "distckpt/protecting.py",
+        "                problems += opened.faults([(0, file.checksum_start)])\n",
+        "                pass\n",
+        READ_BACK,
+    ),
+    Mutant(
+        "read back: index and chunk table are not read",
+        "distckpt/protecting.py",
+        "            problems |= _read_back_index(storage, saved)\n",
+        "",
+        READ_BACK,
+    ),
+    Mutant(
+        "read back: what the page cache holds is taken for what the disk holds",
+        "distckpt/protecting.py",
+        "CheckedFile(storage, directory, file, past_cache=True)",
+        "CheckedFile(storage, directory, file)",
+        READ_BACK,
+    ),
+    Mutant(
+        "async saves: a job that was replaced trains on",
+        "distckpt/checkpointer.py",
+        " or isinstance(error, FencedError):",
+        ":",
+        IN_TRAINING,
+    ),
+    Mutant(
+        "async saves: failures are tolerated for ever",
+        "distckpt/checkpointer.py",
+        "        if self._failures > self._tolerated_failures:\n            return True\n",
+        "",
+        IN_TRAINING,
+    ),
+    Mutant(
+        "writes: a full disk is tried again",
+        "distckpt/writing.py",
+        "error.errno not in _TRANSIENT or ",
+        "",
+        IN_TRAINING,
+    ),
+    Mutant(
+        "termination: a rank stops alone",
+        "distckpt/termination.py",
+        "        told = agree(\n",
+        "        told = _alone(\n",
+        TERMINATION,
+        ALONE,
     ),
 )
 
