@@ -936,13 +936,6 @@ MUTANTS = (
         PARITY,
     ),
     Mutant(
-        "parity: of two damaged files one is made up",
-        "distckpt/parity.py",
-        "        if len(lost) == 1 and",
-        "        if lost and",
-        PARITY,
-    ),
-    Mutant(
         "parity: what was made is not durable",
         "distckpt/parity.py",
         "        raise\n    storage.sync_directory(directory)\n",
@@ -959,8 +952,8 @@ MUTANTS = (
     Mutant(
         "parity: a record of another save is taken",
         "distckpt/parity.py",
-        "        record.save_id != index.save_id\n        or sorted(members)",
-        "        False and sorted(members)",
+        '        raise CorruptionError(f"{name}: it is not the parity',
+        '        str(f"{name}: it is not the parity',
         PARITY,
     ),
     Mutant(
@@ -973,7 +966,7 @@ MUTANTS = (
     Mutant(
         "read back: index and chunk table are not read",
         "distckpt/protecting.py",
-        "            problems |= _read_back_index(storage, saved)\n",
+        "            problems = problems or _read_back_index(storage, saved)\n",
         "",
         READ_BACK,
     ),

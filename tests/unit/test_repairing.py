@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 import distckpt
-from distckpt import CheckpointNotFoundError
+from distckpt import Checkpointer, CheckpointNotFoundError, CorruptionError
 from distckpt.commit import TRACKER, list_commits, read_index, read_tracker
+from distckpt.coordinator import Coordinator
 from distckpt.index import Index
 from distckpt.rebuilding import rebuild
 from distckpt.shard_file import BLOCK_BYTES
-from distckpt.testing import CrashingStorage, MemoryStorage
+from distckpt.testing import CrashingStorage, MemoryStorage, run_ranks
 from tests.unit.damage import change, flip, newest
 from tests.unit.protocol import tree
 from tests.unit.saved_roots import check_loads, saved_root
@@ -129,6 +131,20 @@ def test_nothing_damaged_gets_a_new_checksum(storage: MemoryStorage, damage: str
     assert not report.is_sound
     assert "cannot be made again" in report.damaged[0]
     assert {k: v for k, v in tree(storage).items() if k != TRACKER} == {k: v for k, v in before.items() if k != TRACKER}
+
+
+def test_file_of_which_no_other_speaks_is_missed(storage: MemoryStorage) -> None:
+    """Each rank holds tensors of its own: those of a file that is gone leave no hole in any other."""
+
+    def save_own(coordinator: Coordinator) -> None:
+        with Checkpointer(storage, coordinator=coordinator) as checkpointer:
+            checkpointer.save({f"of {coordinator.rank}": torch.ones(9)}, iteration=30)
+
+    run_ranks(3, save_own)
+    directory, index = newest(storage)
+    storage.remove(f"{directory}/{index.files[2].name}")
+    with pytest.raises(CorruptionError, match="0 files of rank 2"):
+        rebuild(storage, 30, index.save_id)
 
 
 def test_damaged_index_beside_files_of_two_saves_is_left(storage: MemoryStorage) -> None:
