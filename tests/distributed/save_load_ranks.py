@@ -264,6 +264,28 @@ def check_a_host_with_a_damaged_copy_makes_all_fall_back_together(root: Path) ->
     assert_state(state, 1)
 
 
+def check_a_file_that_is_lost_is_made_again_for_all_from_parity(root: Path) -> None:
+    with Checkpointer(root / "parity", parity=True, verify_after_save=True) as checkpointer:
+        report = checkpointer.async_save(make_state(1), iteration=1).wait(60)
+        assert report.verified
+        assert report.parity_bytes > 0
+        assert checkpointer.latest_iteration(verified=True) == 1
+    for victim in range(WORLD_SIZE):
+        (path,) = (root / "parity" / "iter_0000001").glob(f"shard-{victim:05d}-*")
+        content = path.read_bytes()
+        dist.barrier()
+        if dist.get_rank() == victim:
+            path.unlink()
+        dist.barrier()
+        with Checkpointer(root / "parity") as checkpointer:
+            state = make_state(7)
+            loaded = checkpointer.load(state)
+        assert loaded.rebuilt == (path.name,)
+        assert not loaded.fell_back_from
+        assert_state(state, 1)
+        assert path.read_bytes() == content
+
+
 def check_falling_back_to_what_does_not_match_says_that_the_state_is_undefined(root: Path) -> None:
     with Checkpointer(root / "unlike") as checkpointer:
         checkpointer.save({"model": {"w": torch.zeros(3)}}, iteration=1)
