@@ -134,7 +134,8 @@ class CheckedFile:
         """Read and copy; the first block that is not what the table says, and how."""
         end = self._expected.checksum_start
         bad = read_checked(self._file, ranges, BLOCK_BYTES, end, self.table, targets)
-        self.bytes_read += sum(stop - begin for begin, stop in ranges)
+        read_to = end if bad is None else (bad[0] + 1) * BLOCK_BYTES  # It ends at the first that is bad.
+        self.bytes_read += sum(max(0, min(stop, read_to) - begin) for begin, stop in ranges)
         if bad is None:
             return None
         block, found = bad

@@ -49,8 +49,8 @@ class Fault(msgspec.Struct, frozen=True):
 class VerifyReport(msgspec.Struct, frozen=True, kw_only=True):
     """What verifying one checkpoint found.
 
-    save_id: "" if the index could not be read. bytes: of all files that the index names; bytes_read: of those, what was
-    read and checked. warnings: what is odd, but loses nothing.
+    save_id: "" if the index could not be read. bytes: of the index, all files that it names, and parity; bytes_read: of
+    those, what was read and checked. warnings: what is odd, but loses nothing.
     """
 
     iteration: int
@@ -104,8 +104,10 @@ def verify_commit(
     started = time.perf_counter()
     faults: list[Fault] = []
     index, bytes_read = _index(storage, commit, faults)
+    size_bytes = bytes_read
     on_bytes(bytes_read)
     if index is not None:
+        size_bytes += _total_bytes(index)
         entries: list[list[ExpectedEntry]] = [[] for _ in index.files]
         with _noting(faults, f"{commit.directory}/{index.chunk_table.name}"):
             entries = _entries_by_file(storage, commit.directory, index)
@@ -121,15 +123,19 @@ def verify_commit(
                 faults += found
                 bytes_read += read
             parity = _parity_groups(storage, commit.directory, index, faults)
-            for found in threads.map(partial(_verify_parity, storage, commit.directory), parity):
+            for group, found in zip(
+                parity, threads.map(partial(_verify_parity, storage, commit.directory), parity), strict=True
+            ):
                 faults += found
+                size_bytes += group.size_bytes
+                bytes_read += group.size_bytes
     return VerifyReport(
         iteration=commit.iteration,
         epoch=commit.epoch,
         commit_seq=commit.commit_seq,
         save_id="" if index is None else index.save_id,
         files=0 if index is None else len(index.files),
-        bytes=0 if index is None else _total_bytes(index),
+        bytes=size_bytes,
         bytes_read=bytes_read,
         total_s=time.perf_counter() - started,
         is_sound=not faults,
@@ -201,19 +207,18 @@ def _verify_file(
     faults: list[Fault] = []
     bytes_read = 0
     with _noting(faults, name), CheckedFile(storage, directory, expected, past_cache=True) as file:
-        try:
-            on_bytes(file.bytes_read)
-            with _noting(faults, name):
-                file.check_entries(entries)
-            for piece in _pieces(expected, sample):
-                before = file.bytes_read
-                faults += [Fault(name, problem) for problem in file.faults(piece)]
-                on_bytes(file.bytes_read - before)
-            if not faults:
-                for key, value in decode_per_rank(file.read(*expected.per_rank), name).items():
-                    decode_value(bytes(value), f"{name}: {key!r}")
-        finally:
-            bytes_read = file.bytes_read
+        with _noting(faults, name):
+            file.check_entries(entries)
+        bytes_read = file.table.nbytes  # The header is read once more, as part of the first block.
+        on_bytes(bytes_read)
+        for piece in _pieces(expected, sample):
+            before = file.bytes_read
+            faults += [Fault(name, problem) for problem in file.faults(piece)]
+            on_bytes(file.bytes_read - before)
+            bytes_read += file.bytes_read - before
+        if not faults:
+            for key, value in decode_per_rank(file.read(*expected.per_rank), name).items():
+                decode_value(bytes(value), f"{name}: {key!r}")
     return faults, bytes_read
 
 

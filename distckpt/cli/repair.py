@@ -20,10 +20,10 @@ def repair(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Look, and print what would be done.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
 ) -> None:
-    """Mend the tracker, and a damaged index or chunk table, from the shard files' own headers.
+    """Mend the tracker, a damaged index or chunk table, and, where there is parity, damaged shard files.
 
-    Every block of the files is checked first; nothing that is damaged gets a new checksum. Exit code 0: nothing is
-    damaged (any more); 1: something still is, and is printed.
+    An index is made again from the headers of the shard files, of which every block is checked first: nothing that is
+    damaged gets a new checksum. Exit code 0: nothing is damaged (any more); 1: something still is, and is printed.
 
     Example: distckpt repair /checkpoints/run7 --dry-run
     """

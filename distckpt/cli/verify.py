@@ -57,9 +57,9 @@ def _verify_with_progress(storage: Storage, commit: Commit, sample: float, jobs:
 def _print_report(report: VerifyReport) -> None:
     speed = report.bytes_read / max(report.total_s, 1e-9)
     read = f"{size_text(report.bytes_read)} of {size_text(report.bytes)} read in {report.total_s:.1f} s"
-    verdict = "sound" if report.is_sound else f"DAMAGED, {len(report.faults)} faults"
+    verdict = "sound" if report.is_sound else f"DAMAGED, faults: {len(report.faults)}"
     console.print(
-        f"iteration {report.iteration}: {verdict}; {report.files} files, {read} ({size_text(round(speed))}/s)"
+        f"iteration {report.iteration}: {verdict}; shard files: {report.files}; {read} ({size_text(round(speed))}/s)"
     )
     for fault in report.faults:
         shown = fault.problem if fault.problem.startswith(fault.file) else f"{fault.file}: {fault.problem}"

@@ -41,7 +41,7 @@ def run(*arguments: object) -> tuple[int, str]:
 def test_verify_says_that_a_checkpoint_is_sound(root: Path) -> None:
     code, said = run("verify", root)
     assert code == 0
-    assert said.startswith("iteration 20: sound; 3 files, ")
+    assert said.startswith("iteration 20: sound; shard files: 3; ")
     code, said = run("verify", root, "--all", "--json")
     reports = [json.loads(line) for line in said.splitlines()]
     assert code == 0
@@ -55,7 +55,7 @@ def test_verify_names_what_is_damaged(root: Path) -> None:
     storage.replace(TRACKER, b"10")
     code, said = run("verify", root)
     assert code == 1
-    assert "iteration 20: DAMAGED, 1 faults" in said
+    assert "iteration 20: DAMAGED, faults: 1; " in said
     assert f"{directory}/{index.files[1].name}, block 0 (bytes 0-" in said
     assert "warning: latest_checkpointed_iteration.txt says 10" in said
     code, said = run("verify", root, "--json")
