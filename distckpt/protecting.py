@@ -7,7 +7,8 @@ beside it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -91,23 +92,6 @@ def protect(
     Raises DistributedError on all ranks, which says that the save is committed, if it cannot be read back, or what is
     read is not what was written, or ranks are lost. That parity could not be made is only reported.
     """
-    try:
-        return _protect(storage, coordinator, saved, wanted, label, timeout_s, max_bytes_per_s)
-    except DistributedError as error:
-        raise DistributedError(
-            f"iteration {saved.iteration} is committed, but {error}", failures=error.failures, committed="yes"
-        ) from error
-
-
-def _protect(
-    storage: Storage,
-    coordinator: Coordinator,
-    saved: Saved,
-    wanted: Protection,
-    label: str,
-    timeout_s: float,
-    max_bytes_per_s: float,
-) -> Protected:
     started = time.perf_counter()
     directory = iteration_directory(saved.iteration)
 
@@ -125,14 +109,26 @@ def _protect(
                 )
         return _give_groups([own.files for own in ranks], wanted.parity)
 
-    agreed = partial(agree, coordinator, timeout_s=timeout_s, committed_if_lost="yes")
-    groups: list[_Group] = agreed(f"{label}: read back", read_back, judge, message=_Own, decision=list[_Group])
-    recorded = _Recorded(0, None)
-    if wanted.parity:
-        make = partial(_make, storage, directory, saved.save_id, groups, max_bytes_per_s)
-        record: Callable[[Sequence[_Made]], list[_Recorded]] = partial(_record, storage, directory, saved.save_id)
-        recorded = agreed(f"{label}: parity", make, record, message=_Made, decision=_Recorded)
+    agreed = partial(agree, coordinator, timeout_s=timeout_s)
+    with _committed_all_the_same(saved.iteration):
+        groups: list[_Group] = agreed(f"{label}: read back", read_back, judge, message=_Own, decision=list[_Group])
+        recorded = _Recorded(0, None)
+        if wanted.parity:
+            make = partial(_make, storage, directory, saved.save_id, groups, max_bytes_per_s)
+            record: Callable[[Sequence[_Made]], list[_Recorded]] = partial(_record, storage, directory, saved.save_id)
+            recorded = agreed(f"{label}: parity", make, record, message=_Made, decision=_Recorded)
     return Protected(wanted.read_back, recorded.size_bytes, recorded.problem, time.perf_counter() - started)
+
+
+@contextmanager
+def _committed_all_the_same(iteration: int) -> Iterator[None]:
+    """Have what fails in the body say so."""
+    try:
+        yield
+    except DistributedError as error:
+        raise DistributedError(
+            f"iteration {iteration} is committed, but {error}", failures=error.failures, committed="yes"
+        ) from error
 
 
 def _read_back(storage: Storage, directory: str, files: Sequence[ShardFile]) -> list[str]:
