@@ -30,7 +30,7 @@ from distckpt.shard_file import (
 )
 from distckpt.storage import ReadFile, Storage, Target, drop_cache, read_checked
 
-_DAMAGE = (errno.ENOENT, errno.ESTALE, errno.EIO, errno.ENODATA)
+_DAMAGE = (errno.ENOENT, errno.ESTALE, errno.EIO, errno.ENODATA, errno.ENXIO, errno.EUCLEAN, errno.EBADMSG)
 
 # Of a chunk in the header of its file: first byte in the file, name, safetensors dtype and shape.
 ExpectedEntry: TypeAlias = tuple[int, str, str, tuple[int, ...]]
@@ -52,9 +52,9 @@ class CheckedFile:
         self._expected = expected
         self._file: ReadFile = storage.open(f"{directory}/{expected.name}")
         self.bytes_read = 0
-        if past_cache:
-            drop_cache(self._file)
         try:
+            if past_cache:
+                drop_cache(self._file)
             self._check()
         except EOFError as error:
             self._file.close()

@@ -16,15 +16,17 @@ import torch
 
 from distckpt.arena import Arena
 from distckpt.commit import (
+    Commit,
     list_commits,
     newest_iteration,
     newest_verified_iteration,
     read_tracker,
     retire,
     sweep,
+    unsound_commits,
 )
 from distckpt.coordinator import Coordinator, agree, default_coordinator
-from distckpt.errors import CheckpointError, FencedError
+from distckpt.errors import CheckpointError, DistributedError, FencedError
 from distckpt.guarding import Guards
 from distckpt.host import host_id
 from distckpt.index import Mesh
@@ -46,10 +48,11 @@ PARITY_GROUP = 8  # shard files
 
 
 class _Place(msgspec.Struct, frozen=True):
-    """A rank's coordinates, and the host that it runs on."""
+    """A rank's coordinates, the host that it runs on, and what it was asked to do after commits."""
 
     mesh: dict[str, tuple[int, int]]
     host: str
+    protection: Protection
 
 
 class Checkpointer:
@@ -103,11 +106,13 @@ class Checkpointer:
         self._owns_coordinator = coordinator is None
         self._coordinator = default_coordinator() if coordinator is None else coordinator
         own_place = {"rank": (self._coordinator.rank, self._coordinator.world_size)} if mesh is None else mesh
-        self._mesh, storage, neighbours = agree_on_place(self._coordinator, root, own_place, io_backend, timeout_s)
+        self._protection = Protection(PARITY_GROUP if parity is True else int(parity), bool(verify_after_save))
+        self._mesh, storage, neighbours = agree_on_place(
+            self._coordinator, root, own_place, self._protection, io_backend, timeout_s
+        )
         self._storage = storage
         self._keep_last = keep_last
         self._grace_s = removal_grace_s
-        self._protection = Protection(PARITY_GROUP if parity is True else int(parity), bool(verify_after_save))
         transports = Transports()
         self._save_context = SaveContext(
             storage=storage,
@@ -123,6 +128,8 @@ class Checkpointer:
         self._load_context = LoadContext(storage, self._coordinator, self._mesh, timeout_s, transports)
         self._tolerated_failures = max_failures - 1 if on_error == "warn" else 0
         self._failures = 0  # of async saves, in a row
+        self._is_fenced = False
+        self._unsound: set[Commit] = set()  # rank 0's: commits that are not what was written
         self._pending: PendingSave | None = None
         self._calls = 0
         self._has_resumed = False
@@ -162,7 +169,7 @@ class Checkpointer:
         try:
             save.stage(self._guards.memory if snapshot == "lazy" else frozenset)
         except (CheckpointError, OSError) as error:
-            self._failures += 1
+            self._note_failure(error)
             if self._must_raise(error):
                 raise
             return PendingSave.failed(error)
@@ -186,18 +193,22 @@ class Checkpointer:
     def _finish_async(self, save: Save) -> SaveReport:
         """In the background. Failures are counted here: whether anybody waits for them differs between ranks."""
         try:
-            report = self._finish(save)
-        except (CheckpointError, OSError):
-            self._failures += 1
+            return self._finish(save)
+        except (CheckpointError, OSError) as error:
+            self._note_failure(error)
             raise
-        self._failures = 0
-        return report
+
+    def _note_failure(self, error: BaseException) -> None:
+        """The same on all ranks, as is the failure."""
+        self._failures += 1
+        self._is_fenced = self._is_fenced or isinstance(error, FencedError)
 
     def _must_raise(self, error: BaseException) -> bool:
         """Whether the failure of an async save is to be raised. Else it is logged."""
-        if not isinstance(error, (CheckpointError, OSError)) or isinstance(error, FencedError):
+        if not isinstance(error, (CheckpointError, OSError)):
             return True
-        if self._failures > self._tolerated_failures:
+        # Once fenced, always: what is raised of it by the next call is another error, of an agreement.
+        if self._is_fenced or self._failures > self._tolerated_failures:
             return True
         if self._coordinator.rank == 0:
             logger.warning("an async save failed, training goes on (failure %d in a row): %s", self._failures, error)
@@ -209,6 +220,7 @@ class Checkpointer:
         if waiting_since is not None:
             report = replace(report, stall_s=time.perf_counter() - waiting_since)
         self._save_context.parent = report.save_id
+        self._failures = 0
         if self._coordinator.rank == 0:
             self._clean_up()
             logger.info(
@@ -224,16 +236,21 @@ class Checkpointer:
         """Read back, and make parity, before what it replaces may go."""
         if not self._protection.is_wanted:
             return report
-        context = self._save_context
-        done = protect(
-            context.storage,
-            context.coordinator,
-            save.saved,
-            self._protection,
-            label=save.label,
-            timeout_s=context.timeout_s,
-            max_bytes_per_s=context.max_write_bytes_per_s,
-        )
+        context, saved = self._save_context, save.saved
+        try:
+            done = protect(
+                context.storage,
+                context.coordinator,
+                saved,
+                self._protection,
+                label=save.label,
+                timeout_s=context.timeout_s,
+                max_bytes_per_s=context.max_write_bytes_per_s,
+            )
+        except DistributedError:
+            if saved.commit is not None:
+                self._unsound.add(saved.commit)
+            raise
         if done.problem is not None and self._coordinator.rank == 0:
             logger.warning("iteration %d has no parity: %s", report.iteration, done.problem)
         return replace(
@@ -253,9 +270,12 @@ class Checkpointer:
         try:
             writer.check_fence()
             commits, tracked = list_commits(self._storage), read_tracker(self._storage)
+            unsound = self._unsound | unsound_commits(self._storage, commits)
             retire(
                 self._storage,
-                superfluous(commits, keep_last=self._keep_last, tracked=tracked, first_epoch=first_epoch),
+                superfluous(
+                    commits, keep_last=self._keep_last, tracked=tracked, first_epoch=first_epoch, unsound=unsound
+                ),
             )
             sweep(self._storage, grace_s=self._grace_s)
         except FencedError:
@@ -412,6 +432,7 @@ def agree_on_place(
     coordinator: Coordinator,
     root: str | PathLike[str] | Storage,
     mesh: Mapping[str, tuple[int, int]],
+    protection: Protection,
     io_backend: str,
     timeout_s: float,
 ) -> tuple[Mesh, Storage, int]:
@@ -424,10 +445,16 @@ def agree_on_place(
         else:
             opened.append(root)
         own = {axis: (operator.index(at), operator.index(size)) for axis, (at, size) in mesh.items()}
-        return _Place(own, host_id())
+        return _Place(own, host_id(), protection)
 
     def decide(ranks: Sequence[_Place]) -> list[int]:
         check_places([place.mesh for place in ranks])
+        for rank, place in enumerate(ranks):
+            if place.protection != ranks[0].protection:
+                raise CheckpointError(
+                    f"the ranks differ in parity and verify_after_save: rank 0 has {ranks[0].protection}, rank {rank} "
+                    f"{place.protection}"
+                )
         count = Counter(place.host for place in ranks)
         return [count[place.host] for place in ranks]
 

@@ -23,6 +23,7 @@ A save of iteration I by the job that holds epoch E:
  8. Tracker. Replace latest_checkpointed_iteration.txt. It is a convenience: "newest" is decided by 6.
  9. Protect, if that is asked for (distckpt.protecting): read everything back, then put verified-<save_id>; write
     parity files, sync the directory, then put their record.
+    If it is not what was written: put unsound-<save_id>, and retention will let nothing go for its sake.
     Why now: nothing that the save replaces may go before it is known to be sound. Why in this order: a marker or
     record that survives a power cut must be true.
 10. Remove the marker, retire what retention gives up, sweep.
@@ -334,6 +335,27 @@ def pending_marker(iteration: int, save_id: str) -> str:
 
 def verified_marker(iteration: int, save_id: str) -> str:
     return f"{iteration_directory(iteration)}/verified-{save_id}"
+
+
+def unsound_marker(iteration: int, save_id: str) -> str:
+    return f"{iteration_directory(iteration)}/unsound-{save_id}"
+
+
+def unsound_commits(storage: Storage, commits: Iterable[Commit]) -> set[Commit]:
+    """Those that were read back after they were saved, and were not what was written. Raises OSError."""
+    unsound = set()
+    for commit in commits:
+        names = storage.list(commit.directory)
+        if not any(name.startswith("unsound-") for name in names):
+            continue
+        try:
+            save_id = _read_save_id(storage, commit)
+        except (CheckpointError, FileNotFoundError):
+            unsound.add(commit)  # It may be the very index that was damaged.
+            continue
+        if f"unsound-{save_id}" in names:
+            unsound.add(commit)
+    return unsound
 
 
 def is_under_way(storage: Storage, iteration: int, save_id: str) -> bool:

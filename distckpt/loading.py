@@ -200,8 +200,15 @@ class Load:
             self._failed[commit] = why
 
     def _mend(self, commit: Commit) -> list[str]:
+        """Rank 0, in half of the time that the others wait for it; then all fall back, as without parity."""
+        deadline = time.monotonic() + self.context.timeout_s / 2
+
+        def look_at_the_clock(_: int) -> None:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"it takes more than {self.context.timeout_s / 2:g} s; `distckpt repair` may")
+
         try:
-            made = rebuild_damaged(self.context.storage, commit)
+            made = rebuild_damaged(self.context.storage, commit, look_at_the_clock)
         except OSError as error:
             logger.warning("iteration %d is damaged, and could not be mended: %s", commit.iteration, error)
             return []

@@ -9,7 +9,7 @@ after the parity files are durable, says which files are of which group; without
 from __future__ import annotations
 
 import secrets
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Protocol
@@ -22,12 +22,13 @@ from distckpt._C import Memory, crc32c
 from distckpt.checked_json import checked_body, decode_body, encode_record
 from distckpt.checkpoint_files import CheckedFile, check_length
 from distckpt.commit import read_file
-from distckpt.errors import CorruptionError
+from distckpt.errors import CheckpointError, CorruptionError
 from distckpt.index import Index, Natural, SaveId, ShardFile, UInt32
-from distckpt.shard_file import BLOCK_BYTES
+from distckpt.shard_file import BLOCK_BYTES, FORMAT, FORMAT_VERSION
 from distckpt.storage import Storage, drop_cache, new_file, read_checked, write_checked
 
 _WINDOW_BYTES = 8 << 20
+_PIECE_BYTES = 256 << 20  # between two words to on_bytes
 _MAX_RECORD_BYTES = 64 << 20
 _TEMPORARY = ".tmp-"  # a sweep removes what is left of it
 
@@ -51,6 +52,8 @@ class ParityGroup(msgspec.Struct, frozen=True, kw_only=True):
 class ParityRecord(msgspec.Struct, frozen=True, kw_only=True):
     """All parity files of one save."""
 
+    format: str
+    version: int
     save_id: SaveId
     groups: tuple[ParityGroup, ...]
 
@@ -86,7 +89,7 @@ def write_parity(
 def put_record(storage: Storage, directory: str, save_id: str, groups: Sequence[ParityGroup]) -> None:
     """After all parity files: from now on they count."""
     storage.sync_directory(directory)
-    record = ParityRecord(save_id=save_id, groups=tuple(groups))
+    record = ParityRecord(format=FORMAT, version=FORMAT_VERSION, save_id=save_id, groups=tuple(groups))
     storage.put_if_absent(f"{directory}/{_record_name(save_id)}", encode_record(record))
 
 
@@ -98,10 +101,12 @@ def read_record(storage: Storage, directory: str, index: Index) -> ParityRecord 
     except FileNotFoundError:
         return None
     record = decode_body(checked_body(data, name=name), ParityRecord, name=name)
+    if record.format == FORMAT and record.version != FORMAT_VERSION:
+        raise CheckpointError(f"{name}: format version {record.version}; this package reads version {FORMAT_VERSION}")
     members = [member for group in record.groups for member in group.members]
     names = [f"parity-{number:05d}-{index.save_id}.bin" for number in range(len(record.groups))]
     if (
-        record.save_id != index.save_id
+        (record.format, record.save_id) != (FORMAT, index.save_id)
         or sorted(members) != sorted(file.name for file in index.files)
         or [group.name for group in record.groups] != names
     ):
@@ -134,10 +139,18 @@ def find_rebuildable(record: ParityRecord | None, damaged: Collection[str]) -> d
     return rebuildable
 
 
-def rebuild_file(storage: Storage, directory: str, index: Index, name: str, group: ParityGroup) -> None:
+def rebuild_file(
+    storage: Storage,
+    directory: str,
+    index: Index,
+    name: str,
+    group: ParityGroup,
+    on_bytes: Callable[[int], None] = lambda _: None,
+) -> None:
     """Make a shard file of the group again that is damaged or gone.
 
-    What is made is read back and compared with the index before it takes the place of what lay under the name. Raises
+    What is made is read back and compared with the index before it takes the place of what lay under the name.
+    on_bytes: told of what has been written, and then of what has been read back; it may raise, to give up. Raises
     CorruptionError if a file that is needed is damaged too; OSError.
     """
     lost = next(file for file in index.files if file.name == name)
@@ -152,9 +165,14 @@ def rebuild_file(storage: Storage, directory: str, index: Index, name: str, grou
                 for piece in _xor(opened, lost.size_bytes):
                     out.write(position, piece)
                     position += len(piece)
+                    on_bytes(len(piece))
         with CheckedFile(storage, directory, temporary, past_cache=True) as made:
-            for problem in made.faults([(0, lost.checksum_start)]):
-                raise CorruptionError(f"what parity makes of {lost.name} is not what the index names: {problem}")
+            for begin in range(0, lost.checksum_start, _PIECE_BYTES):
+                storage.touch(f"{directory}/{temporary.name}")  # A sweep takes it for left behind if it is old.
+                end = min(begin + _PIECE_BYTES, lost.checksum_start)
+                for problem in made.faults([(begin, end)]):
+                    raise CorruptionError(f"what parity makes of {lost.name} is not what the index names: {problem}")
+                on_bytes(end - begin)
         storage.move(f"{directory}/{temporary.name}", f"{directory}/{lost.name}")
     except BaseException:
         with suppress(OSError):

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 
 import msgspec
 
-from distckpt.checkpoint_files import CheckedFile, read_chunks
-from distckpt.commit import Commit, iteration_directory, read_index, verified_marker
+from distckpt.checkpoint_files import CheckedFile, is_damage, read_chunks
+from distckpt.commit import Commit, iteration_directory, read_index, unsound_marker, verified_marker
 from distckpt.coordinator import Coordinator, agree
 from distckpt.errors import CheckpointError, DistributedError
 from distckpt.index import ShardFile
@@ -23,8 +23,7 @@ from distckpt.parity import ParityGroup, group_files, put_record, write_parity
 from distckpt.storage import Storage
 
 
-@dataclass(frozen=True, slots=True)
-class Protection:
+class Protection(msgspec.Struct, frozen=True):
     """What to do after a commit. parity: files in a group, 0 for none; see distckpt.parity. read_back: whether to."""
 
     parity: int = 0
@@ -104,8 +103,10 @@ def protect(
             problems = {rank: "; ".join(own.problems) for rank, own in enumerate(ranks) if own.problems}
             problems = problems or _read_back_index(storage, saved)
             if problems:
+                with suppress(OSError):
+                    storage.put_if_absent(unsound_marker(saved.iteration, saved.save_id), b"")
                 raise DistributedError(
-                    f"what is read back is not what was written: {'; '.join(problems.values())}", failures=problems
+                    f"it was not read back as it was written: {'; '.join(problems.values())}", failures=problems
                 )
         return _give_groups([own.files for own in ranks], wanted.parity)
 
@@ -139,8 +140,12 @@ def _read_back(storage: Storage, directory: str, files: Sequence[ShardFile]) -> 
             with CheckedFile(storage, directory, file, past_cache=True) as opened:
                 problems += opened.faults([(0, file.checksum_start)])
         except (CheckpointError, OSError) as error:
-            problems.append(str(error))
+            problems.append(_what(error))
     return problems
+
+
+def _what(error: Exception) -> str:
+    return str(error) if is_damage(error) else f"it could not be read: {error}"
 
 
 def _read_back_index(storage: Storage, saved: Saved) -> dict[int, str]:
@@ -151,7 +156,7 @@ def _read_back_index(storage: Storage, saved: Saved) -> dict[int, str]:
         read_chunks(storage, saved.commit.directory, index, list(index.tensors), past_cache=True)
         storage.put_if_absent(verified_marker(saved.iteration, saved.save_id), b"")
     except (CheckpointError, OSError) as error:
-        return {0: str(error)}
+        return {0: _what(error)}
     return {}
 
 
@@ -180,5 +185,10 @@ def _record(storage: Storage, directory: str, save_id: str, ranks: Sequence[_Mad
             put_record(storage, directory, save_id, groups)
         except OSError as error:
             problems = [str(error)]
+    if problems:  # Without a record what was made is garbage, and it would lie there as long as the checkpoint.
+        with suppress(OSError):
+            for name in storage.list(directory):
+                if name.startswith("parity-") and save_id in name:
+                    storage.remove(f"{directory}/{name}")
     size_bytes = 0 if problems else sum(group.size_bytes for group in groups)
     return [_Recorded(size_bytes, "; ".join(problems) or None)] * len(ranks)

@@ -11,18 +11,30 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 import numpy as np
 
 from distckpt._C import crc32c
 from distckpt.checkpoint_files import CheckedFile, decode_per_rank
-from distckpt.chunk_table import Chunks, encode_record, page_checksums
+from distckpt.chunk_table import Chunks, decode_records, encode_record, page_checksums
 from distckpt.commit import iteration_directory
-from distckpt.errors import CorruptionError
+from distckpt.errors import CheckpointError, CorruptionError
 from distckpt.garbage import postponed_collection
-from distckpt.geometry import is_tiling
-from distckpt.index import ChunkTable, Index, OnChange, PerRankEntry, ShardFile, Spec, TensorEntry
+from distckpt.geometry import MAX_DIMS, is_tiling
+from distckpt.index import (
+    MAX_BYTES,
+    ChunkTable,
+    Index,
+    OnChange,
+    PerRankEntry,
+    ShardFile,
+    Spec,
+    TensorEntry,
+    decode_index,
+    encode_index,
+)
 from distckpt.shard_file import (
     ALIGNMENT,
     CHECKSUM_ENTRY,
@@ -37,6 +49,10 @@ from distckpt.shard_file import (
 )
 from distckpt.storage import ReadFile, Storage
 
+_ANY_NAME = re.compile(r"(?:shard|chunks|parity|pending|retired|verified|unsound)-.*?([0-9a-f]{32})(?:\.\w+)?")
+OnBytes = Callable[[int], None]
+
+_MAX_DIGITS = 18  # of an offset: fewer than 2^63 in any case
 _NAME = re.compile(r"shard-(\d{5,})(?:\.(\d+))?-of-(\d{5,})-([0-9a-f]{32})\.safetensors")
 
 
@@ -82,16 +98,17 @@ class _Pieces:
 
 
 def saves_in(names: Iterable[str]) -> set[str]:
-    """The save_ids of the shard files among the names of an iteration's directory."""
-    return {match[4] for match in map(_NAME.fullmatch, names) if match}
+    """The save_ids that the names in an iteration's directory carry, of whatever files."""
+    return {match[1] for match in map(_ANY_NAME.fullmatch, names) if match}
 
 
-def rebuild(
-    storage: Storage, iteration: int, save_id: str, *, on_bytes: Callable[[int], None] = lambda _: None
+def rebuild_index(
+    storage: Storage, iteration: int, save_id: str, *, on_bytes: OnBytes = lambda _: None
 ) -> tuple[Index, bytes]:
     """The index (its epoch and commit_seq are 0) and the content of the chunk table of a save.
 
-    Raises CorruptionError when a file is missing or damaged, or does not say enough of itself; OSError.
+    Raises CorruptionError when a file is missing or damaged, or does not say enough of itself; CheckpointError for a
+    format that is newer than this package; OSError.
     """
     directory = iteration_directory(iteration)
     matches = [match for match in map(_NAME.fullmatch, storage.list(directory)) if match and match[4] == save_id]
@@ -113,7 +130,7 @@ def rebuild(
         _check_complete(found, leader, directory)
     except CorruptionError as error:
         raise CorruptionError("; ".join(map(str, [error, *damaged]))) from error
-    tensors, table, content = _chunk_table(found, leader, save_id)
+    tensors, table, content = _chunk_table(found, dict(leader.empty_tensors or {}), save_id)
     index = Index(
         format=FORMAT,
         version=FORMAT_VERSION,
@@ -132,10 +149,42 @@ def rebuild(
         files=tuple(one.file for one in found),
         chunk_table=table,
     )
-    return index, content
+    return _as_readers_see_it(index, content, directory), content
 
 
-def _read_file(storage: Storage, match: re.Match[str], iteration: int, on_bytes: Callable[[int], None]) -> _Found:
+def rebuild_table(storage: Storage, index: Index, *, on_bytes: OnBytes = lambda _: None) -> tuple[Index, bytes]:
+    """The content of the chunk table of a sound index, and that index with the places of its records. Raises as
+    rebuild_index does."""
+    directory = iteration_directory(index.iteration)
+    found = []
+    for file in index.files:
+        match = _NAME.fullmatch(file.name)
+        if match is None:
+            raise CorruptionError(f"{file.name}: not the name of a shard file")
+        one = _read_file(storage, match, index.iteration, on_bytes)
+        if one.file != file:
+            raise CorruptionError(f"{directory}/{file.name}: it is not the file that the index names")
+        found.append(one)
+    specs: dict[str, Spec] = {key: Spec(**_spec_fields(entry)) for key, entry in index.tensors.items()}
+    tensors, table, content = _chunk_table(found, specs, index.save_id)
+    rebuilt = msgspec.structs.replace(index, tensors=tensors, chunk_table=table)
+    return _as_readers_see_it(rebuilt, content, directory), content
+
+
+def _spec_fields(entry: TensorEntry) -> dict[str, Any]:
+    return {name: value for name, value in msgspec.structs.asdict(entry).items() if name != "record"}
+
+
+def _as_readers_see_it(index: Index, content: bytes, directory: str) -> Index:
+    """What was made of headers must pass what any index must pass. Raises CorruptionError."""
+    index = decode_index(encode_index(index), name=f"{directory}: the index made again")
+    places = [entry.record for entry in index.tensors.values()]
+    shapes = [entry.global_shape for entry in index.tensors.values()]
+    decode_records(content, places, shapes, list(index.tensors), where=f"{directory}: the chunk table made again")
+    return index
+
+
+def _read_file(storage: Storage, match: re.Match[str], iteration: int, on_bytes: OnBytes) -> _Found:
     """match: of its name."""
     name = f"{iteration_directory(iteration)}/{match[0]}"
     file = storage.open(name)
@@ -189,8 +238,13 @@ def _read_header(file: ReadFile) -> bytes:
 
 def _decode_metadata(texts: Mapping[str, str], name: str) -> _Metadata:
     """Every value of `__metadata__` is a text: those that are not plain words or numbers are JSON."""
-    if (texts.get("format"), texts.get("version")) != (FORMAT, str(FORMAT_VERSION)):
+    if texts.get("format") != FORMAT or not texts.get("version", "").isdecimal():
         raise CorruptionError(f"{name}: its header does not say that it is {FORMAT}, version {FORMAT_VERSION}")
+    if texts["version"] != str(FORMAT_VERSION):
+        raise CheckpointError(
+            f"{name}: format version {texts['version']}; this package reads version {FORMAT_VERSION}. "
+            f"Use a newer distckpt."
+        )
     plain = {"format", "version", "save_id"}
     fields = {key: msgspec.Raw(text.encode()) for key, text in texts.items() if key not in plain}
     fields["save_id"] = msgspec.Raw(msgspec.json.encode(texts.get("save_id")))
@@ -227,9 +281,9 @@ def _check_complete(found: Sequence[_Found], leader: _Metadata, directory: str) 
 
 @postponed_collection()
 def _chunk_table(
-    found: Sequence[_Found], leader: _Metadata, save_id: str
+    found: Sequence[_Found], specs: dict[str, Spec], save_id: str
 ) -> tuple[dict[str, TensorEntry], ChunkTable, bytes]:
-    specs: dict[str, Spec] = dict(leader.empty_tensors or {})
+    """specs: those that are known without the headers of `found`."""
     pieces: dict[str, _Pieces] = {}
     for number, one in enumerate(found):
         for key, spec in one.metadata.tensors.items():
@@ -263,7 +317,10 @@ def _gather(one: _Found, number: int, specs: Mapping[str, Spec], pieces: dict[st
             raise CorruptionError(f"{one.file.name}: its header does not say of what tensor {name!r} is a part")
         dtype = DTYPES[spec.dtype]
         ndim = len(entry.shape) - len(dtype.trailing)
-        offset = tuple(map(int, name.partition("@")[2].split(","))) if "@" in name else (0,) * ndim
+        texts = name.partition("@")[2].split(",") if "@" in name else ["0"] * ndim
+        if max(map(len, texts), default=0) > _MAX_DIGITS:
+            raise CorruptionError(f"{one.file.name}: {name!r} is at an impossible offset")
+        offset = tuple(map(int, texts))
         if (entry.dtype, entry.shape[ndim:], len(offset)) != (dtype.stored, dtype.trailing, len(spec.global_shape)):
             raise CorruptionError(f"{one.file.name}: {name!r} is {entry.dtype} {list(entry.shape)}, its tensor {spec}")
         of_key = pieces.setdefault(key, _Pieces())
@@ -277,7 +334,9 @@ def _record(key: str, spec: Spec, pieces: _Pieces) -> bytes:
     count, ndim = len(pieces.files), len(spec.global_shape)
     offsets = np.array(pieces.offsets, np.int64).reshape(count, ndim)
     shapes = np.array(pieces.shapes, np.int64).reshape(count, ndim)
-    inside = (offsets + shapes <= np.array(spec.global_shape, np.int64)).all()
+    if len(spec.global_shape) > MAX_DIMS or max(spec.global_shape, default=0) > MAX_BYTES:
+        raise CorruptionError(f"{key!r}: a global shape of {spec.global_shape} is impossible")
+    inside = (offsets <= np.array(spec.global_shape, np.int64) - shapes).all()
     if not inside or not is_tiling(offsets, shapes, spec.global_shape):
         raise CorruptionError(f"{key!r}: the files hold {count} chunks, which are not the whole of {spec.global_shape}")
     chunks = Chunks(offsets, shapes, np.array(pieces.files, np.int64), np.array(pieces.starts, np.int64))

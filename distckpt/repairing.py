@@ -6,13 +6,15 @@ Everything is checked before anything is replaced, and is replaced whole, so tha
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Collection
 from functools import partial
 
 import msgspec
 
-from distckpt.checkpoint_files import is_damage, read_chunks
+from distckpt.checkpoint_files import is_damage
 from distckpt.commit import (
     TRACKER,
     Commit,
@@ -26,16 +28,21 @@ from distckpt.commit import (
     read_index,
     read_tracker,
 )
-from distckpt.errors import CheckpointError, CheckpointNotFoundError, CorruptionError
+from distckpt.errors import CheckpointNotFoundError, CorruptionError
 from distckpt.index import Index, encode_index
 from distckpt.parity import find_rebuildable, read_record, rebuild_file
-from distckpt.rebuilding import rebuild, saves_in
+from distckpt.rebuilding import rebuild_index, rebuild_table, saves_in
 from distckpt.storage import PosixStorage, Storage
 from distckpt.verifying import OnBytes, damaged_files, verify_commit
 
+_ATTEMPTS, _PAUSE_S = 3, 0.5  # to read an index that the storage fails to read
+
 
 class RepairReport(msgspec.Struct, frozen=True, kw_only=True):
-    """repaired: what was mended (would be, of a dry run). damaged: what is still damaged, and why."""
+    """repaired: what was mended (would be, of a dry run). damaged: what cannot be, and why.
+
+    is_sound: whether nothing is damaged, or is any more.
+    """
 
     is_sound: bool
     repaired: tuple[str, ...]
@@ -71,7 +78,8 @@ def repair(
     else:
         _raise_not_found(storage, iteration)
     work.mend_tracker()
-    return RepairReport(is_sound=not work.damaged, repaired=tuple(work.repaired), damaged=tuple(work.damaged))
+    is_sound = not work.damaged and not (dry_run and work.repaired)
+    return RepairReport(is_sound=is_sound, repaired=tuple(work.repaired), damaged=tuple(work.damaged))
 
 
 def _raise_not_found(storage: Storage, iteration: int | None) -> None:
@@ -81,21 +89,22 @@ def _raise_not_found(storage: Storage, iteration: int | None) -> None:
     raise CheckpointNotFoundError(f"no checkpoint{which} under {storage.location}{what}")
 
 
-def rebuild_damaged(storage: Storage, commit: Commit) -> list[str]:
+def rebuild_damaged(storage: Storage, commit: Commit, on_bytes: OnBytes) -> list[str]:
     """Make the shard files of a commit again that are damaged, from parity; the names of those that were.
 
-    Empty if it has no parity, if that does not suffice, or if nothing is found to be damaged. Raises OSError.
+    Empty if it has no parity, if that does not suffice, or if nothing is found to be damaged. on_bytes: told of what
+    has been read and written; it may raise, to give up. Raises OSError.
     """
     try:
         index, _ = read_index(storage, commit)
         record = read_record(storage, commit.directory, index)
         if record is None:
             return []
-        damaged = damaged_files(verify_commit(storage, commit))
+        damaged = damaged_files(verify_commit(storage, commit, on_bytes=on_bytes))
         rebuildable = find_rebuildable(record, damaged)
         for name, group in rebuildable.items():
-            rebuild_file(storage, commit.directory, index, name, group)
-    except CorruptionError:
+            rebuild_file(storage, commit.directory, index, name, group, on_bytes)
+    except (CorruptionError, CheckpointNotFoundError):
         return []
     return list(rebuildable)
 
@@ -116,94 +125,89 @@ class _Repair:
         self.repaired.append(what)
 
     def mend_commit(self, commit: Commit) -> None:
-        """The index and the chunk table of a commit; of its shard files it is said which are damaged."""
+        """The index; or, if that is sound, first the shard files that parity can make again, then the chunk table."""
         index = self._readable_index(commit)
         if index is None:
             self._mend_index(commit)
             return
-        if not self._has_sound_table(commit, index):
-            self._mend_table(commit, index)
-            return
-        self._mend_files(commit, index)
-
-    def _mend_files(self, commit: Commit, index: Index) -> None:
         report = verify_commit(self._storage, commit, on_bytes=self._on_bytes)
-        damaged, mended = damaged_files(report), set[str]()
-        if damaged:
-            try:
-                record = read_record(self._storage, commit.directory, index)
-                for name, group in find_rebuildable(record, damaged).items():
-                    rebuild = partial(rebuild_file, self._storage, commit.directory, index, name, group)
-                    self._mend(f"{commit.directory}/{name}: made again from parity", rebuild)
-                    mended.add(f"{commit.directory}/{name}")
-            except (CorruptionError, OSError) as error:
-                if not is_damage(error):
-                    raise
-                self.damaged.append(f"what is left of {commit.directory} does not suffice: {error}")
-        self.damaged += [f"{fault.file}: {fault.problem}" for fault in report.faults if fault.file not in mended]
+        mended = self._mend_files(commit, index, damaged_files(report))
+        left = [fault for fault in report.faults if fault.file.rpartition("/")[2] not in mended]
+        table = f"{commit.directory}/{index.chunk_table.name}"
+        if any(fault.file == table for fault in left):
+            self._mend_table(commit, index, table)
+        self.damaged += [f"{fault.file}: {fault.problem}" for fault in left if fault.file != table]
+
+    def _mend_files(self, commit: Commit, index: Index, damaged: Collection[str]) -> set[str]:
+        """The names of those that could be made again from parity."""
+        mended = set[str]()
+        try:
+            record = read_record(self._storage, commit.directory, index) if damaged else None
+            for name, group in find_rebuildable(record, damaged).items():
+                rebuild = partial(rebuild_file, self._storage, commit.directory, index, name, group, self._on_bytes)
+                self._mend(f"{commit.directory}/{name}: made again from parity", rebuild)
+                mended.add(name)
+        except CorruptionError as error:
+            self.damaged.append(f"what is left of {commit.directory} does not suffice: {error}")
+        return mended
 
     def _readable_index(self, commit: Commit) -> Index | None:
-        try:
-            return read_index(self._storage, commit)[0]
-        except (CheckpointError, OSError) as error:
-            if not is_damage(error):
-                raise
-            return None
-
-    def _has_sound_table(self, commit: Commit, index: Index) -> bool:
-        try:
-            read_chunks(self._storage, commit.directory, index, list(index.tensors))
-        except (CheckpointError, OSError) as error:
-            if not is_damage(error):
-                raise
-            return False
-        return True
+        """None if it is damaged: nothing else is reason enough to make it again."""
+        for attempt in range(_ATTEMPTS):
+            try:
+                return read_index(self._storage, commit, past_cache=True)[0]
+            except CorruptionError:
+                return None
+            except FileNotFoundError:
+                if commit not in list_commits(self._storage):
+                    raise CheckpointNotFoundError(f"{commit.name}: it was removed meanwhile") from None
+                if attempt == _ATTEMPTS - 1:
+                    raise
+            except OSError as error:
+                if error.errno not in (errno.EIO, errno.ESTALE):
+                    raise
+            time.sleep(_PAUSE_S)
+        return None  # The disk cannot read it.
 
     def _mend_index(self, commit: Commit) -> None:
-        """One that is there, but damaged: the save was committed. Whose it is, only the files can say."""
+        """One that is there, but damaged: the save was committed. Whose it is, only the names of files can say."""
         names = self._storage.list(commit.directory)
         others = [self._readable_index(other) for other in indexes_in(commit.iteration, names) if other != commit]
-        taken = {index.save_id for index in others if index is not None}
-        saves = sorted(
-            save_id
-            for save_id in saves_in(names) - taken
-            if f"retired-{save_id}" not in names and not is_under_way(self._storage, commit.iteration, save_id)
-        )
-        if len(saves) != 1:
-            has = f"files of {len(saves)} saves lie there: {', '.join(saves)}" if saves else "no shard files lie there"
-            self.damaged.append(f"{commit.name}: damaged, and {has}; it cannot be told of which it was the index")
+        known = {index.save_id for index in others if index is not None}
+        known |= {name.partition("-")[2] for name in names if name.startswith("retired-")}
+        announced = {i for i in saves_in(names) - known if is_under_way(self._storage, commit.iteration, i)}
+        saves = sorted(saves_in(names) - known)
+        if len(saves) != 1 or announced or None in others:
+            why = f"files of {len(saves)} saves lie there that no other index has ({', '.join(saves) or 'none'})"
+            if announced:
+                why += f"; of these {', '.join(sorted(announced))} may be under way: try again when its job has ended"
+            self.damaged.append(f"{commit.name}: damaged, and it cannot be told of which save it was: {why}")
             return
-        rebuilt = self._rebuild(commit.iteration, saves[0])
+        rebuilt = self._rebuild(partial(rebuild_index, self._storage, commit.iteration, saves[0]), commit.directory)
         if rebuilt is not None:
             index, content = rebuilt
             index = msgspec.structs.replace(index, epoch=commit.epoch, commit_seq=commit.commit_seq)
-            self._mend(
-                f"{commit.name}: made again, with its chunk table", lambda: self._replace(commit, index, content)
-            )
+            what = f"{commit.name}: made again, with its chunk table"
+            self._mend(what, lambda: self._replace(commit, index, content))
 
-    def _mend_table(self, commit: Commit, index: Index) -> None:
-        rebuilt = self._rebuild(commit.iteration, index.save_id)
-        if rebuilt is None:
-            return
-        found, content = rebuilt
-        name = f"{commit.directory}/{index.chunk_table.name}"
-        if found.files != index.files or found.tensors.keys() != index.tensors.keys():
-            self.damaged.append(f"{name}: damaged, and the shard files are not those that the index names")
-            return
-        # Its records may come in another order than they did, so the index is written again, too.
-        index = msgspec.structs.replace(index, tensors=found.tensors, chunk_table=found.chunk_table)
-        self._mend(f"{name}: made again", lambda: self._replace(commit, index, content))
+    def _mend_table(self, commit: Commit, index: Index, name: str) -> None:
+        rebuilt = self._rebuild(partial(rebuild_table, self._storage, index), name)
+        if rebuilt is not None:
+            # Its records may come in another order than they did, so the index is written again, too.
+            self._mend(f"{name}: made again", lambda: self._replace(commit, *rebuilt))
 
-    def _rebuild(self, iteration: int, save_id: str) -> tuple[Index, bytes] | None:
+    def _rebuild(self, rebuild: Callable[..., tuple[Index, bytes]], what: str) -> tuple[Index, bytes] | None:
         try:
-            return rebuild(self._storage, iteration, save_id, on_bytes=self._on_bytes)
+            return rebuild(on_bytes=self._on_bytes)
         except (CorruptionError, OSError) as error:
             if not is_damage(error):
                 raise
-            self.damaged.append(f"iteration {iteration} cannot be made again from its shard files: {error}")
+            self.damaged.append(f"{what}: it cannot be made again from the shard files: {error}")
             return None
 
     def _replace(self, commit: Commit, index: Index, table: bytes) -> None:
+        if commit not in list_commits(self._storage):  # Retention took it while the files were read.
+            raise CheckpointNotFoundError(f"{commit.name}: it was removed meanwhile")
         self._storage.replace(f"{commit.directory}/{index.chunk_table.name}", table)
         self._storage.replace(commit.name, encode_index(index))
 
@@ -222,7 +226,7 @@ class _Repair:
                 f"committed, --force makes the index again, and this the newest checkpoint"
             )
         else:
-            rebuilt = self._rebuild(iteration, saves[0])
+            rebuilt = self._rebuild(partial(rebuild_index, self._storage, iteration, saves[0]), directory)
             if rebuilt is not None:
                 self._mend(f"{directory}: committed again, as the newest", lambda: self._commit(*rebuilt))
 
@@ -234,14 +238,21 @@ class _Repair:
 
     def mend_tracker(self) -> None:
         """Have it name the newest checkpoint whose index is sound."""
+        named = read_tracker(self._storage)  # First: a commit that comes now is newer than this.
+        newest = self._newest()
+        if newest is None or newest == named:
+            return
+        was = "missing or damaged" if named is None else f"naming {named}"
+        self._mend(f"{TRACKER}: it was {was}, now it names {newest}", self._write_tracker)
+
+    def _write_tracker(self) -> None:
+        newest, written = self._newest(), None
+        while newest != written:  # A job may commit, and write it, while this does.
+            self._storage.replace(TRACKER, str(newest).encode())
+            newest, written = self._newest(), newest
+
+    def _newest(self) -> int | None:
         try:
-            newest = newest_iteration(self._storage)
+            return newest_iteration(self._storage)
         except CorruptionError:
-            return  # Nothing that it could name.
-        named = read_tracker(self._storage)
-        if newest is not None and newest != named:
-            was = "missing or damaged" if named is None else f"naming {named}"
-            self._mend(
-                f"{TRACKER}: it was {was}, now it names {newest}",
-                lambda: self._storage.replace(TRACKER, str(newest).encode()),
-            )
+            return None  # Nothing that it could name.

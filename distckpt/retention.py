@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from distckpt.commit import Commit
 
 
 def superfluous(
-    commits: Sequence[Commit], *, keep_last: int | None, tracked: int | None, first_epoch: int = 0
+    commits: Sequence[Commit],
+    *,
+    keep_last: int | None,
+    tracked: int | None,
+    first_epoch: int = 0,
+    unsound: Collection[Commit] = (),
 ) -> list[Commit]:
     """Commits to retire, oldest first.
 
     first_epoch: the oldest epoch whose commits may go. A job that did not resume from what lies here has no say
-    over it: it may have started afresh by mistake.
+    over it: it may have started afresh by mistake. unsound: commits that are known not to be what was written.
 
     Those of an iteration that was committed again since; and, with keep_last, those of all but the newest
-    keep_last iterations by (epoch, commit_seq). Never the newest, never the iteration that the tracker names.
+    keep_last iterations by (epoch, commit_seq). Never the newest, never the iteration that the tracker names. One that
+    is unsound takes no other's place, and goes when a sound one could take its own.
     """
     newest: dict[int, Commit] = {}
-    for commit in sorted(commits, reverse=True):
+    for commit in sorted(set(commits) - set(unsound), reverse=True):
         newest.setdefault(commit.iteration, commit)
     kept = list(newest.values())
     if keep_last is not None:
         kept = kept[: max(1, keep_last)] + [c for c in kept[max(1, keep_last) :] if c.iteration == tracked]
+    for commit in unsound:
+        replacing = newest.get(commit.iteration) if keep_last is None else max(kept, default=None)
+        if replacing is None or replacing < commit:
+            kept.append(commit)
     return sorted(commit for commit in set(commits) - set(kept) if commit.epoch >= first_epoch)

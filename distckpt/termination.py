@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -68,16 +69,37 @@ class Termination:
         self._left = threading.Event()
         self._deadline: float | None = None
         self._before: dict[signal.Signals, object] = {}
+        self._ears: tuple[socket.socket, ...] = ()
+        self._wakeup_before = -1
 
     def __enter__(self) -> Self:
+        if self._signals:
+            self._listen()
         for number in self._signals:
             self._before[number] = signal.signal(number, self._handle)
         return self
 
+    def _listen(self) -> None:
+        """Hear of signals in a thread too: a handler in Python does not run while the main thread hangs in C."""
+        heard, told = socket.socketpair()
+        told.setblocking(False)
+        self._ears, self._wakeup_before = (heard, told), signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._hear, args=(heard,), name="distckpt-signals", daemon=True).start()
+
+    def _hear(self, heard: socket.socket) -> None:
+        with heard:
+            while number := heard.recv(1):
+                if number[0] in self._signals:
+                    self.tell(signal.Signals(number[0]).name)
+
     def __exit__(self, *_: object) -> None:
         self._left.set()
         for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            if handler is not None:  # None: it was not installed by Python, and cannot be put back.
+                signal.signal(number, handler)  # type: ignore[arg-type]
+        if self._ears:
+            signal.set_wakeup_fd(self._wakeup_before)
+            self._ears[1].close()  # Ends the thread, which reads to the end.
         if self._owns_coordinator:
             self._coordinator.close()
 

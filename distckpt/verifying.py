@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,8 +25,8 @@ from distckpt.checkpoint_files import (
     is_damage,
     read_chunks,
 )
-from distckpt.commit import Commit, find_commits, read_index, tracker_warning
-from distckpt.errors import CheckpointError
+from distckpt.commit import Commit, find_commits, list_commits, read_index, tracker_warning
+from distckpt.errors import CheckpointError, CheckpointNotFoundError
 from distckpt.geometry import Box
 from distckpt.index import Index, ShardFile, check_locations
 from distckpt.json_value import decode_value
@@ -98,7 +99,7 @@ def verify_commit(
     jobs: int | None = None,
     on_bytes: OnBytes = lambda _: None,
 ) -> VerifyReport:
-    """The same of a particular commit."""
+    """The same of a particular commit. Raises CheckpointNotFoundError if it is removed meanwhile."""
     if not 0 < sample <= 1:
         raise ValueError(f"sample={sample}: expected more than 0, and at most 1 for all")
     started = time.perf_counter()
@@ -113,22 +114,19 @@ def verify_commit(
             entries = _entries_by_file(storage, commit.directory, index)
             bytes_read += index.chunk_table.size_bytes
             on_bytes(index.chunk_table.size_bytes)
-        with ThreadPoolExecutor(jobs or os.cpu_count() or 1, "distckpt-verify") as threads:
-            files = [
-                threads.submit(_verify_file, storage, commit.directory, file, of_file, sample, on_bytes)
-                for file, of_file in zip(index.files, entries, strict=True)
-            ]
-            for done in files:
-                found, read = done.result()
+        with _threads(jobs) as (threads, is_stopped):
+            verify = partial(_verify_file, storage, commit.directory, sample, on_bytes, is_stopped)
+            for found, read in threads.map(verify, index.files, entries):
                 faults += found
                 bytes_read += read
             parity = _parity_groups(storage, commit.directory, index, faults)
-            for group, found in zip(
-                parity, threads.map(partial(_verify_parity, storage, commit.directory), parity), strict=True
-            ):
+            verify_parity = partial(_verify_parity, storage, commit.directory)
+            for group, found in zip(parity, threads.map(verify_parity, parity), strict=True):
                 faults += found
                 size_bytes += group.size_bytes
                 bytes_read += group.size_bytes
+    if faults and commit not in list_commits(storage):
+        raise CheckpointNotFoundError(f"{commit.name}: it was removed while it was being verified")
     return VerifyReport(
         iteration=commit.iteration,
         epoch=commit.epoch,
@@ -141,6 +139,19 @@ def verify_commit(
         is_sound=not faults,
         faults=tuple(faults),
     )
+
+
+@contextmanager
+def _threads(jobs: int | None) -> Iterator[tuple[ThreadPoolExecutor, threading.Event]]:
+    """Threads, and an event that is set for them when the body fails or is interrupted: then nobody waits for them."""
+    is_stopped = threading.Event()
+    with ThreadPoolExecutor(jobs or os.cpu_count() or 1, "distckpt-verify") as threads:
+        try:
+            yield threads, is_stopped
+        except BaseException:
+            is_stopped.set()
+            threads.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _index(storage: Storage, commit: Commit, faults: list[Fault]) -> tuple[Index | None, int]:
@@ -197,10 +208,11 @@ def _entries_by_file(storage: Storage, directory: str, index: Index) -> list[lis
 def _verify_file(
     storage: Storage,
     directory: str,
-    expected: ShardFile,
-    entries: Sequence[ExpectedEntry],
     sample: float,
     on_bytes: OnBytes,
+    is_stopped: threading.Event,
+    expected: ShardFile,
+    entries: Sequence[ExpectedEntry],
 ) -> tuple[list[Fault], int]:
     """What is wrong with a shard file, and how much of it was read."""
     name = f"{directory}/{expected.name}"
@@ -212,6 +224,8 @@ def _verify_file(
         bytes_read = file.table.nbytes  # The header is read once more, as part of the first block.
         on_bytes(bytes_read)
         for piece in _pieces(expected, sample):
+            if is_stopped.is_set():
+                break
             before = file.bytes_read
             faults += [Fault(name, problem) for problem in file.faults(piece)]
             on_bytes(file.bytes_read - before)

@@ -931,8 +931,8 @@ MUTANTS = (
     Mutant(
         "parity: what is made is not compared with the index",
         "distckpt/parity.py",
-        "            for problem in made.faults([(0, lost.checksum_start)]):\n",
-        "            for problem in ():\n",
+        "                for problem in made.faults([(begin, end)]):\n",
+        "                for problem in ():\n",
         PARITY,
     ),
     Mutant(
@@ -980,15 +980,15 @@ MUTANTS = (
     Mutant(
         "async saves: a job that was replaced trains on",
         "distckpt/checkpointer.py",
-        " or isinstance(error, FencedError):",
-        ":",
+        "if self._is_fenced or self._failures",
+        "if self._failures",
         IN_TRAINING,
     ),
     Mutant(
         "async saves: failures are tolerated for ever",
         "distckpt/checkpointer.py",
-        "        if self._failures > self._tolerated_failures:\n            return True\n",
-        "",
+        "if self._is_fenced or self._failures > self._tolerated_failures:",
+        "if self._is_fenced:",
         IN_TRAINING,
     ),
     Mutant(

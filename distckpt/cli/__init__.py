@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 
 import typer
 
@@ -33,4 +34,7 @@ def main() -> None:
         app()
     except (CheckpointError, OSError, ValueError) as error:
         print(f"distckpt: {error}", file=sys.stderr)
+        sys.exit(NOT_DONE)
+    except Exception:  # A defect of ours, and no finding: Python's own exit code would be 1.
+        traceback.print_exc()
         sys.exit(NOT_DONE)

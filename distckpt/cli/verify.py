@@ -10,6 +10,7 @@ import typer
 
 from distckpt.cli.output import DAMAGED, console, print_json, progress_bar, size_text
 from distckpt.commit import Commit, find_commits, tracker_warning
+from distckpt.errors import CheckpointNotFoundError
 from distckpt.storage import PosixStorage, Storage
 from distckpt.verifying import VerifyReport, stored_bytes, verify_commit
 
@@ -37,7 +38,12 @@ def verify(
     warning = tracker_warning(storage, commits[0]) if iteration is None else None
     is_sound = True
     for commit in commits if all_ else commits[:1]:
-        report = _verify_with_progress(storage, commit, sample, jobs)
+        try:
+            report = _verify_with_progress(storage, commit, sample, jobs)
+        except CheckpointNotFoundError:
+            if not all_:
+                raise
+            continue  # Retention took it; what is left is what was asked for.
         if warning is not None and commit == commits[0]:
             report = msgspec.structs.replace(report, warnings=(warning,))
         is_sound = is_sound and report.is_sound

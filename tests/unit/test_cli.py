@@ -70,7 +70,7 @@ def test_repair_mends_what_verify_finds(root: Path) -> None:
     change(storage, f"{directory}/{index.files[1].name}", flip(5000))
     storage.replace(TRACKER, b"10")
     code, said = run("repair", root, "--dry-run")
-    assert code == 0
+    assert code == 1
     assert said.count("would repair: ") == 2
     assert run("verify", root)[0] == 1
     code, said = run("repair", root)

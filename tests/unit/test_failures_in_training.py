@@ -141,6 +141,20 @@ def test_newer_job_is_never_tolerated(storage: FailingStorage) -> None:
         checkpointer.close()
 
 
+def test_newer_job_is_never_tolerated_on_any_rank(storage: FailingStorage) -> None:
+    def train(coordinator: Coordinator) -> None:
+        checkpointer = Checkpointer(storage, coordinator=coordinator, on_error="warn")
+        checkpointer.save(make_state(1, coordinator), iteration=1)
+        if coordinator.rank == 0:
+            Writer.claim(storage)
+        wait_for_end(checkpointer.async_save(make_state(2, coordinator), iteration=2))
+        with pytest.raises(CheckpointError, match="newer job"):
+            checkpointer.async_save(make_state(3, coordinator), iteration=3)
+        checkpointer.close()
+
+    run_ranks(RANKS, train)
+
+
 def test_all_ranks_go_on_or_raise_together(storage: FailingStorage) -> None:
     def train(coordinator: Coordinator) -> list[str]:
         checkpointer = Checkpointer(storage, coordinator=coordinator, on_error="warn", max_failures=2)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from contextlib import suppress
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 
 import distckpt
-from distckpt import Checkpointer, CorruptionError
+from distckpt import Checkpointer, CorruptionError, loading, protecting
 from distckpt._C import crc32c, crc32c_blocks
 from distckpt.checked_json import encode_record
 from distckpt.coordinator import Coordinator
@@ -207,6 +211,37 @@ def test_parity_that_cannot_be_made_is_reported_and_the_save_stands(monkeypatch)
     reports = run_ranks(RANKS, save_once)
     assert all(size == 0 and "No space left" in degraded[-1] for size, degraded in reports)
     check_loads(storage, 30)
+
+
+def test_parity_that_one_rank_cannot_make_leaves_nothing_of_the_others(monkeypatch) -> None:
+    storage = MemoryStorage()
+    write = protecting.write_parity
+
+    def refuse_one(storage: MemoryStorage, directory: str, save_id: str, number: int, *rest: Any, **more: Any) -> Any:
+        if number == 1:
+            raise OSError(28, "No space left on device", "injected")
+        return write(storage, directory, save_id, number, *rest, **more)
+
+    monkeypatch.setattr(protecting, "write_parity", refuse_one)
+    save(storage, 30, parity=1)
+    assert not [name for name in tree(storage) if "parity-" in name]
+    check_loads(storage, 30)
+
+
+def test_load_that_cannot_mend_in_time_falls_back(monkeypatch) -> None:
+    storage = saved_root(10, 20, parity=True)
+    directory, index = newest(storage)
+    damage(storage, f"{directory}/{index.files[0].name}", "flipped")
+    before = tree(storage)
+
+    def load(coordinator: Coordinator) -> list[int]:
+        with Checkpointer(storage, coordinator=coordinator, timeout_s=20) as checkpointer:
+            return list(checkpointer.load(make_state(0, coordinator)).fell_back_from)
+
+    clock = itertools.count(step=15)
+    monkeypatch.setattr(loading, "time", SimpleNamespace(monotonic=lambda: next(clock), perf_counter=time.perf_counter))
+    assert run_ranks(RANKS, load) == [[20]] * RANKS
+    assert tree(storage) == before
 
 
 def test_async_save_makes_parity_too_and_a_sweep_takes_it_with_its_checkpoint() -> None:

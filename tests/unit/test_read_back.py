@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from distckpt import Checkpointer, DistributedError
+from distckpt import Checkpointer, CheckpointError, DistributedError
 from distckpt.commit import list_commits
 from distckpt.coordinator import Coordinator
 from distckpt.shard_file import BLOCK_BYTES
@@ -85,7 +85,7 @@ def test_what_is_not_as_it_was_written_fails_the_save_on_all_ranks_and_costs_no_
     def save_again(coordinator: Coordinator) -> DistributedError:
         checkpointer = Checkpointer(storage, coordinator=coordinator, verify_after_save=True, keep_last=1)
         checkpointer.load(make_state(0, coordinator))
-        with pytest.raises(DistributedError, match="what is read back is not what was written") as raised:
+        with pytest.raises(DistributedError, match="it was not read back as it was written") as raised:
             checkpointer.save(make_state(2, coordinator), iteration=2)
         checkpointer.close()
         return raised.value
@@ -113,3 +113,49 @@ def test_what_lies_in_the_page_cache_is_read_from_the_disk(tmp_path, monkeypatch
     monkeypatch.setattr(PosixReadFile, "drop_cache", note)
     save(PosixStorage(tmp_path), 1, verify_after_save=True)
     assert sorted(dropped) == sorted(["chunks", "index", *["shard"] * RANKS])
+
+
+def save_good_bad_good(storage: LyingStorage, first: list[int], bad: int, then: int, keep_last: int | None) -> None:
+    """Iterations that are saved well, one that is not, and one more."""
+
+    def run(coordinator: Coordinator) -> None:
+        checkpointer = Checkpointer(
+            storage, coordinator=coordinator, verify_after_save=True, keep_last=keep_last, removal_grace_s=0
+        )
+        for iteration in first:
+            checkpointer.save(make_state(iteration, coordinator), iteration=iteration)
+        if coordinator.rank == 0:
+            storage.lies_about = "shard-00001"
+        with pytest.raises(DistributedError):
+            checkpointer.save(make_state(bad, coordinator), iteration=bad)
+        if coordinator.rank == 0:
+            storage.lies_about = "nothing"
+        checkpointer.save(make_state(then, coordinator), iteration=then)
+        checkpointer.close()
+
+    run_ranks(RANKS, run)
+
+
+@pytest.mark.parametrize("keep_last", [None, 3])
+def test_unsound_save_does_not_take_the_place_of_the_sound_one_of_its_iteration(keep_last: int | None) -> None:
+    storage = LyingStorage()
+    save_good_bad_good(storage, [50, 100], 100, 150, keep_last)
+    check_loads(storage, 100, iteration=100)
+    check_loads(storage, 150)
+
+
+def test_unsound_save_does_not_count_among_those_that_are_kept() -> None:
+    storage = LyingStorage()
+    save_good_bad_good(storage, [1, 2], 3, 4, keep_last=2)
+    assert {commit.iteration for commit in list_commits(storage)} == {2, 4}
+    check_loads(storage, 2, iteration=2)
+
+
+def test_ranks_that_want_different_protection_are_refused() -> None:
+    storage = MemoryStorage()
+
+    def open_root(coordinator: Coordinator) -> None:
+        with pytest.raises(CheckpointError, match="the ranks differ in parity and verify_after_save"):
+            Checkpointer(storage, coordinator=coordinator, parity=coordinator.rank == 1)
+
+    run_ranks(RANKS, open_root)

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 
+import numpy as np
 import pytest
 import torch
 
 import distckpt
 from distckpt import Checkpointer, CheckpointNotFoundError, CorruptionError
+from distckpt._C import crc32c_blocks
 from distckpt.commit import TRACKER, list_commits, read_index, read_tracker
 from distckpt.coordinator import Coordinator
 from distckpt.index import Index
-from distckpt.rebuilding import rebuild
+from distckpt.rebuilding import rebuild_index
 from distckpt.shard_file import BLOCK_BYTES
+from distckpt.storage.contract import read_all
 from distckpt.testing import CrashingStorage, MemoryStorage, run_ranks
 from tests.unit.damage import change, flip, newest
 from tests.unit.protocol import tree
-from tests.unit.saved_roots import check_loads, saved_root
+from tests.unit.saved_roots import check_loads, save, saved_root
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +45,7 @@ def known(index: Index) -> dict[str, object]:
 
 def test_rebuilt_index_says_what_the_index_said(storage: MemoryStorage) -> None:
     _, index = newest(storage)
-    rebuilt, _ = rebuild(storage, 20, index.save_id)
+    rebuilt, _ = rebuild_index(storage, 20, index.save_id)
     assert known(rebuilt) == known(index)
 
 
@@ -54,6 +59,7 @@ def test_tracker_is_made_to_name_the_newest_checkpoint(storage: MemoryStorage, n
     assert tree(storage) == before
     report = distckpt.repair(storage)
     assert report.is_sound
+    assert not looked.is_sound
     assert report.repaired == looked.repaired
     assert "now it names 20" in report.repaired[0]
     assert read_tracker(storage) == 20
@@ -144,7 +150,7 @@ def test_file_of_which_no_other_speaks_is_missed(storage: MemoryStorage) -> None
     directory, index = newest(storage)
     storage.remove(f"{directory}/{index.files[2].name}")
     with pytest.raises(CorruptionError, match="0 files of rank 2"):
-        rebuild(storage, 30, index.save_id)
+        rebuild_index(storage, 30, index.save_id)
 
 
 def test_damaged_index_beside_files_of_two_saves_is_left(storage: MemoryStorage) -> None:
@@ -157,6 +163,95 @@ def test_damaged_index_beside_files_of_two_saves_is_left(storage: MemoryStorage)
     change(storage, commit.name, flip(50))
     report = distckpt.repair(storage)
     assert "files of 2 saves" in report.damaged[0]
+
+
+def test_older_save_is_not_taken_for_one_whose_index_is_damaged(storage: MemoryStorage) -> None:
+    """Two saves of one iteration, both indexes damaged; of the newer one only the chunk table is left."""
+    save(storage, 20)
+    newer, older = (commit for commit in list_commits(storage) if commit.iteration == 20)
+    names = storage.list(newer.directory)
+    save_id = read_index(storage, newer)[0].save_id
+    for name in names:
+        if name.startswith("shard-") and save_id in name:
+            storage.remove(f"{newer.directory}/{name}")
+    for commit in (newer, older):
+        change(storage, commit.name, flip(50))
+    before = tree(storage)
+    report = distckpt.repair(storage, 20)
+    assert "files of 2 saves" in report.damaged[0]
+    assert {k: v for k, v in tree(storage).items() if k != TRACKER} == {k: v for k, v in before.items() if k != TRACKER}
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES])
+def test_index_that_cannot_be_read_once_is_not_made_again(storage: MemoryStorage, code: int, monkeypatch) -> None:
+    monkeypatch.setattr("distckpt.repairing._PAUSE_S", 0.0)
+    before = tree(storage)
+    commit = list_commits(storage)[0]
+    counting = CrashingStorage(storage)
+    distckpt.repair(counting)
+    call = next(n for n, name in enumerate(counting.calls, 1) if name == f"open {commit.name}")
+    failing = CrashingStorage(storage, fail_at=call, error=OSError(code, os.strerror(code), "injected"))
+    if code == errno.EIO:
+        assert distckpt.repair(failing).is_sound
+    else:
+        with pytest.raises(PermissionError):
+            distckpt.repair(failing)
+    assert tree(storage) == before
+
+
+def test_table_is_made_again_beside_what_a_second_try_of_a_write_has_left(storage: MemoryStorage) -> None:
+    directory, index = newest(storage)
+    content = read_all(storage, f"{directory}/{index.files[0].name}")
+    storage.put_if_absent(f"{directory}/{index.files[0].name.replace('-of-', '.7-of-')}", content)
+    storage.remove(f"{directory}/{index.chunk_table.name}")
+    assert distckpt.repair(storage).is_sound
+    check_loads(storage, 20)
+
+
+def test_table_is_made_again_once_parity_has_made_the_file_that_is_gone() -> None:
+    storage = saved_root(10, 20, parity=True)
+    directory, index = newest(storage)
+    storage.remove(f"{directory}/{index.chunk_table.name}")
+    storage.remove(f"{directory}/{index.files[1].name}")
+    report = distckpt.repair(storage)
+    assert report.is_sound
+    assert len(report.repaired) == 2
+    assert distckpt.verify(storage).is_sound
+    check_loads(storage, 20)
+
+
+HOSTILE = {
+    "offset": (b'"weight@0,0"', b'"weight@9223372036854775807,0"'),
+    "digits": (b'"weight@0,0"', b'"weight@' + b"9" * 2500 + b',0"'),
+    "partition": (b'\\"global_shape\\":[5]', b'\\"partition\\":[null,null],\\"global_shape\\":[5]'),
+    "blocks": (b'\\"global_shape\\":[5]', b'\\"blocks\\":[2],\\"global_shape\\":[5]'),
+    "dtype of an empty tensor": (b'\\"global_shape\\":[0,4]', b'\\"dtype\\":\\"f\\",\\"global_shape\\":[0,4]'),
+    "dimensions": (b'\\"global_shape\\":[0,4]', b'\\"global_shape\\":[0' + b",4" * 40 + b"]"),
+    "tensor and value": (b'{\\"step\\":', b'{\\"bias\\":'),
+    "rank": (b'"rank":"0"', b'"rank":"-1"'),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_header_makes_no_index(storage: MemoryStorage, name: str) -> None:
+    """With checksums that are right: what is made of it must pass what every index must pass."""
+    directory, index = newest(storage)
+    old, new = HOSTILE[name]
+    first = f"{directory}/{index.files[0].name}"
+    content = read_all(storage, first)
+    file = index.files[0]
+    text = content[8 : file.header_bytes].rstrip()
+    assert old in text, text[:600]
+    text = text.replace(old, new, 1)
+    assert len(text) <= file.header_bytes - 8, "no room for it in the padding"
+    body = content[:8] + text.ljust(file.header_bytes - 8) + content[file.header_bytes : file.checksum_start]
+    table = np.empty(-(-len(body) // BLOCK_BYTES), np.uint32)
+    crc32c_blocks(body, BLOCK_BYTES, table)
+    storage.replace(first, body + table.tobytes())
+    change(storage, list_commits(storage)[0].name, flip(50))
+    report = distckpt.repair(storage)
+    assert not report.is_sound
+    assert not any("made again, with" in what for what in report.repaired)
 
 
 def test_repair_that_is_interrupted_anywhere_can_be_run_again(storage: MemoryStorage) -> None:

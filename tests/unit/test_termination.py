@@ -68,18 +68,26 @@ def test_remaining_time_counts_down_from_when_it_was_told() -> None:
 
 
 HANGS = """
-import os, signal, sys, time
+import ctypes, os, signal, subprocess, sys, time
 sys.modules["torch"] = None
 from distckpt.termination import Termination
 with Termination(grace_s=0.5):
-    os.kill(os.getpid(), signal.SIGTERM)
+    subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -TERM {os.getpid()}"])
     print("told", flush=True)
-    time.sleep(600)
+    {hang}
 """
+# The second holds the main thread in C, where no handler in Python runs.
+WAYS = {
+    "in Python": "time.sleep(600)",
+    "in C": "lock = ctypes.create_string_buffer(64); libc = ctypes.CDLL(None); "
+    "libc.pthread_mutex_lock(lock); libc.pthread_mutex_lock(lock)",
+}
 
 
-def test_process_that_hangs_leaves_within_its_grace() -> None:
-    done = subprocess.run([sys.executable, "-c", HANGS], capture_output=True, text=True, timeout=60, check=False)
+@pytest.mark.parametrize("way", WAYS)
+def test_process_that_hangs_leaves_within_its_grace(way: str) -> None:
+    script = HANGS.replace("{hang}", WAYS[way])
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, "told\n"), done.stderr
     assert "exits now" in done.stderr
 

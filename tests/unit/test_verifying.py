@@ -15,6 +15,7 @@ from distckpt.storage import PosixStorage
 from distckpt.storage.contract import read_all
 from distckpt.testing import CrashingStorage, MemoryStorage
 from tests.unit.damage import change, flip, newest
+from tests.unit.protocol import clean_up
 from tests.unit.saved_roots import RANKS, save, saved_root
 
 
@@ -144,3 +145,23 @@ def test_files_on_a_real_disk_are_read_and_on_bytes_is_told_of_each(tmp_path) ->
     report = distckpt.verify(tmp_path, on_bytes=told.append)
     assert report.is_sound
     assert sum(told) >= report.bytes
+
+
+def test_checkpoint_that_retention_takes_meanwhile_is_not_damaged(storage: MemoryStorage) -> None:
+    newest_commit, older = list_commits(storage)
+    with pytest.raises(CheckpointNotFoundError, match="removed while it was being verified"):
+        distckpt.verify(storage, older.iteration, on_bytes=lambda _: clean_up(storage, keep_last=1, grace_s=0))
+    assert distckpt.verify(storage).iteration == newest_commit.iteration
+
+
+def test_verify_that_is_given_up_reads_no_further(storage: MemoryStorage) -> None:
+    told: list[int] = []
+
+    def give_up(size: int) -> None:
+        told.append(size)
+        if len(told) == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        distckpt.verify(storage, jobs=1, on_bytes=give_up)
+    assert len(told) <= 5
