@@ -27,18 +27,17 @@ Not Created Equal", OSDI 2014.)
 
 from __future__ import annotations
 
-import atexit
 import ctypes
-import functools
 import os
 import random
-import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from tests.crash.preload import preload_library
 
 SECTOR = 512
 SOURCE_ROOT = Path(__file__).parents[2]
@@ -97,7 +96,7 @@ def record_command(command: Sequence[str], root: Path, tmp: Path) -> list[Op]:
     log = Path(tempfile.mkdtemp(dir=tmp)) / "log"
     ops = list(_initial_ops(root))
     environment = os.environ | {
-        "LD_PRELOAD": _recorder_library(),
+        "LD_PRELOAD": preload_library("syscall_recorder.cc"),
         "RECORD_ROOT": str(root),
         "RECORD_LOG": str(log),
         "PYTHONPATH": os.pathsep.join([str(SOURCE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
@@ -323,14 +322,3 @@ def _check_replay(ops: Sequence[Op], root: Path) -> None:
     )
     if different:
         raise RuntimeError(f"the log does not explain these files; some calls were not seen: {different}")
-
-
-@functools.cache
-def _recorder_library() -> str:
-    directory = tempfile.mkdtemp(prefix="syscall-recorder-")
-    atexit.register(shutil.rmtree, directory, ignore_errors=True)
-    library = Path(directory) / "recorder.so"
-    source = Path(__file__).with_name("syscall_recorder.cc")
-    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
-    subprocess.run(["g++", *flags, "-o", str(library), str(source), "-ldl"], check=True)
-    return str(library)

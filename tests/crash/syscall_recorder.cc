@@ -9,12 +9,9 @@
 //
 // A record: "kind inode offset size len1 len2 len3\n", then the three byte strings (path, second path, data).
 
-#include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <limits.h>
 #include <pthread.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -24,16 +21,11 @@
 
 #include <string>
 
+#include "preload.h"
+
 namespace {
 
 pthread_mutex_t g_mutex = PTHREAD_MUTEX_INITIALIZER;
-
-template <typename Function>
-Function Next(Function, const char* name) {
-  return reinterpret_cast<Function>(dlsym(RTLD_NEXT, name));
-}
-// The C library's own definition of `function`, of the same type.
-#define REAL(function) Next(&::function, #function)
 
 void LockLog(int log, short type) {
   struct flock lock = {};
@@ -114,22 +106,6 @@ class Locked {
   Recorder& recorder_;
 };
 
-std::string PathOf(int fd) {
-  const int saved = errno;
-  char target[PATH_MAX];
-  const std::string link = "/proc/self/fd/" + std::to_string(fd);
-  const ssize_t size = readlink(link.c_str(), target, sizeof target);
-  errno = saved;
-  return size < 0 ? std::string() : std::string(target, static_cast<size_t>(size));
-}
-
-std::string Absolute(int directory, const char* path) {
-  if (path[0] == '/') return path;
-  if (directory != AT_FDCWD) return PathOf(directory) + "/" + path;
-  char cwd[PATH_MAX];
-  return getcwd(cwd, sizeof cwd) == nullptr ? std::string() : std::string(cwd) + "/" + path;
-}
-
 ino_t InodeOf(int fd) {
   struct stat status;
   return fstat(fd, &status) == 0 ? status.st_ino : 0;
@@ -198,10 +174,6 @@ int CallAndLogPath(const char* kind, const std::string& path, const std::string&
   return result;
 }
 
-mode_t ModeArgument(int flags, va_list arguments) {
-  return (flags & (O_CREAT | O_TMPFILE)) != 0 ? va_arg(arguments, mode_t) : 0;
-}
-
 }  // namespace
 
 extern "C" {
@@ -213,26 +185,7 @@ void recorder_mark(const char* text) {
   recorder.Log("mark", 0, 0, 0, text, "", "");
 }
 
-#define DEFINE_OPEN(function)                           \
-  int function(const char* path, int flags, ...) {      \
-    va_list arguments;                                  \
-    va_start(arguments, flags);                         \
-    const mode_t mode = ModeArgument(flags, arguments); \
-    va_end(arguments);                                  \
-    return OpenAndLog(AT_FDCWD, path, flags, mode);     \
-  }
-#define DEFINE_OPENAT(function)                                   \
-  int function(int directory, const char* path, int flags, ...) { \
-    va_list arguments;                                            \
-    va_start(arguments, flags);                                   \
-    const mode_t mode = ModeArgument(flags, arguments);           \
-    va_end(arguments);                                            \
-    return OpenAndLog(directory, path, flags, mode);              \
-  }
-DEFINE_OPEN(open)
-DEFINE_OPEN(open64)
-DEFINE_OPENAT(openat)
-DEFINE_OPENAT(openat64)
+DEFINE_OPENS(OpenAndLog)
 
 int creat(const char* path, mode_t mode) {
   return OpenAndLog(AT_FDCWD, path, O_CREAT | O_WRONLY | O_TRUNC, mode);
