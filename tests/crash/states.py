@@ -15,14 +15,14 @@ from distckpt.coordinator import Coordinator
 from distckpt.storage import Storage
 from distckpt.testing import run_ranks
 
-ROWS = 8
+ROWS, COLUMNS = 8, 5
 
 
-def make_state(version: int, coordinator: Coordinator | None = None) -> dict[str, object]:
+def make_state(version: int, coordinator: Coordinator | None = None, columns: int = COLUMNS) -> dict[str, object]:
     """A rank's part of a version: a tensor cut by rows, one that all hold, a value, one that differs by rank."""
     rank, world_size = (0, 1) if coordinator is None else (coordinator.rank, coordinator.world_size)
     rows = ROWS // world_size
-    weight = torch.arange(ROWS * 5, dtype=torch.float32).reshape(ROWS, 5) + 1000 * version
+    weight = torch.arange(ROWS * columns, dtype=torch.float32).reshape(ROWS, columns) + 1000 * version
     return {
         "weight": ShardedTensor.from_rank_offsets(
             "weight", weight[rank * rows : (rank + 1) * rows].clone(), (0, rank, world_size)
@@ -41,22 +41,24 @@ def flat(state: Mapping[str, object]) -> tuple[list[object], ...]:
     return weight.data.flatten().tolist(), optimizer["bias"].tolist(), [optimizer["step"], random.value]
 
 
-def load_version(storage: Storage, iteration: int | None, coordinator: Coordinator | None = None) -> tuple[int, int]:
+def load_version(
+    storage: Storage, iteration: int | None, coordinator: Coordinator | None = None, columns: int = COLUMNS
+) -> tuple[int, int]:
     """(iteration, version) that a new Checkpointer loads. Fails unless it is that version bit by bit."""
     with Checkpointer(storage, coordinator=coordinator) as checkpointer:
-        state = make_state(0, coordinator)
+        state = make_state(0, coordinator, columns)
         report = checkpointer.load(state, iteration)
     optimizer = state["optimizer"]
     assert isinstance(optimizer, dict)
     version = optimizer["step"]
     assert version > 0
-    assert flat(state) == flat(make_state(version, coordinator)), "a mix of versions"
+    assert flat(state) == flat(make_state(version, coordinator, columns)), "a mix of versions"
     assert not report.missing
     assert not report.unexpected
     return report.iteration, version
 
 
-def loaded(storage: Storage, world_size: int = 1) -> dict[int | None, int]:
+def loaded(storage: Storage, world_size: int = 1, columns: int = COLUMNS) -> dict[int | None, int]:
     """What every committed iteration loads as: iteration -> version; None -> the *iteration* that load() takes.
 
     Fails if what load() takes, or the newest by latest_iteration(), is not the newest commit, or not whole.
@@ -67,11 +69,11 @@ def loaded(storage: Storage, world_size: int = 1) -> dict[int | None, int]:
             iterations, latest = checkpointer.iterations(), checkpointer.latest_iteration()
         versions: dict[int | None, int] = {}
         for iteration in iterations:
-            found, version = load_version(storage, iteration, coordinator)
+            found, version = load_version(storage, iteration, coordinator, columns)
             assert found == iteration
             versions[iteration] = version
         if iterations:
-            newest, version = load_version(storage, None, coordinator)
+            newest, version = load_version(storage, None, coordinator, columns)
             assert (newest, versions[newest]) == (latest, version)
             versions[None] = newest
         else:

@@ -7,9 +7,7 @@ about the checkpoint, what was there before still loads, nothing is ever a mix, 
 from __future__ import annotations
 
 import errno
-import logging
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +15,24 @@ from typing import Any, Literal
 
 import pytest
 
-from distckpt import Checkpointer, writing
-from distckpt import commit as commit_module
-from distckpt.commit import sweep
+from distckpt import Checkpointer
 from distckpt.coordinator import Coordinator
 from distckpt.errors import CheckpointError
-from distckpt.storage import PosixStorage, Storage
-from distckpt.storage.requests import Requests
-from distckpt.testing import Crash, CrashingStorage, MemoryStorage, run_ranks
-from tests.crash.states import load_version, loaded, make_state, unexplained
+from distckpt.storage import Storage
+from distckpt.testing import Crash, CrashingStorage, run_ranks
+from tests.crash.failing_saves import (
+    NEW,
+    NEXT,
+    OLD,
+    OPTIONS,
+    Roots,
+    check_next_save,
+    check_root,
+    committed,
+)
+from tests.crash.states import load_version, make_state
 
-OLD, NEW, NEXT = 20, 30, 40
+pytestmark = pytest.mark.usefixtures("everything_is_stale")
 Moment = Literal["before", "half", "after"]
 
 
@@ -52,46 +57,7 @@ FAULTS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def everything_is_stale(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """A later sweep is one at once: what a failed save has left is old the moment it fails."""
-    monkeypatch.setattr(commit_module, "STALE_AFTER_S", 0.0)
-    monkeypatch.setattr(writing, "RETRY_AFTER_S", (0.0, 0.0))
-    caplog.set_level(logging.CRITICAL, "distckpt")
-
-
-OPTIONS: Mapping[str, Any] = {"keep_last": 2, "removal_grace_s": 0}
 PROTECTED: Mapping[str, Any] = {**OPTIONS, "parity": 2, "verify_after_save": True}
-
-
-class Roots:
-    """Copies of one root with iterations 10 and 20, on either backend; and how a job saves there."""
-
-    def __init__(self, backend: str, world_size: int, tmp_path: Path, options: Mapping[str, Any] = OPTIONS) -> None:
-        self.options = options
-        self._tmp_path = tmp_path
-        self._count = 0
-        self._first: Storage = MemoryStorage() if backend == "memory" else self._posix(tmp_path / "first")
-        self.world_size = world_size
-
-        def save(coordinator: Coordinator) -> None:
-            with Checkpointer(self._first, coordinator=coordinator, **self.options) as checkpointer:
-                for iteration in (10, 20):
-                    checkpointer.save(make_state(iteration, coordinator), iteration=iteration)
-
-        run_ranks(world_size, save)
-
-    @staticmethod
-    def _posix(path: Path) -> PosixStorage:
-        return PosixStorage(path, io_backend="threads", writes=Requests(2 << 20, 1))
-
-    def copy(self) -> Storage:
-        if isinstance(self._first, MemoryStorage):
-            return self._first.power_cut()
-        self._count += 1
-        path = self._tmp_path / f"copy {self._count}"
-        shutil.copytree(self._first.location, path)
-        return self._posix(path)
 
 
 Save = Callable[[Checkpointer, dict[str, object]], object]
@@ -161,43 +127,6 @@ def save_with_fault(inner: Storage, crashing: CrashingStorage, failing_rank: int
     for error in errors.values():
         if is_crash:
             check_root(inner, world_size, error)
-
-
-def committed(error: Exception | None) -> str:
-    """What an outcome says of the checkpoint. A group of one rank raises the storage's errors as they are."""
-    return "yes" if error is None else getattr(error, "committed", "no")
-
-
-def check_root(storage: Storage, world_size: int, error: Exception | None) -> None:
-    """After the save of NEW: it is there whole, or not at all, as the error says; the one before is there."""
-    # What is reported as there must be durable, and a crash may come with a power cut.
-    seeds = (None, 1) if isinstance(error, Crash) else (None,) if committed(error) == "yes" else ()
-    cuts = [storage.power_cut(seed) for seed in seeds] if isinstance(storage, MemoryStorage) else []
-    for left in (storage, *cuts):
-        versions = loaded(left, world_size)
-        newest = versions.pop(None)
-        assert versions[OLD] == OLD
-        assert all(iteration == version for iteration, version in versions.items())
-        assert newest == (NEW if NEW in versions else OLD)
-        if not isinstance(error, Crash):
-            assert committed(error) != "yes" or newest == NEW, f"reported as committed, but it is not: {error!r}"
-            assert committed(error) != "no" or newest == OLD, f"reported as not committed, but it is: {error!r}"
-
-
-def check_next_save(storage: Storage, world_size: int) -> None:
-    """By a new process, if no other has followed; and that it leaves nothing lying about."""
-
-    def save(coordinator: Coordinator) -> None:
-        with Checkpointer(storage, coordinator=coordinator, keep_last=2, removal_grace_s=0) as checkpointer:
-            if checkpointer.latest_iteration() != NEXT:
-                checkpointer.save(make_state(NEXT, coordinator), iteration=NEXT)
-
-    run_ranks(world_size, save)
-    versions = loaded(storage, world_size)
-    assert versions.pop(None) == NEXT
-    assert all(iteration == version for iteration, version in versions.items())
-    sweep(storage, grace_s=0)
-    assert unexplained(storage) == set()
 
 
 def try_every_call(roots: Roots, failing_rank: int, fault: Fault, save: Save) -> None:
