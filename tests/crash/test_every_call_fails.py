@@ -49,7 +49,10 @@ class Fault:
 
 FAULTS = {
     "EIO": Fault(errno.EIO, "before"),
+    "ENOSPC": Fault(errno.ENOSPC, "before"),
+    "EDQUOT": Fault(errno.EDQUOT, "before"),
     "ENOSPC in the middle of a write": Fault(errno.ENOSPC, "half"),
+    "EDQUOT in the middle of a write": Fault(errno.EDQUOT, "half"),
     "EIO after the effect": Fault(errno.EIO, "after"),
     "crash": Fault(0, "before"),
     "crash in the middle of a write": Fault(0, "half"),
