@@ -55,6 +55,7 @@ READ_BACK = ("tests/unit/test_read_back.py",)
 IN_TRAINING = ("tests/unit/test_failures_in_training.py",)
 TERMINATION = ("tests/unit/test_termination.py",)
 SAVE_POWER_CUT = ("tests/crash/test_save_power_cut.py",)
+IO_FAULTS = ("tests/crash/test_io_faults.py",)
 
 # What is left of an agreement when nobody is asked: a rank decides on its own data alone.
 ALONE = """
@@ -146,6 +147,34 @@ MUTANTS = (
         "            if os.path.samestat(written, os.lstat(path)):\n",
         "            if False:\n",
         STORAGE,
+    ),
+    Mutant(
+        "a failed fsync of a shard file is tried again",
+        POSIX,
+        "            file.sync()\n",
+        "            with suppress(OSError):\n                file.sync()\n            file.sync()\n",
+        IO_FAULTS,
+    ),
+    Mutant(
+        "a failed close of a shard file is no failure",
+        POSIX,
+        "            self._file = None\n            file.close()\n",
+        "            self._file = None\n            with suppress(OSError):\n                file.close()\n",
+        IO_FAULTS,
+    ),
+    Mutant(
+        "a failed fsync of a small file is tried again",
+        POSIX,
+        "            os.fsync(descriptor)\n",
+        "            with suppress(OSError):\n                os.fsync(descriptor)\n            os.fsync(descriptor)\n",
+        IO_FAULTS,
+    ),
+    Mutant(
+        "a failed fsync of a directory is no failure",
+        POSIX,
+        "        if error.errno != errno.EINVAL:\n            raise\n",
+        "        pass\n",
+        IO_FAULTS,
     ),
     Mutant(
         "names may lead outside the root",
