@@ -25,7 +25,7 @@ from distckpt.storage import PosixStorage, Storage
 from distckpt.storage.requests import Requests
 from distckpt.testing import run_ranks
 from tests.crash import failing_saves  # and not its functions: those of that name here are the checks to run
-from tests.crash.failing_saves import NEW, NEXT, OLD, Roots, save_versions
+from tests.crash.failing_saves import NEW, NEXT, OLD, OPTIONS, Roots, save_versions
 from tests.crash.io_faults import EVERY, KINDS, Calls, Fault, injected
 from tests.crash.states import loaded, make_state
 from tests.distributed.checks import run_checks
@@ -44,9 +44,7 @@ def save_under(fault: Fault, storage: Storage) -> tuple[CheckpointError | None, 
 
     def run(coordinator: Coordinator) -> CheckpointError | None:
         error = None
-        with Checkpointer(
-            storage, coordinator=coordinator, keep_last=2, removal_grace_s=0, timeout_s=20
-        ) as checkpointer:
+        with Checkpointer(storage, coordinator=coordinator, timeout_s=20, **OPTIONS) as checkpointer:
             checkpointer.load(make_state(0, coordinator))
             begin.wait()
             try:
