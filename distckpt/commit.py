@@ -261,8 +261,13 @@ class Writer:
         """Step 2. Raises FencedError or OSError."""
         self.check_fence()
         directory = iteration_directory(iteration)
+        marker, content = pending_marker(iteration, save_id), str(self.epoch).encode()
         self.storage.make_directory(directory)
-        self.storage.put_if_absent(pending_marker(iteration, save_id), str(self.epoch).encode())
+        try:
+            self.storage.put_if_absent(marker, content)
+        except FileNotFoundError:  # A job that was fenced has removed the directory, since nothing was in it.
+            self.storage.make_directory(directory)
+            self.storage.put_if_absent(marker, content)
 
     def publish(self, index: Index) -> None:
         """Steps 4 (its sync) to 8. Raises FencedError, or CommitFailed saying whether the checkpoint exists."""
@@ -413,22 +418,31 @@ def sweep(storage: Storage, *, grace_s: float) -> list[str]:
     if removed:
         storage.sync_directory("")
     for iteration, directory in iteration_directories(storage):
-        garbage = _garbage(storage, iteration, grace_s)
-        if garbage:
-            # Again: another job may have committed while this directory was being listed, and then neither its
-            # marker nor its index need be in the first list. The index is there before the marker goes, so a
-            # second list, begun after the first, shows one of them.
-            confirmed = set(_garbage(storage, iteration, grace_s))
-            garbage = [name for name in garbage if name in confirmed]
-            # First: a power cut must not bring back an index whose absence is seen here, but not durable.
-            storage.sync_directory(directory)
-        for name in garbage:
-            storage.remove(f"{directory}/{name}")
-        if garbage:
-            storage.sync_directory(directory)
-            storage.remove_directory(directory)
-        removed += [f"{directory}/{name}" for name in garbage]
+        try:
+            removed += [f"{directory}/{name}" for name in _sweep_directory(storage, iteration, grace_s)]
+        except FileNotFoundError:
+            continue  # It went since it was listed: whoever removed it is at work here.
     return removed
+
+
+def _sweep_directory(storage: Storage, iteration: int, grace_s: float) -> list[str]:
+    """Of an iteration; the names removed. Raises FileNotFoundError if another job removes the directory meanwhile."""
+    directory = iteration_directory(iteration)
+    garbage = _garbage(storage, iteration, grace_s)
+    if garbage:
+        # Again: another job may have committed while this directory was being listed, and then neither its
+        # marker nor its index need be in the first list. The index is there before the marker goes, so a
+        # second list, begun after the first, shows one of them.
+        confirmed = set(_garbage(storage, iteration, grace_s))
+        garbage = [name for name in garbage if name in confirmed]
+        # First: a power cut must not bring back an index whose absence is seen here, but not durable.
+        storage.sync_directory(directory)
+    for name in garbage:
+        storage.remove(f"{directory}/{name}")
+    if garbage:
+        storage.sync_directory(directory)
+        storage.remove_directory(directory)
+    return garbage
 
 
 def _is_tidy(names: Sequence[str]) -> bool:

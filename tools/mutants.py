@@ -285,15 +285,15 @@ MUTANTS = (
     Mutant(
         "no sync before files of a removed index go",
         "distckpt/commit.py",
-        "            storage.sync_directory(directory)\n        for name in garbage:\n",
-        "        for name in garbage:\n",
+        "        storage.sync_directory(directory)\n    for name in garbage:\n",
+        "    for name in garbage:\n",
         REMOVAL,
     ),
     Mutant(
         "no sync after a sweep",
         "distckpt/commit.py",
-        "            storage.sync_directory(directory)\n            storage.remove_directory(directory)\n",
-        "            storage.remove_directory(directory)\n",
+        "        storage.sync_directory(directory)\n        storage.remove_directory(directory)\n",
+        "        storage.remove_directory(directory)\n",
         REMOVAL,
     ),
     Mutant(
@@ -306,9 +306,23 @@ MUTANTS = (
     Mutant(
         "a sweep lists a directory once",
         "distckpt/commit.py",
-        "            confirmed = set(_garbage(storage, iteration, grace_s))\n",
-        "            confirmed = set(garbage)\n",
+        "        confirmed = set(_garbage(storage, iteration, grace_s))\n",
+        "        confirmed = set(garbage)\n",
         REMOVAL,
+    ),
+    Mutant(
+        "a sweep fails where another job removes a directory",
+        "distckpt/commit.py",
+        "        except FileNotFoundError:\n            continue  # It went since it was listed",
+        "        except ZeroDivisionError:\n            continue  #",
+        REMOVAL,
+    ),
+    Mutant(
+        "a save fails whose empty directory another job removes",
+        "distckpt/commit.py",
+        "        except FileNotFoundError:  # A job that was fenced has removed the directory",
+        "        except ZeroDivisionError:  #",
+        COMMIT,
     ),
     Mutant(
         "a sweep takes a save under way for dead",

@@ -131,6 +131,24 @@ def test_fenced_writer_announces_nothing(storage: MemoryStorage) -> None:
     assert storage.list(iteration_directory(10)) == []
 
 
+def test_save_is_announced_although_another_job_removes_the_empty_directory() -> None:
+    """As a fenced job does that discards a save of the same iteration."""
+
+    class Shared(HookedStorage):
+        is_removed = False
+
+        def put_if_absent(self, name: str, data: bytes) -> bool:
+            if name.startswith("iter_0000010/") and not self.is_removed:
+                self.is_removed = True
+                self.remove_directory("iter_0000010")
+            return super().put_if_absent(name, data)
+
+    storage, save_id = Shared(), new_save_id()
+    Writer.claim(storage).announce(10, save_id)
+    assert storage.is_removed
+    assert storage.list("iter_0000010") == [f"pending-{save_id}"]
+
+
 def test_fenced_writer_publishes_nothing(storage: MemoryStorage) -> None:
     old = Writer.claim(storage)
     save(old, 10)

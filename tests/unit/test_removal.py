@@ -345,6 +345,37 @@ def test_sweep_that_lists_a_directory_during_a_commit_spares_it(clock: Clock) ->
     assert set(file_names(save_id)) < set(storage.list("iter_0000010"))
 
 
+@pytest.mark.parametrize("at_sync", [1, 2], ids=["before its files go", "after its files went"])
+def test_sweep_goes_on_where_another_job_has_removed_the_directory(clock: Clock, at_sync: int) -> None:
+    """As a fenced job does that discards its save while the newer one sweeps it."""
+
+    class Shared(MemoryStorage):
+        syncs = 0
+
+        def sync_directory(self, directory: str) -> None:
+            if directory == "iter_0000010":
+                self.syncs += 1
+            if self.syncs == at_sync:
+                for name in self.list("iter_0000010"):
+                    self.remove(f"iter_0000010/{name}")
+                self.remove_directory("iter_0000010")
+            super().sync_directory(directory)
+
+    storage = Shared(clock=clock)
+    for iteration in (10, 20):
+        write_files_of_a_fenced_job(storage, iteration)
+    newer = Writer.claim(storage)
+    sweep(storage, grace_s=0)
+    assert storage.syncs == at_sync
+    assert set(tree(storage)) == {f"writer-{newer.epoch:06d}"}
+
+
+def write_files_of_a_fenced_job(storage: MemoryStorage, iteration: int) -> None:
+    save_id = new_save_id()
+    Writer.claim(storage).announce(iteration, save_id)
+    write_files(storage, iteration, save_id)
+
+
 def test_sweep_removes_a_save_that_died(storage: MemoryStorage, clock: Clock) -> None:
     writer = Writer.claim(storage)
     save(writer, 10)
