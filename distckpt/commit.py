@@ -105,12 +105,19 @@ def indexes_in(iteration: int, names: Iterable[str]) -> list[Commit]:
 
 def list_commits(storage: Storage) -> list[Commit]:
     """Every commit under the root, newest first. Nothing is opened: an index may still turn out to be damaged."""
-    commits = [
-        commit
-        for iteration, directory in iteration_directories(storage)
-        for commit in indexes_in(iteration, storage.list(directory))
-    ]
-    return sorted(commits, reverse=True)
+    earlier: dict[int, list[str]] = {}
+    while True:
+        names = {
+            iteration: [name for name in storage.list(directory) if name.startswith(("index-", "retired-"))]
+            for iteration, directory in iteration_directories(storage)
+        }
+        commits = [commit for iteration, found in names.items() for commit in indexes_in(iteration, found)]
+        # Listings are no snapshot: a checkpoint may have been replaced, between two of them, by one in a directory
+        # that was listed before. That leaves its marker, and another look then finds the new one, or more markers.
+        is_retired = any(name.startswith("retired-") for found in names.values() for name in found)
+        if names == earlier or (commits and not is_retired):
+            return sorted(commits, reverse=True)
+        earlier = names
 
 
 def read_file(storage: Storage, name: str, max_bytes: int, *, past_cache: bool = False) -> bytes:
@@ -163,14 +170,15 @@ def newest_iteration(storage: Storage) -> int | None:
     Raises CorruptionError if all indexes are damaged, OSError if one cannot be read: "nothing there" would make
     a job start afresh beside its checkpoints.
     """
-    damaged: list[str] = []
-    for commit in list_commits(storage):
+    damaged: dict[Commit, str] = {}
+    # Listed anew each time: an index that is gone was replaced since it was listed.
+    while left := [commit for commit in list_commits(storage) if commit not in damaged]:
         try:
-            return read_index(storage, commit)[0].iteration
+            return read_index(storage, left[0])[0].iteration
         except (CorruptionError, FileNotFoundError) as error:
-            damaged.append(str(error))
+            damaged[left[0]] = str(error)
     if damaged:
-        raise CorruptionError(f"{storage.location}: no index is sound: {'; '.join(damaged)}")
+        raise CorruptionError(f"{storage.location}: no index is sound: {'; '.join(damaged.values())}")
     return None
 
 

@@ -254,15 +254,15 @@ class Load:
             raise CheckpointError(f"the ranks ask for different loads: {'; '.join(asked)}")
         storage = self.context.storage
         commits = find_commits(storage, self.iteration)
-        for commit in commits:
-            if commit in self._failed:
-                continue
+        while left := [commit for commit in commits if commit not in self._failed]:
+            commit = left[0]
             try:
                 self._decoded, data = read_index(storage, commit)
             except (CorruptionError, OSError) as error:
                 if not is_damage(error):
                     raise
                 self._failed[commit] = str(error)
+                commits = find_commits(storage, self.iteration)  # If the index is gone, it was replaced meanwhile.
                 continue
             fell_back_from: dict[int, str] = {}
             for failed, why in self._failed.items():

@@ -56,6 +56,7 @@ IN_TRAINING = ("tests/unit/test_failures_in_training.py",)
 TERMINATION = ("tests/unit/test_termination.py",)
 SAVE_POWER_CUT = ("tests/crash/test_save_power_cut.py",)
 IO_FAULTS = ("tests/crash/test_io_faults.py",)
+READER = ("tests/crash/test_reader_beside_writer.py",)
 
 # What is left of an agreement when nobody is asked: a rank decides on its own data alone.
 ALONE = """
@@ -309,6 +310,27 @@ MUTANTS = (
         "        confirmed = set(_garbage(storage, iteration, grace_s))\n",
         "        confirmed = set(garbage)\n",
         REMOVAL,
+    ),
+    Mutant(
+        "a checkpoint that is replaced while it is listed counts as absent",
+        "distckpt/commit.py",
+        "        if names == earlier or (commits and not is_retired):\n",
+        "        if True:\n",
+        READER,
+    ),
+    Mutant(
+        "a checkpoint that is replaced while it is listed gives way to an older one",
+        "distckpt/commit.py",
+        "        if names == earlier or (commits and not is_retired):\n",
+        "        if names == earlier or commits:\n",
+        READER,
+    ),
+    Mutant(
+        "a load goes by a list that is outdated",
+        "distckpt/loading.py",
+        "                commits = find_commits(storage, self.iteration)  # If the index is gone",
+        "                #",
+        READER,
     ),
     Mutant(
         "a sweep fails where another job removes a directory",

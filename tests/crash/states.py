@@ -5,11 +5,11 @@ What is loaded must be one version as a whole: each value of a state tells which
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from distckpt import Checkpointer, PerRank, ShardedTensor
+from distckpt import Checkpointer, LoadReport, PerRank, ShardedTensor
 from distckpt.commit import Commit, list_commits, read_index
 from distckpt.coordinator import Coordinator
 from distckpt.storage import Storage
@@ -41,13 +41,15 @@ def flat(state: Mapping[str, object]) -> tuple[list[object], ...]:
     return weight.data.flatten().tolist(), optimizer["bias"].tolist(), [optimizer["step"], random.value]
 
 
-def load_version(
-    storage: Storage, iteration: int | None, coordinator: Coordinator | None = None, columns: int = COLUMNS
-) -> tuple[int, int]:
-    """(iteration, version) that a new Checkpointer loads. Fails unless it is that version bit by bit."""
-    with Checkpointer(storage, coordinator=coordinator) as checkpointer:
-        state = make_state(0, coordinator, columns)
-        report = checkpointer.load(state, iteration)
+def load_whole(
+    checkpointer: Checkpointer,
+    iteration: int | None = None,
+    coordinator: Coordinator | None = None,
+    columns: int = COLUMNS,
+) -> tuple[LoadReport, int]:
+    """(report, version) of a load. Fails unless what was loaded is that version bit by bit."""
+    state = make_state(0, coordinator, columns)
+    report = checkpointer.load(state, iteration)
     optimizer = state["optimizer"]
     assert isinstance(optimizer, dict)
     version = optimizer["step"]
@@ -55,7 +57,36 @@ def load_version(
     assert flat(state) == flat(make_state(version, coordinator, columns)), "a mix of versions"
     assert not report.missing
     assert not report.unexpected
+    return report, version
+
+
+def load_version(
+    storage: Storage, iteration: int | None, coordinator: Coordinator | None = None, columns: int = COLUMNS
+) -> tuple[int, int]:
+    """(iteration, version) that a new Checkpointer loads. Fails unless it is that version bit by bit."""
+    with Checkpointer(storage, coordinator=coordinator) as checkpointer:
+        report, version = load_whole(checkpointer, iteration, coordinator, columns)
     return report.iteration, version
+
+
+def save_as_next_job(
+    storage: Storage,
+    world_size: int,
+    saves: Sequence[tuple[int, int]],
+    *,
+    resume_from: int | None = None,
+    keep_last: int | None = None,
+) -> None:
+    """A job of threads: it loads `resume_from`, or the newest there is, and saves (iteration, version) pairs."""
+
+    def run(coordinator: Coordinator) -> None:
+        with Checkpointer(storage, coordinator=coordinator, keep_last=keep_last, removal_grace_s=0) as checkpointer:
+            if checkpointer.latest_iteration() is not None:
+                load_whole(checkpointer, resume_from, coordinator)
+            for iteration, version in saves:
+                checkpointer.save(make_state(version, coordinator), iteration=iteration)
+
+    run_ranks(world_size, run)
 
 
 def loaded(storage: Storage, world_size: int = 1, columns: int = COLUMNS) -> dict[int | None, int]:

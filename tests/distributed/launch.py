@@ -6,7 +6,8 @@
         job.signal(1, signal.SIGSTOP)
         results = job.wait(expect_exit=[0, -signal.SIGKILL, 0])
 
-The script is text or a path. Whatever happens, no process outlives the call or the `with` block.
+The script is text or a path; `say` and `wait_for_file` are for its ranks. Whatever happens, no process outlives the
+call or the `with` block.
 """
 
 from __future__ import annotations
@@ -77,6 +78,19 @@ def start(
 ) -> Job:
     """The same without waiting: to signal single ranks. Use it in a `with` statement."""
     return Job(script, world_size, args, launcher, env or {})
+
+
+def say(*words: object) -> None:
+    """Print a line as a whole: nobody sees a part of it, and who is killed has printed all of it or nothing."""
+    os.write(sys.stdout.fileno(), (" ".join(map(str, words)) + "\n").encode())
+
+
+def wait_for_file(path: Path, *, timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{path} has not come in {timeout_s:g} s")
+        time.sleep(0.005)
 
 
 class Job:
