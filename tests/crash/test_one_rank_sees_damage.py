@@ -38,8 +38,8 @@ def saved() -> MemoryStorage:
 def damage(storage: MemoryStorage, commit: Commit, rank: int, rng: random.Random) -> None:
     """Something that this rank needs of the checkpoint, in one of the ways there are. Without its index it is none."""
     index = read_index(storage, commit)[0]
-    shard_files = [f"{commit.directory}/{file.name}" for file in index.files]  # of which each rank reads its own
-    parts = [shard_files, [f"{commit.directory}/{index.chunk_table.name}"]]
+    headers = {f"{commit.directory}/{file.name}": file.header_bytes for file in index.files}
+    parts = [[*headers], [f"{commit.directory}/{index.chunk_table.name}"]]  # Each rank reads a shard file of its own.
     names = rng.choice([*parts, [commit.name]] if rank == 0 else parts)
     kind = rng.choice(("flipped", "short") if commit.name in names else ("flipped", "short", "missing"))
     for name in names:
@@ -47,7 +47,8 @@ def damage(storage: MemoryStorage, commit: Commit, rank: int, rng: random.Random
         if kind == "missing":
             storage.remove(name)
         elif kind == "flipped":
-            content[len(content) // 3] ^= 1
+            # Of shard files behind the header, which is the most of files so small.
+            content[rng.randrange(headers.get(name, 0), len(content))] ^= 1
             storage.replace(name, bytes(content))
         else:
             storage.replace(name, bytes(content[:-1]))
