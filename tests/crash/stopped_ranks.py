@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -73,7 +74,8 @@ class StoppingStorage(CrashingStorage):
     def _stop(self) -> None:
         self._is_over = True
         say(f"{self._case.name}: stops")
-        os.kill(os.getpid(), signal.SIGSTOP)
+        # To this thread: sent to the process, another thread might take it, and this one go on meanwhile.
+        signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
 
 
 def run(case: Case, root: Path) -> Checkpointer:
