@@ -17,12 +17,11 @@ import torch
 from distckpt.arena import Arena
 from distckpt.commit import (
     Commit,
+    by_lineage,
     list_commits,
     newest_iteration,
     newest_verified_iteration,
     read_tracker,
-    retire,
-    sweep,
     unsound_commits,
 )
 from distckpt.coordinator import Coordinator, agree, default_coordinator
@@ -34,6 +33,7 @@ from distckpt.loading import Load, LoadContext, read_all
 from distckpt.pending import PendingSave
 from distckpt.planner import check_places
 from distckpt.protecting import Protection, protect
+from distckpt.removing import retire, sweep
 from distckpt.report import LoadReport, SaveReport
 from distckpt.retention import superfluous
 from distckpt.saving import Save, SaveContext
@@ -271,10 +271,16 @@ class Checkpointer:
             writer.check_fence()
             commits, tracked = list_commits(self._storage), read_tracker(self._storage)
             unsound = self._unsound | unsound_commits(self._storage, commits)
+            order = [] if self._keep_last is None else by_lineage(self._storage, commits)
             retire(
                 self._storage,
                 superfluous(
-                    commits, keep_last=self._keep_last, tracked=tracked, first_epoch=first_epoch, unsound=unsound
+                    commits,
+                    keep_last=self._keep_last,
+                    tracked=tracked,
+                    first_epoch=first_epoch,
+                    order=order,
+                    unsound=unsound,
                 ),
             )
             sweep(self._storage, grace_s=self._grace_s)

@@ -44,19 +44,18 @@ import os
 import re
 import socket
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 
 from distckpt.errors import CheckpointError, CheckpointNotFoundError, Committed, CorruptionError, FencedError
 from distckpt.index import MAX_INDEX_BYTES, Index, IndexHead, decode_index, decode_index_head, encode_index
 from distckpt.storage import Storage, drop_cache
 
 TRACKER = "latest_checkpointed_iteration.txt"
-STALE_AFTER_S = 600.0  # a pending marker that was not touched for so long belongs to a save that died
 HEARTBEAT_S = 20.0
 _ITERATION = re.compile(r"iter_(\d{7,})")
 _INDEX = re.compile(r"index-(\d{6,})-(\d{6,})\.json")
 _WRITER = re.compile(r"writer-(\d{6,})")
-_SAVE_ID = re.compile(r"(?:^pending-|^retired-|-)([0-9a-f]{32})(?:\.|$)")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -151,11 +150,11 @@ def decode_index_of(commit: Commit, data: bytes) -> Index:
     return index
 
 
-def _read_save_id(storage: Storage, commit: Commit) -> str:
-    """Of an index that is undamaged and the one that its name says. Raises as read_index does."""
+def read_head(storage: Storage, commit: Commit) -> IndexHead:
+    """The same of an index without its tensors: which checkpoint it is of. Raises as read_index does."""
     head = decode_index_head(read_file(storage, commit.name, MAX_INDEX_BYTES), name=commit.name)
     _check_name(commit, head)
-    return head.save_id
+    return head
 
 
 def _check_name(commit: Commit, index: Index | IndexHead) -> None:
@@ -189,13 +188,31 @@ def newest_verified_iteration(storage: Storage) -> int | None:
         newest.setdefault(commit.iteration, commit)
     for commit in newest.values():
         try:
-            save_id = _read_save_id(storage, commit)
+            save_id = read_head(storage, commit).save_id
         except (CorruptionError, FileNotFoundError):
             continue
         marker = verified_marker(commit.iteration, save_id)
         if marker.rpartition("/")[2] in storage.list(commit.directory):
             return commit.iteration
     return None
+
+
+def by_lineage(storage: Storage, commits: Sequence[Commit]) -> list[Commit]:
+    """Commits, given newest first, in the order in which a load falls back: each is followed by the one that its job
+    had loaded or saved before it, so that a run which was rolled back stays on its branch."""
+    heads: dict[Commit, IndexHead] = {}
+    for commit in commits:
+        with suppress(CheckpointError, OSError):  # Of one that cannot be read nothing is known but its name.
+            heads[commit] = read_head(storage, commit)
+    of_save = {head.save_id: commit for commit, head in heads.items()}
+    ordered: dict[Commit, None] = {}
+    for newest in commits:
+        following: Commit | None = newest
+        while following is not None and following not in ordered:
+            ordered[following] = None
+            parent = heads[following].parent if following in heads else None
+            following = None if parent is None else of_save.get(parent)
+    return list(ordered)
 
 
 def find_commits(storage: Storage, iteration: int | None) -> list[Commit]:
@@ -246,7 +263,7 @@ class Writer:
         storage.make_directory("")
         owner = json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode()
         while True:
-            claimed = _writers(storage)
+            claimed = writer_epochs(storage)
             # Of commits too: a root may have been copied without its writer files.
             epoch = max([*claimed, *(commit.epoch for commit in list_commits(storage))], default=0) + 1
             if storage.put_if_absent(f"writer-{epoch:06d}", owner):
@@ -258,7 +275,7 @@ class Writer:
 
     def check_fence(self) -> None:
         """Step 5. Raises FencedError."""
-        newest = max(_writers(self.storage), default=self.epoch)
+        newest = max(writer_epochs(self.storage), default=self.epoch)
         if newest > self.epoch:
             raise FencedError(
                 f"{self.storage.location}: this job writes with epoch {self.epoch}, but a newer job has claimed epoch "
@@ -323,7 +340,7 @@ class Writer:
     def _is_committed(self, commit: Commit, save_id: str) -> Committed:
         """After a put of the index that may have had its effect or not."""
         try:
-            if _read_save_id(self.storage, commit) != save_id:
+            if read_head(self.storage, commit).save_id != save_id:
                 return "no"
             self.storage.sync_directory(commit.directory)  # What can be seen can still be lost.
             return "yes"
@@ -338,7 +355,8 @@ def _largest_values(index: Index) -> str:
     return ", ".join(f"{key!r} ({len(bytes(value))} bytes)" for key, value in largest)
 
 
-def _writers(storage: Storage) -> list[int]:
+def writer_epochs(storage: Storage) -> list[int]:
+    """Of the jobs that have claimed this root."""
     return [int(m[1]) for m in map(_WRITER.fullmatch, storage.list("")) if m]
 
 
@@ -362,163 +380,10 @@ def unsound_commits(storage: Storage, commits: Iterable[Commit]) -> set[Commit]:
         if not any(name.startswith("unsound-") for name in names):
             continue
         try:
-            save_id = _read_save_id(storage, commit)
+            save_id = read_head(storage, commit).save_id
         except (CheckpointError, FileNotFoundError):
             unsound.add(commit)  # It may be the very index that was damaged.
             continue
         if f"unsound-{save_id}" in names:
             unsound.add(commit)
     return unsound
-
-
-def is_under_way(storage: Storage, iteration: int, save_id: str) -> bool:
-    """Whether a save that is not committed may still be: it was announced, and its job has not been seen to die."""
-    marker = pending_marker(iteration, save_id)
-    is_announced = f"pending-{save_id}" in storage.list(iteration_directory(iteration))
-    return is_announced and not _is_dead(storage, marker)
-
-
-def discard(storage: Storage, iteration: int, save_id: str) -> None:
-    """Remove the files of a save that was not committed; its marker goes last. Raises OSError.
-
-    Does nothing if the save is committed after all, as one may be that was interrupted, or if that cannot be told.
-    """
-    directory = iteration_directory(iteration)
-    names = storage.list(directory)
-    committed = _committed_save_ids(storage, iteration, names)
-    if committed is None or save_id in committed:
-        return
-    own = [name for name in names if save_id in name]
-    for name in sorted(own, key=lambda name: name.startswith("pending-")):
-        storage.remove(f"{directory}/{name}")
-    storage.remove_directory(directory)
-
-
-def retire(storage: Storage, commits: Iterable[Commit]) -> None:
-    """Make checkpoints none: their indexes go; their files follow at a sweep after the grace period."""
-    for commit in commits:
-        try:
-            save_id = _read_save_id(storage, commit)
-        except (OSError, CheckpointError):
-            continue  # Damaged: nothing says which files are its own, and `repair` may want them.
-        storage.put_if_absent(f"{commit.directory}/retired-{save_id}", b"")
-        storage.remove(commit.name)
-        storage.sync_directory(commit.directory)
-
-
-@dataclass(slots=True)
-class _Sweep:
-    """What one iteration directory holds, by save_id."""
-
-    files: dict[str, list[str]] = field(default_factory=dict)
-    pending: set[str] = field(default_factory=set)
-    retired: set[str] = field(default_factory=set)
-
-
-def sweep(storage: Storage, *, grace_s: float) -> list[str]:
-    """Remove what belongs to no checkpoint: files of dead saves, retired ones past `grace_s`, left temporaries.
-
-    Spares saves with a live marker, and every directory whose index cannot be read. Returns the names removed.
-    """
-    removed = [name for name in storage.list("") if _is_left_temporary(storage, name)]
-    for name in removed:
-        storage.remove(name)
-    if removed:
-        storage.sync_directory("")
-    for iteration, directory in iteration_directories(storage):
-        try:
-            removed += [f"{directory}/{name}" for name in _sweep_directory(storage, iteration, grace_s)]
-        except FileNotFoundError:
-            continue  # It went since it was listed: whoever removed it is at work here.
-    return removed
-
-
-def _sweep_directory(storage: Storage, iteration: int, grace_s: float) -> list[str]:
-    """Of an iteration; the names removed. Raises FileNotFoundError if another job removes the directory meanwhile."""
-    directory = iteration_directory(iteration)
-    garbage = _garbage(storage, iteration, grace_s)
-    if garbage:
-        # Again: another job may have committed while this directory was being listed, and then neither its
-        # marker nor its index need be in the first list. The index is there before the marker goes, so a
-        # second list, begun after the first, shows one of them.
-        confirmed = set(_garbage(storage, iteration, grace_s))
-        garbage = [name for name in garbage if name in confirmed]
-        # First: a power cut must not bring back an index whose absence is seen here, but not durable.
-        storage.sync_directory(directory)
-    for name in garbage:
-        storage.remove(f"{directory}/{name}")
-    if garbage:
-        storage.sync_directory(directory)
-        storage.remove_directory(directory)
-    return garbage
-
-
-def _is_tidy(names: Sequence[str]) -> bool:
-    """Whether a directory holds the files of one committed checkpoint and nothing else, going by the names."""
-    has_leftovers = any(name.startswith(("pending-", "retired-", ".tmp-")) for name in names)
-    indexes = sum(bool(_INDEX.fullmatch(name)) for name in names)
-    return not has_leftovers and indexes == 1 and len({m[1] for m in map(_SAVE_ID.search, names) if m}) == 1
-
-
-def _committed_save_ids(storage: Storage, iteration: int, names: Sequence[str]) -> set[str] | None:
-    """Save ids of the committed checkpoints in a directory; None when one of them cannot be read."""
-    try:
-        return {_read_save_id(storage, commit) for commit in indexes_in(iteration, names)}
-    except (OSError, CheckpointError):
-        return None
-
-
-def _garbage(storage: Storage, iteration: int, grace_s: float) -> list[str]:
-    """Names to remove from an iteration's directory, files before the markers that explain them."""
-    directory = iteration_directory(iteration)
-    names = storage.list(directory)
-    live = None if _is_tidy(names) else _committed_save_ids(storage, iteration, names)
-    if live is None:
-        return []
-    groups = _Sweep()
-    garbage: list[str] = []
-    for name in names:
-        match = _SAVE_ID.search(name)
-        if name.startswith(".tmp-"):
-            if _is_left_temporary(storage, f"{directory}/{name}"):
-                garbage.append(name)
-        elif match:
-            save_id = match[1]
-            groups.files.setdefault(save_id, []).append(name)
-            if name.startswith("pending-"):
-                groups.pending.add(save_id)
-            elif name.startswith("retired-"):
-                groups.retired.add(save_id)
-    for save_id, files in groups.files.items():
-        markers = [f for f in files if f.startswith(("pending-", "retired-"))]
-        if save_id in live:
-            garbage += markers  # A crash came between the commit, or the retirement, and the end of it.
-            continue
-        pending, retired = f"{directory}/pending-{save_id}", f"{directory}/retired-{save_id}"
-        is_under_way = save_id in groups.pending and not _is_dead(storage, pending)
-        has_grace = save_id in groups.retired and not _is_older(storage, retired, grace_s)
-        if not is_under_way and not has_grace:
-            garbage += [f for f in files if f not in markers] + markers
-    return garbage
-
-
-def _is_dead(storage: Storage, marker: str) -> bool:
-    """Whether the save that a pending marker announces can no longer be committed."""
-    try:
-        epoch = read_file(storage, marker, 32)
-    except FileNotFoundError:
-        return False  # It went since it was listed: whoever removed it is at work here.
-    is_fenced = epoch.isdigit() and int(epoch) < max(_writers(storage), default=0)
-    return is_fenced or _is_older(storage, marker, STALE_AFTER_S)
-
-
-def _is_left_temporary(storage: Storage, name: str) -> bool:
-    """Whether it is of a put_if_absent or replace that died; a young one may be of another job, under way."""
-    return name.rpartition("/")[2].startswith(".tmp-") and _is_older(storage, name, STALE_AFTER_S)
-
-
-def _is_older(storage: Storage, name: str, age_s: float) -> bool:
-    try:
-        return storage.age_s(name) >= age_s
-    except FileNotFoundError:
-        return False  # It went since it was listed: whoever removed it is at work here.

@@ -133,9 +133,10 @@ class _Version(msgspec.Struct):
 
 
 class IndexHead(msgspec.Struct, frozen=True):
-    """Which checkpoint an index is of."""
+    """Which checkpoint an index is of, and after which it was saved."""
 
     save_id: SaveId
+    parent: SaveId | None
     epoch: Natural
     commit_seq: Natural
     iteration: Natural

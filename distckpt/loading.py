@@ -21,7 +21,7 @@ from torch import Tensor
 
 from distckpt.adapters import ADAPTERS
 from distckpt.checkpoint_files import check_files_hold, is_damage, read_chunks, read_per_rank
-from distckpt.commit import Commit, decode_index_of, find_commits, read_index, tracker_warning
+from distckpt.commit import Commit, by_lineage, decode_index_of, find_commits, read_index, tracker_warning
 from distckpt.coordinator import Coordinator, agree
 from distckpt.errors import CheckpointError, CorruptionError, MismatchError
 from distckpt.garbage import postponed_collection
@@ -253,7 +253,7 @@ class Load:
             asked = sorted({f"iteration={w.iteration}, strict={w.strict}" for w in wanted})
             raise CheckpointError(f"the ranks ask for different loads: {'; '.join(asked)}")
         storage = self.context.storage
-        commits = find_commits(storage, self.iteration)
+        commits = self._candidates()
         while left := [commit for commit in commits if commit not in self._failed]:
             commit = left[0]
             try:
@@ -262,13 +262,13 @@ class Load:
                 if not is_damage(error):
                     raise
                 self._failed[commit] = str(error)
-                commits = find_commits(storage, self.iteration)  # If the index is gone, it was replaced meanwhile.
+                commits = self._candidates()  # Listed anew: if the index is gone, it was replaced meanwhile.
                 continue
             fell_back_from: dict[int, str] = {}
             for failed, why in self._failed.items():
                 earlier = fell_back_from.get(failed.iteration)
                 fell_back_from[failed.iteration] = why if earlier is None else f"{earlier}; {why}"
-            warning = tracker_warning(storage, commits[0]) if self.iteration is None else None
+            warning = tracker_warning(storage, max(commits)) if self.iteration is None else None
             found = _Resolved(commit.epoch, commit.commit_seq, commit.iteration, data, fell_back_from, warning)
             return [found] * len(wanted)
         reasons = "".join(f"\n  {commit.name}: {why}" for commit, why in self._failed.items())
@@ -277,6 +277,11 @@ class Load:
             + ("" if self.iteration is None else f" of iteration {self.iteration}")
             + f"; if tensors had been read, their values are now undefined. Tried:{reasons}"
         )
+
+    def _candidates(self) -> list[Commit]:
+        """Rank 0: in the order in which they are to be tried."""
+        commits = find_commits(self.context.storage, self.iteration)
+        return by_lineage(self.context.storage, commits) if self._failed else commits
 
     def _compare(self, index: Index) -> _Differences:
         """Match this rank's state, and agree on what is missing or in excess over all ranks."""

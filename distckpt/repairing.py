@@ -20,7 +20,6 @@ from distckpt.commit import (
     Commit,
     Writer,
     indexes_in,
-    is_under_way,
     iteration_directories,
     iteration_directory,
     list_commits,
@@ -32,6 +31,7 @@ from distckpt.errors import CheckpointNotFoundError, CorruptionError
 from distckpt.index import Index, encode_index
 from distckpt.parity import find_rebuildable, read_record, rebuild_file
 from distckpt.rebuilding import rebuild_index, rebuild_table, saves_in
+from distckpt.removing import is_under_way
 from distckpt.storage import PosixStorage, Storage
 from distckpt.verifying import OnBytes, damaged_files, verify_commit
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from distckpt.arena import Arena
 from distckpt.assembling import ChunkRecords, Commitment, Written, chunk_records, index_of, raw_json
-from distckpt.commit import CommitFailed, Writer, discard, iteration_directory, new_save_id, pending_marker, sweep
+from distckpt.commit import CommitFailed, Writer, iteration_directory, new_save_id, pending_marker
 from distckpt.coordinator import Coordinator, agree
 from distckpt.describing import Description, describe
 from distckpt.errors import DistributedError, InvalidShardingError
@@ -32,6 +32,7 @@ from distckpt.json_value import encode_value
 from distckpt.offer import Offer, check_free_space, free_space
 from distckpt.planner import RankShards, SavePlan, check_replicas, join_values, plan_save
 from distckpt.protecting import Saved
+from distckpt.removing import discard, sweep
 from distckpt.report import SaveReport
 from distckpt.shard_file import DTYPES, file_name
 from distckpt.share import SHARED_METADATA_BYTES, Share, ShareMessage, adopt, give_shares
@@ -374,15 +375,14 @@ class Save:
         assert snapshot is not None
         per_rank = msgspec.json.encode(raw_json({key: described.per_rank[key] for key in share.per_rank}))
         shared = self._shared_metadata()
-        rank, world_size = context.coordinator.rank, context.coordinator.world_size
+        rank = context.coordinator.rank
         common = header_metadata(self.save_id, self.iteration, rank, context.mesh)
-        names = (file_name(rank, part, world_size, self.save_id) for part in count())
+        names = (file_name(rank, part, context.coordinator.world_size, self.save_id) for part in count())
         files: list[ShardFile] = []
         file_of, start_of = np.zeros(len(share.shards), np.int32), np.zeros(len(share.shards), np.int64)
         for number, file in enumerate(share.files):
-            layout = file.plan.lay_out(
-                b"{}" if number else per_rank, common | file.metadata | ({} if number else shared)
-            )
+            metadata = common | file.metadata | ({} if number else shared)
+            layout = file.plan.lay_out(b"{}" if number else per_rank, metadata)
             written = write_shard_file(
                 context.storage,
                 iteration_directory(self.iteration),

@@ -56,6 +56,7 @@ IN_TRAINING = ("tests/unit/test_failures_in_training.py",)
 TERMINATION = ("tests/unit/test_termination.py",)
 SAVE_POWER_CUT = ("tests/crash/test_save_power_cut.py",)
 IO_FAULTS = ("tests/crash/test_io_faults.py",)
+ROLL_BACK = ("tests/crash/test_roll_back.py",)
 READER = ("tests/crash/test_reader_beside_writer.py",)
 
 # What is left of an agreement when nobody is asked: a rank decides on its own data alone.
@@ -244,7 +245,7 @@ MUTANTS = (
     Mutant(
         "another's index under our name counts as ours",
         "distckpt/commit.py",
-        "            if _read_save_id(self.storage, commit) != save_id:\n",
+        "            if read_head(self.storage, commit).save_id != save_id:\n",
         "            if False:\n",
         COMMIT,
     ),
@@ -264,49 +265,49 @@ MUTANTS = (
     ),
     Mutant(
         "a committed save is discarded",
-        "distckpt/commit.py",
+        "distckpt/removing.py",
         "    if committed is None or save_id in committed:\n",
         "    if committed is None:\n",
         REMOVAL,
     ),
     Mutant(
         "a save that may be committed is discarded",
-        "distckpt/commit.py",
+        "distckpt/removing.py",
         "    if committed is None or save_id in committed:\n",
         "    if committed is not None and save_id in committed:\n",
         REMOVAL,
     ),
     Mutant(
         "no sync after an index is removed, nor before its files go",
-        "distckpt/commit.py",
+        "distckpt/removing.py",
         "        storage.remove(commit.name)\n        storage.sync_directory(commit.directory)\n",
         "        storage.remove(commit.name)\n",
         REMOVAL,
     ),
     Mutant(
         "no sync before files of a removed index go",
-        "distckpt/commit.py",
+        "distckpt/removing.py",
         "        storage.sync_directory(directory)\n    for name in garbage:\n",
         "    for name in garbage:\n",
         REMOVAL,
     ),
     Mutant(
         "no sync after a sweep",
-        "distckpt/commit.py",
+        "distckpt/removing.py",
         "        storage.sync_directory(directory)\n        storage.remove_directory(directory)\n",
         "        storage.remove_directory(directory)\n",
         REMOVAL,
     ),
     Mutant(
         "no sync after a sweep of temporaries beside the tracker",
-        "distckpt/commit.py",
+        "distckpt/removing.py",
         '        storage.sync_directory("")\n',
         "        pass\n",
         REMOVAL,
     ),
     Mutant(
         "a sweep lists a directory once",
-        "distckpt/commit.py",
+        "distckpt/removing.py",
         "        confirmed = set(_garbage(storage, iteration, grace_s))\n",
         "        confirmed = set(garbage)\n",
         REMOVAL,
@@ -326,15 +327,36 @@ MUTANTS = (
         READER,
     ),
     Mutant(
+        "a load falls back to an abandoned branch first",
+        "distckpt/loading.py",
+        "by_lineage(self.context.storage, commits) if self._failed else commits",
+        "commits",
+        ROLL_BACK,
+    ),
+    Mutant(
+        "retention keeps an abandoned branch first",
+        "distckpt/checkpointer.py",
+        "[] if self._keep_last is None else by_lineage(self._storage, commits)",
+        "[]",
+        ROLL_BACK,
+    ),
+    Mutant(
+        "retention lets sound ones go for an unsound one",
+        "distckpt/checkpointer.py",
+        "self._unsound | unsound_commits(self._storage, commits)",
+        "set[Commit]()",
+        READ_BACK,
+    ),
+    Mutant(
         "a load goes by a list that is outdated",
         "distckpt/loading.py",
-        "                commits = find_commits(storage, self.iteration)  # If the index is gone",
+        "                commits = self._candidates()  # Listed anew",
         "                #",
         READER,
     ),
     Mutant(
         "a sweep fails where another job removes a directory",
-        "distckpt/commit.py",
+        "distckpt/removing.py",
         "        except FileNotFoundError:\n            continue  # It went since it was listed",
         "        except ZeroDivisionError:\n            continue  #",
         REMOVAL,
@@ -348,21 +370,21 @@ MUTANTS = (
     ),
     Mutant(
         "a sweep takes a save under way for dead",
-        "distckpt/commit.py",
+        "distckpt/removing.py",
         "        is_under_way = save_id in groups.pending and not _is_dead(storage, pending)\n",
         "        is_under_way = False\n",
         REMOVAL,
     ),
     Mutant(
         "a sweep takes the save of a fenced job for alive",
-        "distckpt/commit.py",
+        "distckpt/removing.py",
         "    return is_fenced or _is_older(storage, marker, STALE_AFTER_S)\n",
         "    return _is_older(storage, marker, STALE_AFTER_S)\n",
         COMMIT,
     ),
     Mutant(
         "no grace for readers",
-        "distckpt/commit.py",
+        "distckpt/removing.py",
         "        has_grace = save_id in groups.retired and not _is_older(storage, retired, grace_s)\n",
         "        has_grace = False\n",
         REMOVAL,
@@ -375,7 +397,7 @@ MUTANTS = (
         REMOVAL,
     ),
     # Checksums and what belongs to them
-    Mutant("index: no checksum", "distckpt/index.py", "    if found != stated:\n", "    if False:\n", INDEX),
+    Mutant("index: no checksum", "distckpt/checked_json.py", "    if found != stated:\n", "    if False:\n", INDEX),
     Mutant(
         "index: file names are not looked at",
         "distckpt/index.py",

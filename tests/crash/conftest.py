@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from distckpt import commit as commit_module
-from distckpt import writing
+from distckpt import removing, writing
 from tests.crash.loop_disk import LoopDisk, MountRefused, mounted
 
 pytest.register_assert_rewrite("tests.crash.failing_saves")
@@ -19,7 +18,7 @@ pytest.register_assert_rewrite("tests.crash.failing_saves")
 @pytest.fixture
 def everything_is_stale(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """A later sweep is one at once, and so is a second try: what a failed save has left is old the moment it fails."""
-    monkeypatch.setattr(commit_module, "STALE_AFTER_S", 0.0)
+    monkeypatch.setattr(removing, "STALE_AFTER_S", 0.0)
     monkeypatch.setattr(writing, "RETRY_AFTER_S", (0.0, 0.0))
     caplog.set_level(logging.CRITICAL, "distckpt")
 

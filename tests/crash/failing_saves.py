@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from distckpt import Checkpointer
-from distckpt.commit import sweep
 from distckpt.coordinator import Coordinator
 from distckpt.errors import CheckpointError
+from distckpt.removing import sweep
 from distckpt.storage import PosixStorage, Storage
 from distckpt.storage.requests import Requests
 from distckpt.testing import Crash, MemoryStorage, run_ranks

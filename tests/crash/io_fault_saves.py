@@ -17,7 +17,7 @@ import threading
 from contextlib import ExitStack
 from pathlib import Path
 
-from distckpt import Checkpointer, commit, writing
+from distckpt import Checkpointer, removing, writing
 from distckpt.commit import iteration_directory
 from distckpt.coordinator import Coordinator
 from distckpt.errors import CheckpointError, DistributedError
@@ -137,7 +137,7 @@ def check_writes_that_write_half_are_continued(root: Path) -> None:
 
 
 if __name__ == "__main__":
-    commit.STALE_AFTER_S = 0.0  # What a failed save has left is old the moment it fails.
+    removing.STALE_AFTER_S = 0.0  # What a failed save has left is old the moment it fails.
     writing.RETRY_AFTER_S = (0.0, 0.0)
     logging.getLogger("distckpt").setLevel(logging.CRITICAL)
     run_checks(globals(), 1)

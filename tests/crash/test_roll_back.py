@@ -62,8 +62,10 @@ def test_next_job_goes_on_with_the_new_branch(storage: PosixStorage) -> None:
 
 def test_damage_falls_back_along_the_new_branch(storage: PosixStorage) -> None:
     go_on(storage, (1200, 5))
-    damage(storage, list_commits(storage)[0])
-    assert run_ranks(WORLD_SIZE, lambda coordinator: load_version(storage, None, coordinator)) == [(1100, 4)] * 2
+    # The one that the new branch began with comes before any of the one that was abandoned.
+    for damaged, left in ((1200, (1100, 4)), (1100, (1000, 1)), (1000, (1500, 3))):
+        damage(storage, next(commit for commit in list_commits(storage) if commit.iteration == damaged))
+        assert run_ranks(WORLD_SIZE, lambda coordinator: load_version(storage, None, coordinator)) == [left] * 2
 
 
 def test_retention_keeps_what_was_saved_last_and_that_is_the_new_branch(storage: PosixStorage) -> None:
@@ -71,6 +73,11 @@ def test_retention_keeps_what_was_saved_last_and_that_is_the_new_branch(storage:
     assert loaded(storage, WORLD_SIZE) == {1100: 4, 1200: 5, 1300: 6, None: 1300}
     assert read_tracker(storage) == 1300
     assert unexplained(storage) == set()
+
+
+def test_retention_keeps_where_the_new_branch_began_rather_than_the_abandoned_one(storage: PosixStorage) -> None:
+    go_on(storage, (1200, 5), keep_last=3)
+    assert loaded(storage, WORLD_SIZE) == {1000: 1, 1100: 4, 1200: 5, None: 1200}
 
 
 def test_new_branch_that_comes_to_1500_replaces_it(storage: PosixStorage) -> None:

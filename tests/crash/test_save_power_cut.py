@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from distckpt import Checkpointer
-from distckpt.commit import STALE_AFTER_S, sweep
 from distckpt.coordinator import Coordinator
+from distckpt.removing import STALE_AFTER_S, sweep
 from distckpt.storage import PosixStorage, Storage
 from distckpt.testing import MemoryStorage, run_ranks
 from tests.crash.power_cut import CrashTree, Op, crash_states, marks_before, record

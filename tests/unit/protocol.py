@@ -8,16 +8,9 @@ from collections.abc import Callable
 
 import msgspec
 
-from distckpt.commit import (
-    Writer,
-    iteration_directory,
-    list_commits,
-    new_save_id,
-    read_tracker,
-    retire,
-    sweep,
-)
+from distckpt.commit import Writer, iteration_directory, list_commits, new_save_id, read_tracker
 from distckpt.index import ChunkTable, Index
+from distckpt.removing import retire, sweep
 from distckpt.retention import superfluous
 from distckpt.shard_file import FORMAT, FORMAT_VERSION
 from distckpt.storage import Storage

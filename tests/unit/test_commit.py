@@ -23,11 +23,11 @@ from distckpt.commit import (
     read_file,
     read_index,
     read_tracker,
-    sweep,
     tracker_warning,
 )
 from distckpt.errors import CheckpointNotFoundError, CorruptionError, DistributedError, FencedError
 from distckpt.index import encode_index
+from distckpt.removing import sweep
 from distckpt.storage import Storage
 from distckpt.storage.contract import read_all
 from distckpt.testing import CrashingStorage, MemoryStorage

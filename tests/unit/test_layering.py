@@ -17,7 +17,7 @@ FORMAT = {"chunk_table", "shard_file", "index"}
 PORTS = {"storage", "coordinator"}
 TENSORS = {"per_rank", "sharded_tensor", "meta", "leaf_value", "state_dict"}
 MOVEMENT = {"transport", "ring", "staging", "arena", "writing", "host_group", "checkpoint_files", "reader"}
-MOVEMENT |= {"open_files", "shared_reading", "commit", "heartbeat", "retention"}
+MOVEMENT |= {"open_files", "shared_reading", "commit", "removing", "heartbeat", "retention"}
 FLOWS = {"matching", "tied_memory", "describing", "offer", "share", "saving", "loading"}
 HANDLES = {"guarding", "pending"}
 
@@ -54,12 +54,15 @@ ALLOWED: dict[str, set[str]] = {
     "open_files": {"checkpoint_files", "reader"},
     "shared_reading": FORMAT | {"_C", "host_group", "open_files", "reader"},
     "commit": VALUES | FORMAT | PORTS,
+    "removing": {"errors", "storage", "commit"},
     "heartbeat": {"storage", "commit"},
     "retention": VALUES | FORMAT | PORTS | {"commit"},
     "verifying": VALUES | FORMAT | {"storage", "commit", "checkpoint_files", "planner", "parity"},
     "parity": VALUES | FORMAT | {"_C", "storage", "commit", "checkpoint_files"},
     "rebuilding": VALUES | FORMAT | {"_C", "storage", "commit", "checkpoint_files"},
-    "repairing": VALUES | FORMAT | {"storage", "commit", "checkpoint_files", "parity", "rebuilding", "verifying"},
+    "repairing": VALUES
+    | FORMAT
+    | {"storage", "commit", "removing", "checkpoint_files", "parity", "rebuilding", "verifying"},
     "protecting": VALUES | FORMAT | PORTS | {"commit", "checkpoint_files", "parity"},
     "reshard": VALUES | FORMAT | PORTS | MOVEMENT | {"_C", "planner"},
     "report": VALUES,

@@ -12,21 +12,18 @@ from hypothesis import strategies as st
 
 from distckpt import Checkpointer
 from distckpt.commit import (
-    STALE_AFTER_S,
     TRACKER,
     Commit,
     Writer,
-    discard,
     list_commits,
     new_save_id,
     newest_iteration,
     pending_marker,
     read_index,
     read_tracker,
-    retire,
-    sweep,
 )
 from distckpt.index import encode_index
+from distckpt.removing import STALE_AFTER_S, discard, retire, sweep
 from distckpt.retention import superfluous
 from distckpt.shard_file import FORMAT_VERSION
 from distckpt.storage.contract import read_all

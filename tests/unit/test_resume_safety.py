@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from distckpt import Checkpointer, CheckpointError, CheckpointNotFoundError, CorruptionError, DistributedError
-from distckpt.commit import Commit, Writer, list_commits, new_save_id, read_index, sweep
+from distckpt.commit import Commit, Writer, list_commits, new_save_id, read_index
 from distckpt.coordinator import Coordinator
+from distckpt.removing import sweep
 from distckpt.retention import superfluous
 from distckpt.storage.contract import read_all, write_all
 from distckpt.storage.memory import MemoryReadFile
