@@ -53,7 +53,8 @@ def test_save_whose_wait_is_interrupted_keeps_its_memory(waiting: str, monkeypat
             calls[waiting]()
     assert not pending.done()
     threading.Timer(0.2, storage.let_go.set).start()
-    checkpointer.save({"w": torch.full((1000,), 3.0)}, iteration=3)  # the emergency save waits for the first
+    # The next save waits for the first, from whose memory it would otherwise take its own.
+    checkpointer.async_save({"w": torch.full((1000,), 3.0)}, iteration=3).wait(BOUND_S)
     for iteration in (1, 3):
         found = checkpointer.read(iteration)["w"]
         assert torch.equal(found, torch.full((1000,), float(iteration)))  # type: ignore[arg-type]
