@@ -14,7 +14,7 @@ from distckpt._C import crc32c
 from distckpt.chunk_table import Chunks, encode_record, encode_whole, page_checksums
 from distckpt.garbage import postponed_collection
 from distckpt.geometry import Int64Array
-from distckpt.index import ChunkTable, Index, PerRankEntry, ShardFile, TensorEntry
+from distckpt.index import ChunkTable, Index, PerRankEntry, ShardFile, Spec, TensorEntry
 from distckpt.planner import SavePlan
 from distckpt.shard_file import FORMAT, FORMAT_VERSION
 
@@ -44,14 +44,9 @@ class Commitment:
 
 
 @dataclass(frozen=True, slots=True)
-class ChunkRecords:
-    """What an index says of chunks: the bytes of the chunk table and the tensors that they are of.
+class JoinedRecords:
+    """What an index says of chunks: the bytes of the chunk table and the tensors that they are of."""
 
-    digest: of the files and places that the ranks told.
-    """
-
-    plan: SavePlan
-    digest: bytes
     content: bytes
     records_bytes: int
     trailer_crc: int
@@ -67,6 +62,26 @@ class ChunkRecords:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class ChunkRecords(JoinedRecords):
+    """Those of a save. digest: of the files and places that the ranks told."""
+
+    plan: SavePlan
+    digest: bytes
+
+
+def join_records(specs: Mapping[str, Spec], records: Mapping[str, bytes]) -> JoinedRecords:
+    """The chunk table of tensors, from the record of each, in that order."""
+    positions = np.cumsum([0] + [len(record) for record in records.values()]).tolist()
+    body = b"".join(records.values())
+    trailer = page_checksums(body)
+    tensors = {
+        key: TensorEntry(**msgspec.structs.asdict(specs[key]), record=(at, len(record)))
+        for (key, record), at in zip(records.items(), positions, strict=False)
+    }
+    return JoinedRecords(body + trailer, len(body), crc32c(trailer), tensors)
+
+
 @postponed_collection()
 def chunk_records(plan: SavePlan, ranks: Sequence[Written], earlier: ChunkRecords | None = None) -> ChunkRecords:
     """The records of a save whose files are all written. They are `earlier`, of another save, if that had the same plan
@@ -75,15 +90,8 @@ def chunk_records(plan: SavePlan, ranks: Sequence[Written], earlier: ChunkRecord
     digest = hashlib.blake2b(b"".join(column.tobytes() for column in locations), digest_size=16).digest()
     if earlier is not None and earlier.plan is plan and earlier.digest == digest:
         return earlier
-    records = _records(plan, *locations)
-    positions = np.cumsum([0] + [len(record) for record in records.values()]).tolist()
-    body = b"".join(records.values())
-    trailer = page_checksums(body)
-    tensors = {
-        key: TensorEntry(**msgspec.structs.asdict(spec), record=(at, len(records[key])))
-        for (key, spec), at in zip(plan.specs.items(), positions, strict=False)
-    }
-    return ChunkRecords(plan, digest, body + trailer, len(body), crc32c(trailer), tensors)
+    joined = join_records(plan.specs, _records(plan, *locations))
+    return ChunkRecords(joined.content, joined.records_bytes, joined.trailer_crc, joined.tensors, plan, digest)
 
 
 @postponed_collection()

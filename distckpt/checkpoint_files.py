@@ -7,7 +7,7 @@ is read is checked against that table. Of the chunk table only the pages that ar
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeAlias
 
 import msgspec
@@ -31,6 +31,8 @@ from distckpt.shard_file import (
 from distckpt.storage import ReadFile, Storage, Target, drop_cache, read_checked
 
 _DAMAGE = (errno.ENOENT, errno.ESTALE, errno.EIO, errno.ENODATA, errno.ENXIO, errno.EUCLEAN, errno.EBADMSG)
+
+OnBytes: TypeAlias = Callable[[int], None]  # told how many bytes were read, or written, since it was told last
 
 # Of a chunk in the header of its file: first byte in the file, name, safetensors dtype and shape.
 ExpectedEntry: TypeAlias = tuple[int, str, str, tuple[int, ...]]

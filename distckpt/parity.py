@@ -9,18 +9,17 @@ after the parity files are durable, says which files are of which group; without
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Protocol
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from distckpt._C import Memory, crc32c
 from distckpt.checked_json import checked_body, decode_body, encode_record
-from distckpt.checkpoint_files import CheckedFile, check_length
+from distckpt.checkpoint_files import CheckedFile, OnBytes, check_length
 from distckpt.commit import read_file
 from distckpt.errors import CheckpointError, CorruptionError
 from distckpt.index import Index, Natural, SaveId, ShardFile, UInt32
@@ -31,8 +30,6 @@ _WINDOW_BYTES = 8 << 20
 _PIECE_BYTES = 256 << 20  # between two words to on_bytes
 _MAX_RECORD_BYTES = 64 << 20
 _TEMPORARY = ".tmp-"  # a sweep removes what is left of it
-
-Bytes = npt.NDArray[np.uint8]
 
 
 class ParityGroup(msgspec.Struct, frozen=True, kw_only=True):
@@ -145,7 +142,7 @@ def rebuild_file(
     index: Index,
     name: str,
     group: ParityGroup,
-    on_bytes: Callable[[int], None] = lambda _: None,
+    on_bytes: OnBytes = lambda _: None,
 ) -> None:
     """Make a shard file of the group again that is damaged or gone.
 

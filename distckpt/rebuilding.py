@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +17,9 @@ import msgspec
 import numpy as np
 
 from distckpt._C import crc32c
-from distckpt.checkpoint_files import CheckedFile, decode_per_rank
-from distckpt.chunk_table import Chunks, decode_records, encode_record, page_checksums
+from distckpt.assembling import join_records
+from distckpt.checkpoint_files import CheckedFile, OnBytes, decode_per_rank
+from distckpt.chunk_table import Chunks, decode_records, encode_record
 from distckpt.commit import iteration_directory
 from distckpt.errors import CheckpointError, CorruptionError
 from distckpt.garbage import postponed_collection
@@ -49,9 +50,6 @@ from distckpt.shard_file import (
 )
 from distckpt.storage import ReadFile, Storage
 
-_ANY_NAME = re.compile(r"(?:shard|chunks|parity|pending|retired|verified|unsound)-.*?([0-9a-f]{32})(?:\.\w+)?")
-OnBytes = Callable[[int], None]
-
 _MAX_DIGITS = 18  # of an offset: fewer than 2^63 in any case
 _NAME = re.compile(r"shard-(\d{5,})(?:\.(\d+))?-of-(\d{5,})-([0-9a-f]{32})\.safetensors")
 
@@ -62,7 +60,7 @@ class _PerRank(msgspec.Struct, frozen=True):
 
 
 class _Metadata(msgspec.Struct, frozen=True, kw_only=True):
-    """What a header says of its save; the last five are in the first file of rank 0 only."""
+    """What a header says of its save; per_rank is in a rank's first file only, what follows it in that of rank 0."""
 
     save_id: str
     iteration: int
@@ -95,11 +93,6 @@ class _Pieces:
     shapes: list[tuple[int, ...]] = field(default_factory=list)
     files: list[int] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
-
-
-def saves_in(names: Iterable[str]) -> set[str]:
-    """The save_ids that the names in an iteration's directory carry, of whatever files."""
-    return {match[1] for match in map(_ANY_NAME.fullmatch, names) if match}
 
 
 def rebuild_index(
@@ -291,20 +284,8 @@ def _chunk_table(
                 raise CorruptionError(f"{one.file.name}: {key!r} is {spec}, another file says {specs[key]}")
         _gather(one, number, specs, pieces)
     records = {key: _record(key, specs[key], pieces.get(key, _Pieces())) for key in sorted(specs)}
-    tensors: dict[str, TensorEntry] = {}
-    position = 0
-    for key, record in records.items():
-        tensors[key] = TensorEntry(**msgspec.structs.asdict(specs[key]), record=(position, len(record)))
-        position += len(record)
-    body = b"".join(records.values())
-    trailer = page_checksums(body)
-    table = ChunkTable(
-        name=f"chunks-{save_id}.bin",
-        size_bytes=len(body) + len(trailer),
-        records_bytes=len(body),
-        trailer_crc=crc32c(trailer),
-    )
-    return tensors, table, body + trailer
+    joined = join_records(specs, records)
+    return joined.tensors, joined.table(save_id), joined.content
 
 
 def _gather(one: _Found, number: int, specs: Mapping[str, Spec], pieces: dict[str, _Pieces]) -> None:

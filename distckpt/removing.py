@@ -27,6 +27,11 @@ STALE_AFTER_S = 600.0  # a pending marker that was not touched for so long belon
 _SAVE_ID = re.compile(r"(?:^pending-|^retired-|-)([0-9a-f]{32})(?:\.|$)")
 
 
+def saves_in(names: Iterable[str]) -> set[str]:
+    """The save_ids that the names in an iteration's directory carry, of whatever files."""
+    return {m[1] for m in map(_SAVE_ID.search, (n for n in names if not n.startswith(".tmp-"))) if m}
+
+
 def is_under_way(storage: Storage, iteration: int, save_id: str) -> bool:
     """Whether a save that is not committed may still be: it was announced, and its job has not been seen to die."""
     marker = pending_marker(iteration, save_id)

@@ -14,7 +14,7 @@ from functools import partial
 
 import msgspec
 
-from distckpt.checkpoint_files import is_damage
+from distckpt.checkpoint_files import OnBytes, is_damage
 from distckpt.commit import (
     TRACKER,
     Commit,
@@ -30,10 +30,10 @@ from distckpt.commit import (
 from distckpt.errors import CheckpointNotFoundError, CorruptionError
 from distckpt.index import Index, encode_index
 from distckpt.parity import find_rebuildable, read_record, rebuild_file
-from distckpt.rebuilding import rebuild_index, rebuild_table, saves_in
-from distckpt.removing import is_under_way
+from distckpt.rebuilding import rebuild_index, rebuild_table
+from distckpt.removing import is_under_way, saves_in
 from distckpt.storage import PosixStorage, Storage
-from distckpt.verifying import OnBytes, damaged_files, verify_commit
+from distckpt.verifying import damaged_files, verify_commit
 
 _ATTEMPTS, _PAUSE_S = 3, 0.5  # to read an index that the storage fails to read
 

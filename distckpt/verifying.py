@@ -9,7 +9,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -20,6 +20,7 @@ import numpy as np
 from distckpt.checkpoint_files import (
     CheckedFile,
     ExpectedEntry,
+    OnBytes,
     decode_per_rank,
     expected_entries,
     is_damage,
@@ -36,8 +37,6 @@ from distckpt.shard_file import BLOCK_BYTES
 from distckpt.storage import PosixStorage, Storage
 
 _PIECE_BLOCKS = 256  # blocks that are read between two words to on_bytes
-
-OnBytes = Callable[[int], None]
 
 
 class Fault(msgspec.Struct, frozen=True):

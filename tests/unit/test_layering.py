@@ -59,7 +59,7 @@ ALLOWED: dict[str, set[str]] = {
     "retention": VALUES | FORMAT | PORTS | {"commit"},
     "verifying": VALUES | FORMAT | {"storage", "commit", "checkpoint_files", "planner", "parity"},
     "parity": VALUES | FORMAT | {"_C", "storage", "commit", "checkpoint_files"},
-    "rebuilding": VALUES | FORMAT | {"_C", "storage", "commit", "checkpoint_files"},
+    "rebuilding": VALUES | FORMAT | {"_C", "storage", "assembling", "commit", "checkpoint_files"},
     "repairing": VALUES
     | FORMAT
     | {"storage", "commit", "removing", "checkpoint_files", "parity", "rebuilding", "verifying"},
