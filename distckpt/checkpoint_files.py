@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 import msgspec
 import numpy as np
+from typing_extensions import Self
 
 from distckpt._C import crc32c
 from distckpt.chunk_table import PAGE_BYTES, Boxes, Grids, Hits, check_pages, decode_records
@@ -43,21 +44,34 @@ def is_damage(error: BaseException) -> bool:
     return isinstance(error, CorruptionError) or (isinstance(error, OSError) and error.errno in _DAMAGE)
 
 
-class CheckedFile:
-    """A shard file whose header and checksum table agree with the index. A context manager.
+class BlockFile:
+    """A file of which each block has a checksum in the table at its end. A context manager.
 
-    past_cache: read what lies on the storage, not what this host remembers of it. Raises CorruptionError on entry when
-    they do not agree, OSError when it cannot be read.
+    who_says: what names its length, and the checksum of the table. past_cache: read what lies on the storage, not what
+    this host remembers of it. Raises CorruptionError on entry when it is not what is said, OSError when it cannot be
+    read.
     """
 
-    def __init__(self, storage: Storage, directory: str, expected: ShardFile, *, past_cache: bool = False) -> None:
-        self._expected = expected
-        self._file: ReadFile = storage.open(f"{directory}/{expected.name}")
+    def __init__(
+        self,
+        storage: Storage,
+        name: str,
+        size_bytes: int,
+        checksum_start: int,
+        table_crc: int,
+        who_says: str,
+        *,
+        past_cache: bool,
+    ) -> None:
+        self._end = checksum_start
+        self._who_says = who_says
+        self._file: ReadFile = storage.open(name)
         self.bytes_read = 0
         try:
             if past_cache:
                 drop_cache(self._file)
-            self._check()
+            check_length(self._file, size_bytes, who_says)
+            self._check(size_bytes, table_crc)
         except EOFError as error:
             self._file.close()
             raise CorruptionError(f"{self._file.name}: {error}") from error
@@ -65,7 +79,7 @@ class CheckedFile:
             self._file.close()
             raise
 
-    def __enter__(self) -> CheckedFile:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -74,19 +88,9 @@ class CheckedFile:
     def close(self) -> None:
         self._file.close()
 
-    def _check(self) -> None:
-        file, expected = self._file, self._expected
-        check_length(file, expected.size_bytes)
-        blocks = -(-expected.checksum_start // BLOCK_BYTES)
-        if expected.size_bytes - expected.checksum_start != 4 * blocks or expected.header_bytes > MAX_HEADER_BYTES + 8:
-            raise CorruptionError(f"{file.name}: the index gives it a header or checksum table of impossible size")
-        header = self._read_checked(0, expected.header_bytes, expected.header_crc, "header")
-        table = self._read_checked(expected.checksum_start, 4 * blocks, expected.table_crc, "checksum table")
+    def _check(self, size_bytes: int, table_crc: int) -> None:
+        table = self._read_checked(self._end, size_bytes - self._end, table_crc, "checksum table")
         self.table = np.frombuffer(table, "<u4")  # of blocks
-        self.header = decode_header(header, file_name=file.name, file_bytes=expected.size_bytes)
-        entry = self.header.entries.get(PER_RANK_ENTRY)
-        if entry is None or (self.header.start_of(PER_RANK_ENTRY), *entry.shape) != expected.per_rank:
-            raise CorruptionError(f"{file.name}: {PER_RANK_ENTRY} is not where the index says: {expected.per_rank}")
 
     def _read_checked(self, start: int, size: int, crc: int, what: str) -> bytes:
         data = bytearray(size)
@@ -94,26 +98,8 @@ class CheckedFile:
         self.bytes_read += size
         found = crc32c(data)
         if found != crc:
-            raise CorruptionError(f"{self._file.name}: {what}: crc32c is {found:08x}, the index says {crc:08x}")
+            raise CorruptionError(f"{self._file.name}: {what}: crc32c is {found:08x}, {self._who_says} says {crc:08x}")
         return bytes(data)
-
-    def check_entries(self, expected: Iterable[ExpectedEntry]) -> None:
-        """Raises CorruptionError unless the header has these entries: the chunk table and the header of a file must
-        speak of the same bytes."""
-        found = {
-            self.header.data_start + e.data_offsets[0]: (name, e.dtype, e.shape)
-            for name, e in self.header.entries.items()
-            if e.data_offsets[0] != e.data_offsets[1]
-        }
-        for start, *entry in expected:
-            if found.get(start) != tuple(entry):
-                name, dtype, shape = entry
-                there = found.get(start)
-                is_ = "nothing" if there is None else f"{there[1]} {list(there[2])} {there[0]!r}"
-                raise CorruptionError(
-                    f"{self._expected.name}: the index and chunk table have {dtype} {list(shape)} {name!r} at byte "
-                    f"{start}, the file's own header {is_}"
-                )
 
     def copy(self, ranges: Sequence[tuple[int, int]], targets: Sequence[Target]) -> None:
         """Read ranges of whole blocks, check them, and copy what the targets want. Raises CorruptionError, OSError."""
@@ -134,7 +120,7 @@ class CheckedFile:
 
     def _find_fault(self, ranges: Sequence[tuple[int, int]], targets: Sequence[Target]) -> tuple[int, str] | None:
         """Read and copy; the first block that is not what the table says, and how."""
-        end = self._expected.checksum_start
+        end = self._end
         bad = read_checked(self._file, ranges, BLOCK_BYTES, end, self.table, targets)
         read_to = end if bad is None else (bad[0] + 1) * BLOCK_BYTES  # It ends at the first that is bad.
         self.bytes_read += sum(max(0, min(stop, read_to) - begin) for begin, stop in ranges)
@@ -148,16 +134,65 @@ class CheckedFile:
         )
 
     def read_window(self, begin: int, window: memoryview) -> int:
-        """Fill a window of whole blocks with the file's bytes from `begin`, a block's start, on; how many there are.
+        """Fill a window of whole blocks with the file's bytes from `begin`, a block's start, on; how many there are
+        before the checksum table. Raises as copy does."""
+        size = max(0, min(len(window), self._end - begin))
+        if size:
+            self.copy([(begin, begin + size)], [(begin, window, 0, (size,), (1,), (1,), 1)])
+        return size
 
-        The checksum table, for which the index vouches, is among them. Raises as copy does.
-        """
-        end = self._expected.checksum_start
-        size = max(0, min(len(window), self._expected.size_bytes - begin))
-        data = max(0, min(size, end - begin))
-        if data:
-            self.copy([(begin, begin + data)], [(begin, window, 0, (data,), (1,), (1,), 1)])
-        window[data:size] = self.table.tobytes()[max(0, begin - end) :][: size - data]
+
+class CheckedFile(BlockFile):
+    """A shard file whose header and checksum table agree with the index. Raises as a BlockFile does."""
+
+    def __init__(self, storage: Storage, directory: str, expected: ShardFile, *, past_cache: bool = False) -> None:
+        self._expected = expected
+        super().__init__(
+            storage,
+            f"{directory}/{expected.name}",
+            expected.size_bytes,
+            expected.checksum_start,
+            expected.table_crc,
+            "the index",
+            past_cache=past_cache,
+        )
+
+    def _check(self, size_bytes: int, table_crc: int) -> None:
+        file, expected = self._file, self._expected
+        blocks = -(-expected.checksum_start // BLOCK_BYTES)
+        if size_bytes - expected.checksum_start != 4 * blocks or expected.header_bytes > MAX_HEADER_BYTES + 8:
+            raise CorruptionError(f"{file.name}: the index gives it a header or checksum table of impossible size")
+        header = self._read_checked(0, expected.header_bytes, expected.header_crc, "header")
+        super()._check(size_bytes, table_crc)
+        self.header = decode_header(header, file_name=file.name, file_bytes=size_bytes)
+        entry = self.header.entries.get(PER_RANK_ENTRY)
+        if entry is None or (self.header.start_of(PER_RANK_ENTRY), *entry.shape) != expected.per_rank:
+            raise CorruptionError(f"{file.name}: {PER_RANK_ENTRY} is not where the index says: {expected.per_rank}")
+
+    def check_entries(self, expected: Iterable[ExpectedEntry]) -> None:
+        """Raises CorruptionError unless the header has these entries: the chunk table and the header of a file must
+        speak of the same bytes."""
+        found = {
+            self.header.data_start + e.data_offsets[0]: (name, e.dtype, e.shape)
+            for name, e in self.header.entries.items()
+            if e.data_offsets[0] != e.data_offsets[1]
+        }
+        for start, *entry in expected:
+            if found.get(start) != tuple(entry):
+                name, dtype, shape = entry
+                there = found.get(start)
+                is_ = "nothing" if there is None else f"{there[1]} {list(there[2])} {there[0]!r}"
+                raise CorruptionError(
+                    f"{self._expected.name}: the index and chunk table have {dtype} {list(shape)} {name!r} at byte "
+                    f"{start}, the file's own header {is_}"
+                )
+
+    def read_window(self, begin: int, window: memoryview) -> int:
+        """The same of the whole file: the checksum table, for which the index vouches, is among its bytes."""
+        data = super().read_window(begin, window)
+        rest = self.table.tobytes()[max(0, begin - self._end) :] if begin + len(window) > self._end else b""
+        size = min(len(window), data + len(rest))
+        window[data:size] = rest[: size - data]
         return size
 
     def read(self, start: int, size: int) -> bytes:

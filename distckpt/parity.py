@@ -12,19 +12,18 @@ import secrets
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
-from typing import Protocol
 
 import msgspec
 import numpy as np
 
 from distckpt._C import Memory, crc32c
 from distckpt.checked_json import checked_body, decode_body, encode_record
-from distckpt.checkpoint_files import CheckedFile, OnBytes, check_length
+from distckpt.checkpoint_files import BlockFile, CheckedFile, OnBytes
 from distckpt.commit import read_file
 from distckpt.errors import CheckpointError, CorruptionError
 from distckpt.index import Index, Natural, SaveId, ShardFile, UInt32
 from distckpt.shard_file import BLOCK_BYTES, FORMAT, FORMAT_VERSION
-from distckpt.storage import Storage, drop_cache, new_file, read_checked, write_checked
+from distckpt.storage import Storage, new_file, write_checked
 
 _WINDOW_BYTES = 8 << 20
 _PIECE_BYTES = 256 << 20  # between two words to on_bytes
@@ -117,13 +116,8 @@ def _record_name(save_id: str) -> str:
 
 def parity_faults(storage: Storage, directory: str, group: ParityGroup) -> Iterator[str]:
     """What is wrong with each damaged block of a parity file. Raises CorruptionError or OSError."""
-    with _ParityFile(storage, directory, group) as file:
-        window = _window()
-        for begin in range(0, group.data_bytes, _WINDOW_BYTES):
-            try:
-                file.read_window(begin, window)
-            except CorruptionError as error:
-                yield str(error)
+    with _open_parity(storage, directory, group) as file:
+        yield from file.faults([(0, group.data_bytes)])
 
 
 def find_rebuildable(record: ParityRecord | None, damaged: Collection[str]) -> dict[str, ParityGroup]:
@@ -155,7 +149,7 @@ def rebuild_file(
     temporary = msgspec.structs.replace(lost, name=f"{_TEMPORARY}{secrets.token_hex(16)}")
     try:
         with ExitStack() as stack:
-            opened: list[_Readable] = [stack.enter_context(_ParityFile(storage, directory, group))]
+            opened = [stack.enter_context(_open_parity(storage, directory, group))]
             opened += [stack.enter_context(CheckedFile(storage, directory, file)) for file in others]
             with new_file(storage, f"{directory}/{temporary.name}", lost.size_bytes) as out:
                 position = 0
@@ -178,11 +172,7 @@ def rebuild_file(
     storage.sync_directory(directory)
 
 
-class _Readable(Protocol):
-    def read_window(self, begin: int, window: memoryview) -> int: ...
-
-
-def _xor(files: Sequence[_Readable], size_bytes: int) -> Iterator[memoryview]:
+def _xor(files: Sequence[BlockFile], size_bytes: int) -> Iterator[memoryview]:
     """The XOR of files, up to size_bytes, a window at a time; each is gone with the next."""
     total, part = _window(), _window()
     sums, parts = np.frombuffer(total, np.uint8), np.frombuffer(part, np.uint8)
@@ -199,44 +189,7 @@ def _window() -> memoryview:
     return memoryview(Memory(_WINDOW_BYTES))
 
 
-class _ParityFile:
-    """A parity file that was opened and has the checksums that its record says. A context manager."""
-
-    def __init__(self, storage: Storage, directory: str, group: ParityGroup) -> None:
-        self._group = group
-        self._file = storage.open(f"{directory}/{group.name}")
-        try:
-            drop_cache(self._file)
-            check_length(self._file, group.size_bytes, "its record")
-            table = bytearray(group.size_bytes - group.data_bytes)
-            self._file.read_into(group.data_bytes, table)
-        except EOFError as error:
-            self._file.close()
-            raise CorruptionError(f"{self._file.name}: {error}") from error
-        except BaseException:
-            self._file.close()
-            raise
-        if crc32c(table) != group.table_crc:
-            self._file.close()
-            raise CorruptionError(f"{self._file.name}: the checksum of its checksums is not what its record says")
-        self._table = np.frombuffer(table, "<u4")
-
-    def __enter__(self) -> _ParityFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def read_window(self, begin: int, window: memoryview) -> int:
-        """As CheckedFile.read_window."""
-        end = self._group.data_bytes
-        size = max(0, min(len(window), end - begin))
-        if not size:
-            return 0
-        target = (begin, window, 0, (size,), (1,), (1,), 1)
-        bad = read_checked(self._file, [(begin, begin + size)], BLOCK_BYTES, end, self._table, [target])
-        if bad is not None:
-            block, found = bad
-            is_ = "the file ends in it" if found is None else f"crc32c is {found:08x}"
-            raise CorruptionError(f"{self._file.name}, block {block}: {is_}, its table says {self._table[block]:08x}")
-        return size
+def _open_parity(storage: Storage, directory: str, group: ParityGroup) -> BlockFile:
+    name = f"{directory}/{group.name}"
+    size = group.size_bytes
+    return BlockFile(storage, name, size, group.data_bytes, group.table_crc, "its record", past_cache=True)

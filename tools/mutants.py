@@ -415,8 +415,8 @@ MUTANTS = (
     Mutant(
         "shard file: no length",
         "distckpt/checkpoint_files.py",
-        "        check_length(file, expected.size_bytes)\n        blocks",
-        "        blocks",
+        "            check_length(self._file, size_bytes, who_says)\n",
+        "            pass\n",
         DAMAGE,
     ),
     Mutant(
