@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike, fspath
-from typing import Literal, TypeAlias, TypeVar
+from typing import Literal, TypeVar
 
 import msgspec
 import torch
@@ -24,12 +24,14 @@ from distckpt.commit import (
     read_tracker,
     unsound_commits,
 )
+from distckpt.contents import Contents
 from distckpt.coordinator import Coordinator, agree, default_coordinator
 from distckpt.errors import CheckpointError, DistributedError, FencedError
+from distckpt.filling import DeviceOf
 from distckpt.guarding import Guards
 from distckpt.host import host_id
 from distckpt.index import Mesh
-from distckpt.loading import Load, LoadContext, read_all
+from distckpt.loading import Load, LoadContext, State, read_all
 from distckpt.pending import PendingSave
 from distckpt.planner import check_places
 from distckpt.protecting import Protection, protect
@@ -41,7 +43,6 @@ from distckpt.storage import PosixStorage, Storage
 from distckpt.transport import Transports
 
 logger = logging.getLogger("distckpt")
-State: TypeAlias = dict[str, object]
 T = TypeVar("T")
 TIMEOUT_S = 1800.0
 PARITY_GROUP = 8  # shard files
@@ -291,24 +292,30 @@ class Checkpointer:
 
     def load(
         self,
-        state: State,
+        state: State | Callable[[Contents], State],
         iteration: int | None = None,
         *,
         strict: bool = True,
-        device: torch.device | str = "cpu",
+        device: DeviceOf = "cpu",
+        convert_dtypes: bool = False,
     ) -> LoadReport:
         """Fill the state in place: tensors, values in their containers, PerRank values, objects.
 
+        state: or a function that makes the state that fits the checkpoint which was found; it is called again for
+        another one that the load falls back to.
+
         iteration: None is the newest good one; damaged ones are passed over, by all ranks, and reported. strict:
         whether a key that is missing, or stored below a container of the state but not in it, is an error.
-        device: where a tensor on the meta device is made; it replaces the meta tensor in the state.
+        device: where a tensor on the meta device is made; it replaces the meta tensor in the state. Or that by path
+        ({"model": "cuda:0", "optimizer": "cpu"}), of which the longest that leads to the tensor counts.
+        convert_dtypes: fill tensors from stored ones of another floating-point type; else that is an error.
 
         Raises, the same on every rank: CheckpointNotFoundError, MismatchError (nothing was changed), CorruptionError
         (nothing good is left to fall back to; the state is undefined), DistributedError.
         """
         label = self._label("load")
         unseen = self._settle()
-        load = Load(self._load_context, state, iteration, strict, torch.device(device), label, unseen=unseen)
+        load = Load(self._load_context, state, iteration, strict, device, label, convert_dtypes, unseen)
         report, index = load.run()
         self._has_resumed = True
         self._save_context.parent = index.save_id

@@ -11,27 +11,23 @@ import operator
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import msgspec
 import numpy as np
-import torch
-from torch import Tensor
 
 from distckpt.adapters import ADAPTERS
-from distckpt.checkpoint_files import check_files_hold, is_damage, read_chunks, read_per_rank
+from distckpt.checkpoint_files import check_files_hold, is_damage, read_per_rank
 from distckpt.commit import Commit, by_lineage, decode_index_of, find_commits, read_index, tracker_warning
+from distckpt.contents import Contents
 from distckpt.coordinator import Coordinator, agree
 from distckpt.errors import CheckpointError, CorruptionError, MismatchError
-from distckpt.garbage import postponed_collection
-from distckpt.geometry import Box, intersect
+from distckpt.filling import DeviceOf, fill_targets, make_modules_real, targets_of
 from distckpt.host_group import Board, Host, HostGroup, PeerFailed, group_ranks, this_host
-from distckpt.index import Index, Mesh, TensorEntry
+from distckpt.index import Index, Mesh
 from distckpt.leaf_value import decode_leaf
 from distckpt.matching import (
     Request,
-    empty_tensors,
     match_state,
     mismatch_error,
     named_keys,
@@ -39,22 +35,17 @@ from distckpt.matching import (
     stored_keys,
     subtree,
 )
-from distckpt.meta import is_meta_module, make_module_real
-from distckpt.open_files import read_files
-from distckpt.reader import Wanted, open_checked, plan_reads
 from distckpt.repairing import rebuild_damaged
 from distckpt.report import LoadReport
-from distckpt.ring import fill_through_ring
-from distckpt.sharded_tensor import Shard
-from distckpt.shared_reading import read_together, row_bytes
+from distckpt.shared_reading import row_bytes
 from distckpt.state_dict import FlatState, PerRankLeaf, flatten, set_per_rank
 from distckpt.storage import Storage
-from distckpt.tied_memory import fill_tied, split_tied
-from distckpt.transport import Transports, is_lazy
+from distckpt.transport import Transports
 
 logger = logging.getLogger("distckpt")
 M = TypeVar("M")
 D = TypeVar("D")
+State: TypeAlias = dict[str, object]
 
 
 class _Wanted(msgspec.Struct, frozen=True):
@@ -62,6 +53,7 @@ class _Wanted(msgspec.Struct, frozen=True):
 
     iteration: int | None
     strict: bool
+    convert_dtypes: bool
 
 
 class _ReadOutcome(msgspec.Struct, frozen=True):
@@ -123,15 +115,21 @@ class LoadContext:
 
 @dataclass(slots=True)
 class Load:
-    """One load under way. run() once, on every rank."""
+    """One load under way. run() once, on every rank.
+
+    template: the state to fill, or what makes one for the checkpoint that was found. device: where tensors on the meta
+    device are made; or that by path, of which the longest that leads to a tensor counts.
+    """
 
     context: LoadContext
-    state: dict[str, object]
+    template: State | Callable[[Contents], State]
     iteration: int | None
     strict: bool
-    device: torch.device
+    device: DeviceOf
     label: str
+    convert_dtypes: bool = False
     unseen: BaseException | None = None  # of an earlier save: raised everywhere if any rank has not seen it
+    state: State = field(default_factory=dict)
     _flat: FlatState = field(default_factory=FlatState)
     _request: Request = field(default_factory=Request)
     _failed: dict[Commit, str] = field(default_factory=dict)
@@ -178,6 +176,9 @@ class Load:
             warnings=tuple(warning for warning in (resolved.warning, self._warning) if warning),
             rebuilt=tuple(self._rebuilt),
             not_shared=self._not_shared,
+            converted=tuple(
+                sorted(leaf.key for leaf, entry in self._request.tensors if leaf.spec.dtype != entry.dtype)
+            ),
         )
         return report, index
 
@@ -239,8 +240,10 @@ class Load:
             if self.unseen is not None:
                 raise self.unseen
             self.iteration = None if self.iteration is None else operator.index(self.iteration)
-            self._flat = flatten(self.state, ADAPTERS)
-            return _Wanted(self.iteration, bool(self.strict))
+            if not callable(self.template):
+                self.state = self.template
+                self._flat = flatten(self.state, ADAPTERS)
+            return _Wanted(self.iteration, bool(self.strict), bool(self.convert_dtypes))
 
         resolved = self._agree("resolve", local, self._decide_commit, _Wanted, _Resolved)
         commit = Commit(resolved.epoch, resolved.commit_seq, resolved.iteration)
@@ -250,7 +253,7 @@ class Load:
     def _decide_commit(self, wanted: Sequence[_Wanted]) -> list[_Resolved]:
         """Rank 0: the best commit that has not failed, whose index is sound."""
         if any(w != wanted[0] for w in wanted):
-            asked = sorted({f"iteration={w.iteration}, strict={w.strict}" for w in wanted})
+            asked = sorted({", ".join(f"{k}={v}" for k, v in msgspec.structs.asdict(w).items()) for w in wanted})
             raise CheckpointError(f"the ranks ask for different loads: {'; '.join(asked)}")
         storage = self.context.storage
         commits = self._candidates()
@@ -288,7 +291,10 @@ class Load:
         stored = stored_keys(index)
 
         def local() -> _Match:
-            self._request = request = match_state(self._flat, index, self.context.mesh)
+            if callable(self.template):
+                self.state = self.template(Contents(index))
+                self._flat = flatten(self.state, ADAPTERS)
+            self._request = request = match_state(self._flat, index, self.context.mesh, self.convert_dtypes)
             named = named_keys(self._flat, index, stored)
             return _Match(
                 missing=sorted(request.missing),
@@ -369,8 +375,12 @@ class Load:
         storage, request = self.context.storage, self._request
         whole = sum(index.tensors[key].size_bytes for key in request.whole if key in index.tensors)
         check_files_hold(storage, directory, index, whole)
-        targets = self._targets(index, request)
-        self._fill(directory, index, targets, board)
+        targets = targets_of(request, index, self.device)
+        filled = fill_targets(
+            storage, directory, index, targets, board, self.context.transports, self.context.timeout_s
+        )
+        self._bytes_read += filled.bytes_read
+        self._not_shared, self._warning = filled.not_shared, filled.warning
         self._size_bytes = sum(t.data.nbytes for t in targets)
         numbers = {number for _, number in request.per_rank}
         stored = {number: read_per_rank(storage, directory, index, number) for number in numbers}
@@ -381,62 +391,11 @@ class Load:
         for key, _ in request.values:
             request.decoded[key] = decode_leaf(bytes(index.values[key]), key)
 
-    def _fill(self, directory: str, index: Index, targets: Sequence[Wanted], board: Board) -> None:
-        """Targets in host memory where they are, and together with the ranks of this host; others through the ring."""
-        context, storage = self.context, self.context.storage
-        open_file = partial(open_checked, storage, directory, index)
-        in_place: list[Wanted] = []
-        others: list[Wanted] = []
-        for target in targets:
-            is_plain = context.transports.of(target.data).is_host and not is_lazy(target.data)
-            (in_place if is_plain else others).append(target)
-        keys = sorted({target.key for target in targets})
-        chunks = read_chunks(storage, directory, index, keys)
-
-        def read(wanted: Sequence[Wanted]) -> None:
-            self._bytes_read += read_files(plan_reads(index, keys, chunks, wanted), open_file)
-
-        apart, tied = split_tied(in_place)
-        reads = plan_reads(index, keys, chunks, apart)
-        self._bytes_read += read_together(reads, open_file, index, board)
-        self._not_shared = board.obstacle
-        self._warning = fill_through_ring(
-            [(target.box, target.data) for target in others],
-            lambda pieces: read([Wanted(others[p.number].key, p.box, p.data) for p in pieces]),
-            context.transports,
-            timeout_s=context.timeout_s,
-        )
-        for target, twin in tied:
-            fill_tied(target, twin, read)
-        for target in in_place:  # Filled behind autograd's back: a backward through the old values must fail.
-            torch.autograd.graph.increment_version(target.data)
-
     def _make_modules_real(self, index: Index) -> None:
         """Give modules on the meta device real tensors, and match anew what then stands in the state."""
-        owners = [leaf.owner for leaf in self._flat.objects]
-        modules = [owner for owner in owners if isinstance(owner, torch.nn.Module) and is_meta_module(owner)]
-        for module in modules:
-            make_module_real(module, self.device)
-        if modules:
+        if make_modules_real(self._flat.objects, self.device):
             self._flat = flatten(self.state, ADAPTERS)
-            self._request = match_state(self._flat, index, self.context.mesh)
-
-    @postponed_collection()
-    def _targets(self, index: Index, request: Request) -> list[Wanted]:
-        targets: list[Wanted] = []
-        for leaf, entry in request.tensors:
-            if leaf.materialize is not None:
-                leaf.shards, leaf.materialize = leaf.materialize(self.device), None
-            is_whole = leaf.spec.global_shape == entry.global_shape  # Then its boxes are inside: they were made so.
-            for shard in leaf.shards:
-                target = (shard.box, shard.data) if is_whole else _clip(shard, entry)
-                if target is not None and target[1].numel():
-                    targets.append(Wanted(leaf.key, *target))
-        request.whole_tensors = empty_tensors(index, request.whole)
-        for key, tensor in request.whole_tensors.items():
-            if tensor.numel():
-                targets.append(Wanted(key, Box.whole(tensor.shape), tensor))
-        return targets
+            self._request = match_state(self._flat, index, self.context.mesh, self.convert_dtypes)
 
     def _apply(self, index: Index) -> None:
         request = self._request
@@ -468,7 +427,7 @@ def read_all(
     context: LoadContext, iteration: int | None, keys: Iterable[str] | None, label: str, unseen: BaseException | None
 ) -> dict[str, object]:
     """Full tensors and values of a checkpoint as a nested state on the CPU; see Checkpointer.read."""
-    load = Load(context, {}, iteration, True, torch.device("cpu"), label, unseen=unseen)
+    load = Load(context, {}, iteration, True, "cpu", label, unseen=unseen)
     while True:
         resolved, index = load._resolve()
         wanted = load.select(index, keys)
@@ -482,12 +441,3 @@ def read_all(
 
 def _bitmap(bits: Iterable[bool]) -> bytes:
     return np.packbits(np.fromiter(bits, bool)).tobytes()
-
-
-def _clip(shard: Shard, entry: TensorEntry) -> tuple[Box, Tensor] | None:
-    """The part that is stored of a shard whose tensor has another shape, and the view of its data."""
-    box = intersect(shard.box, Box.whole(entry.global_shape))
-    if box is None:
-        return None
-    inner = tuple(slice(o - s, o - s + n) for o, s, n in zip(box.offset, shard.box.offset, box.shape, strict=True))
-    return box, shard.data[inner]

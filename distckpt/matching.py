@@ -113,8 +113,11 @@ def empty_tensors(index: Index, keys: Iterable[str]) -> dict[str, Tensor]:
 
 
 @postponed_collection()
-def match_state(flat: FlatState, index: Index, mesh: Mesh) -> Request:
-    """What of the state this checkpoint can fill, and what it cannot."""
+def match_state(flat: FlatState, index: Index, mesh: Mesh, convert_dtypes: bool = False) -> Request:
+    """What of the state this checkpoint can fill, and what it cannot.
+
+    convert_dtypes: whether a tensor may be filled from one of another floating-point type.
+    """
     request = Request()
     left_out: set[int] = set()
     homes = _homes(index) if flat.objects else []
@@ -122,7 +125,7 @@ def match_state(flat: FlatState, index: Index, mesh: Mesh) -> Request:
         _match_object(leaf, _keys_below(homes, leaf.path), flat.fixed, index, request, left_out)
     for tensor in flat.tensors:
         if id(tensor) not in left_out:
-            _match_tensor(tensor, index, request)
+            _match_tensor(tensor, index, request, convert_dtypes)
     for value in flat.values:
         if id(value) in left_out:
             continue
@@ -212,7 +215,7 @@ def _is_home(path: str, index: Index) -> bool:
     return any(entry.container is not None and _is_below(entry.container, path) for entry in index.tensors.values())
 
 
-def _match_tensor(leaf: TensorLeaf, index: Index, request: Request) -> None:
+def _match_tensor(leaf: TensorLeaf, index: Index, request: Request, convert_dtypes: bool) -> None:
     request.asked.add(leaf.key)
     entry = index.tensors.get(leaf.key)
     if entry is None:
@@ -220,8 +223,10 @@ def _match_tensor(leaf: TensorLeaf, index: Index, request: Request) -> None:
             request.mismatched[leaf.key] = "the state has a tensor, stored is a value"
         else:
             request.missing.add(leaf.key)
-    elif entry.dtype != leaf.spec.dtype:
-        request.mismatched[leaf.key] = f"the state has {leaf.spec.dtype}, stored is {entry.dtype}"
+    elif entry.dtype != leaf.spec.dtype and not (convert_dtypes and _is_convertible(entry, leaf)):
+        request.mismatched[leaf.key] = f"the state has {leaf.spec.dtype}, stored is {entry.dtype}" + (
+            "; convert_dtypes=True converts it" if _is_convertible(entry, leaf) else ""
+        )
     elif entry.global_shape != leaf.spec.global_shape and not (
         leaf.allow_shape_mismatch and len(entry.global_shape) == len(leaf.spec.global_shape)
     ):
@@ -232,6 +237,12 @@ def _match_tensor(leaf: TensorLeaf, index: Index, request: Request) -> None:
         )
     else:
         request.tensors.append((leaf, entry))
+
+
+def _is_convertible(entry: TensorEntry, leaf: TensorLeaf) -> bool:
+    """Whether one stands for the same numbers as the other: both are real floating-point types."""
+    stored, wanted = (torch_dtype(name, leaf.key) for name in (entry.dtype, leaf.spec.dtype))
+    return stored.is_floating_point and wanted.is_floating_point
 
 
 def _shares_elements(tensor: Tensor) -> bool:

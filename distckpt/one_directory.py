@@ -10,9 +10,10 @@ from os import PathLike
 
 import torch
 
-from distckpt.checkpointer import TIMEOUT_S, Checkpointer, State
+from distckpt.checkpointer import TIMEOUT_S, Checkpointer
 from distckpt.coordinator import Coordinator
 from distckpt.index import Mesh
+from distckpt.loading import State
 from distckpt.pending import PendingSave
 from distckpt.report import LoadReport, SaveReport
 

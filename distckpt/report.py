@@ -43,7 +43,7 @@ class LoadReport:
     reseeded, skipped: PerRank keys left alone because the layout changed. warnings: whatever else was odd.
     rebuilt: shard files that were damaged and were made again from parity, by any rank of this load.
     not_shared: why ranks of one host could not read for each other what several of them need; None if nothing was in
-    the way.
+    the way. converted: keys of tensors that are stored with another floating-point type (this rank's).
     """
 
     iteration: int
@@ -60,3 +60,4 @@ class LoadReport:
     warnings: tuple[str, ...] = ()
     rebuilt: tuple[str, ...] = ()
     not_shared: str | None = None
+    converted: tuple[str, ...] = ()

@@ -18,7 +18,18 @@ PORTS = {"storage", "coordinator"}
 TENSORS = {"per_rank", "sharded_tensor", "meta", "leaf_value", "state_dict"}
 MOVEMENT = {"transport", "ring", "staging", "arena", "writing", "host_group", "checkpoint_files", "reader"}
 MOVEMENT |= {"open_files", "shared_reading", "commit", "removing", "heartbeat", "retention"}
-FLOWS = {"matching", "tied_memory", "describing", "offer", "share", "saving", "loading"}
+FLOWS = {
+    "contents",
+    "converting",
+    "filling",
+    "matching",
+    "tied_memory",
+    "describing",
+    "offer",
+    "share",
+    "saving",
+    "loading",
+}
 HANDLES = {"guarding", "pending"}
 
 # What each module may import of this package. A row for a package stands for all modules in it, which may
@@ -74,18 +85,21 @@ ALLOWED: dict[str, set[str]] = {
         *VALUES | FORMAT | PORTS | TENSORS | MOVEMENT,
         *("planner", "assembling", "report", "describing", "offer", "share", "protecting"),
     },
+    "contents": VALUES | FORMAT | TENSORS,
+    "converting": {"geometry", "reader", "transport"},
+    "filling": VALUES | FORMAT | TENSORS | MOVEMENT | {"storage", "matching", "converting", "tied_memory"},
     "matching": VALUES | FORMAT | TENSORS | {"planner", "reader", "report"},
     "tied_memory": {"errors", "geometry", "reader", "transport"},
     "loading": {
         *VALUES | FORMAT | PORTS | TENSORS | MOVEMENT,
-        *("_C", "planner", "report", "adapters", "matching", "tied_memory", "repairing"),
+        *("_C", "planner", "report", "adapters", "contents", "filling", "matching", "repairing"),
     },
     "adapters": {"errors", "geometry", "sharded_tensor", "state_dict", "__init__"},
     "guarding": set(),
     "pending": {"report"},
     "checkpointer": VALUES | FORMAT | PORTS | MOVEMENT | FLOWS | HANDLES | {"planner", "report", "protecting"},
     "termination": PORTS,
-    "one_directory": VALUES | PORTS | {"checkpointer", "pending", "index", "report"},
+    "one_directory": VALUES | PORTS | {"checkpointer", "pending", "index", "loading", "report"},
     "__init__": VALUES
     | PORTS
     | TENSORS
