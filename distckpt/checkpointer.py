@@ -296,6 +296,7 @@ class Checkpointer:
         iteration: int | None = None,
         *,
         strict: bool = True,
+        allow: Sequence[str] = (),
         device: DeviceOf = "cpu",
         convert_dtypes: bool = False,
     ) -> LoadReport:
@@ -306,6 +307,7 @@ class Checkpointer:
 
         iteration: None is the newest good one; damaged ones are passed over, by all ranks, and reported. strict:
         whether a key that is missing, or stored below a container of the state but not in it, is an error.
+        allow: patterns (as of fnmatch) of keys for which it is none.
         device: where a tensor on the meta device is made; it replaces the meta tensor in the state. Or that by path
         ({"model": "cuda:0", "optimizer": "cpu"}), of which the longest that leads to the tensor counts.
         convert_dtypes: fill tensors from stored ones of another floating-point type; else that is an error.
@@ -315,7 +317,7 @@ class Checkpointer:
         """
         label = self._label("load")
         unseen = self._settle()
-        load = Load(self._load_context, state, iteration, strict, device, label, convert_dtypes, unseen)
+        load = Load(self._load_context, state, iteration, strict, device, label, convert_dtypes, allow, unseen)
         report, index = load.run()
         self._has_resumed = True
         self._save_context.parent = index.save_id

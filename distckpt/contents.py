@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 
-from distckpt.index import Index, Spec
+from distckpt.index import Index
 from distckpt.json_value import decode_value, is_container
 from distckpt.leaf_value import decode_leaf
+from distckpt.state_dict import unflatten
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """dtype: its name in torch. is_sharded: whether it was saved as a part of a global tensor, or as a whole."""
+    """dtype: its name in torch. is_sharded: whether it was saved as parts of a global tensor, or as a whole."""
 
     dtype: str
     global_shape: tuple[int, ...]
@@ -21,7 +22,7 @@ class StoredTensor:
 
 
 class Contents:
-    """What a checkpoint holds: keys of tensors, of values and of what differs by rank. Reads no tensor."""
+    """What a checkpoint holds: tensors, values and what differs by rank. Reads no tensor."""
 
     def __init__(self, index: Index) -> None:
         self._index = index
@@ -38,32 +39,31 @@ class Contents:
     def world_size(self) -> int:
         return self._index.world_size
 
+    @property
+    def per_rank(self) -> frozenset[str]:
+        """Keys of the PerRank values."""
+        return frozenset(self._index.per_rank)
+
     @cached_property
     def metadata(self) -> object:
         """What was given to save as metadata."""
         return decode_value(bytes(self._index.metadata), "metadata")
 
-    def tensor(self, key: str) -> StoredTensor | None:
-        entry: Spec | None = self._index.tensors.get(key)
-        if entry is None:
-            return None
-        return StoredTensor(entry.dtype, entry.global_shape, entry.given_as == "sharded")
-
-    def value(self, key: str, default: object = None) -> object:
-        """The JSON value under a key, decoded; the default if there is none."""
-        stored = self._index.values.get(key)
-        return default if stored is None or is_container(bytes(stored)) else decode_leaf(bytes(stored), key)
-
-    def keys(self, path: str = "") -> Iterator[str]:
-        """All keys, or those below a container: a key of its own counts where its tensor stood."""
+    @cached_property
+    def tree(self) -> dict[str, object]:
+        """The nested state: a StoredTensor for each tensor, the values themselves; PerRank values are left out."""
         index = self._index
-        for key in (*index.tensors, *index.values, *index.per_rank):
-            home = index.tensors[key].container if key in index.tensors else None
-            place = key if home is None else f"{home}/{key}"
-            if not path or place.startswith(f"{path}/"):
-                yield key
+        values = {key: bytes(value) for key, value in index.values.items()}
+        markers = {key: value for key, value in values.items() if is_container(value)}
+        leaves: dict[str, object] = {
+            key: StoredTensor(entry.dtype, entry.global_shape, entry.given_as == "sharded")
+            for key, entry in index.tensors.items()
+        }
+        leaves |= {key: decode_leaf(value, key) for key, value in values.items() if key not in markers}
+        return unflatten(leaves, {key: entry.container for key, entry in index.tensors.items()}, markers)
 
-    def has(self, path: str) -> bool:
-        """Whether anything is stored under a key, or below a container; an empty container counts."""
-        index = self._index
-        return path in index.values or path in index.tensors or path in index.per_rank or any(self.keys(path))
+    @property
+    def digest(self) -> str:
+        """A digest of all checksums of this checkpoint's files: another one means that something else is stored."""
+        files = sorted((file.name, file.size_bytes, file.header_crc, file.table_crc) for file in self._index.files)
+        return hashlib.sha256(repr((self._index.save_id, files)).encode()).hexdigest()

@@ -11,6 +11,7 @@ import operator
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import TypeAlias, TypeVar
 
 import msgspec
@@ -54,6 +55,7 @@ class _Wanted(msgspec.Struct, frozen=True):
     iteration: int | None
     strict: bool
     convert_dtypes: bool
+    allow: list[str]
 
 
 class _ReadOutcome(msgspec.Struct, frozen=True):
@@ -77,7 +79,7 @@ class _Resolved(msgspec.Struct, frozen=True):
 class _Match(msgspec.Struct, frozen=True):
     """A rank's message: what it asks for that is not there, and bitmaps over the sorted stored keys.
 
-    asked: those it takes; named: those below a container of its state.
+    asked: those it takes; named: those below a container of its state. refused: why no state could be made for them.
     """
 
     missing: list[str]
@@ -85,6 +87,7 @@ class _Match(msgspec.Struct, frozen=True):
     asked: bytes
     named: bytes
     host: Host
+    refused: str | None = None
 
 
 class _Differences(msgspec.Struct, frozen=True):
@@ -128,6 +131,7 @@ class Load:
     device: DeviceOf
     label: str
     convert_dtypes: bool = False
+    allow: Sequence[str] = ()
     unseen: BaseException | None = None  # of an earlier save: raised everywhere if any rank has not seen it
     state: State = field(default_factory=dict)
     _flat: FlatState = field(default_factory=FlatState)
@@ -243,7 +247,7 @@ class Load:
             if not callable(self.template):
                 self.state = self.template
                 self._flat = flatten(self.state, ADAPTERS)
-            return _Wanted(self.iteration, bool(self.strict), bool(self.convert_dtypes))
+            return _Wanted(self.iteration, bool(self.strict), bool(self.convert_dtypes), list(self.allow))
 
         resolved = self._agree("resolve", local, self._decide_commit, _Wanted, _Resolved)
         commit = Commit(resolved.epoch, resolved.commit_seq, resolved.iteration)
@@ -292,7 +296,10 @@ class Load:
 
         def local() -> _Match:
             if callable(self.template):
-                self.state = self.template(Contents(index))
+                try:
+                    self.state = self.template(Contents(index))
+                except MismatchError as error:
+                    return _Match([*error.missing], {}, _bitmap([]), _bitmap([]), this_host(), str(error))
                 self._flat = flatten(self.state, ADAPTERS)
             self._request = request = match_state(self._flat, index, self.context.mesh, self.convert_dtypes)
             named = named_keys(self._flat, index, stored)
@@ -305,15 +312,19 @@ class Load:
             )
 
         def decide(ranks: Sequence[_Match]) -> list[_Differences]:
+            for rank in ranks:
+                if rank.refused is not None:
+                    raise MismatchError(rank.refused, missing=tuple(rank.missing))
             asked = np.bitwise_or.reduce([np.frombuffer(r.asked, np.uint8) for r in ranks])
             named = np.bitwise_or.reduce([np.frombuffer(r.named, np.uint8) for r in ranks])
             excess = np.unpackbits(named & ~asked)[: len(stored)]
             unexpected = [key for key, is_excess in zip(stored, excess, strict=True) if is_excess]
             missing = sorted({key for r in ranks for key in r.missing})
             mismatched = {key: why for r in reversed(ranks) for key, why in r.mismatched.items()}
-            if mismatched or (self.strict and (missing or unexpected)):
+            lacking, unread = ([key for key in keys if not self._is_allowed(key)] for keys in (missing, unexpected))
+            if mismatched or (self.strict and (lacking or unread)):
                 passed_over = [f"{commit.name}: {why}" for commit, why in self._failed.items()]
-                raise mismatch_error(index, missing, unexpected, mismatched, self.strict, passed_over)
+                raise mismatch_error(index, lacking, unread, mismatched, self.strict, passed_over)
             groups = group_ranks([r.host for r in ranks], row_bytes(index))
             answers = {group.nonce: _Differences(missing, unexpected, group) for group in groups}
             return [answers[group.nonce] for group in groups]
@@ -321,6 +332,9 @@ class Load:
         differences = self._agree("match", local, decide, _Match, _Differences)
         self._group = differences.group
         return differences
+
+    def _is_allowed(self, key: str) -> bool:
+        return any(fnmatchcase(key, pattern) for pattern in self.allow)
 
     def select(self, index: Index, keys: Iterable[str] | None) -> set[str]:
         """The stored keys that `keys` mean; agreed, as the ranks may ask for different ones."""

@@ -342,7 +342,9 @@ def mismatch_error(
             shown = keys[:_SHOWN] + ([f"... and {len(keys) - _SHOWN} more"] if len(keys) > _SHOWN else [])
             lines += [f"  {len(keys)} {title}:", *(f"    {key}" for key in shown)]
     if strict and not mismatched:
-        lines.append("  strict=False loads the rest and reports both lists.")
+        lines.append(
+            "  allow=(pattern, ...) lets keys be missing or unread, strict=False all of them; the report lists them."
+        )
     return MismatchError(
         "\n".join(lines),
         missing=tuple(missing),

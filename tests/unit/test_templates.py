@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distckpt import Checkpointer, CheckpointError, MismatchError, ShardedTensor
-from distckpt.contents import Contents
+from distckpt import Checkpointer, CheckpointError, MismatchError, PerRank, ShardedTensor
+from distckpt.contents import Contents, StoredTensor
 from distckpt.converting import fill_converted
 from distckpt.coordinator import Coordinator
 from distckpt.geometry import Box
@@ -17,7 +17,7 @@ from distckpt.reader import Wanted
 from distckpt.testing import MemoryStorage, run_ranks
 from tests.unit.damage import change, flip, newest
 
-STATE = {"model": {"w": torch.arange(12.0).view(3, 4), "n": 7}, "empty": {}, "metadata": [1, 2.5]}
+STATE = {"model": {"w": torch.arange(12.0).view(3, 4), "n": 7}, "empty": {}, "metadata": [1, 2.5], "random": PerRank(3)}
 
 
 def saved(state: dict[str, object]) -> MemoryStorage:
@@ -33,8 +33,7 @@ def test_template_is_made_for_what_is_stored() -> None:
 
     def template(contents: Contents) -> dict[str, object]:
         seen.append(contents)
-        tensor = contents.tensor("model/w")
-        assert tensor is not None
+        tensor = contents.tree["model"]["w"]  # type: ignore[index]
         target["model"] = {"w": torch.zeros(tensor.global_shape, dtype=getattr(torch, tensor.dtype)), "n": None}
         return target
 
@@ -45,16 +44,9 @@ def test_template_is_made_for_what_is_stored() -> None:
     (contents,) = seen
     assert (contents.iteration, contents.save_id, contents.world_size) == (3, report.save_id, 1)
     assert contents.metadata == {"a": (1, float("inf"))}
-    assert sorted(contents.keys("model")) == ["model/n", "model/w"]
-    assert contents.value("model/n") == 7
-    assert contents.value("model/w", "none") == contents.value("nowhere", "none") == "none"
-    assert [contents.has(path) for path in ("model", "empty", "model/w", "mod", "x")] == [
-        True,
-        True,
-        True,
-        False,
-        False,
-    ]
+    model = {"n": 7, "w": StoredTensor("float32", (3, 4), is_sharded=False)}
+    assert contents.tree == {"model": model, "empty": {}, "metadata": [1, 2.5]}
+    assert contents.per_rank == {"random"}
 
 
 def test_template_is_made_anew_for_the_checkpoint_that_a_load_falls_back_to() -> None:
@@ -67,14 +59,67 @@ def test_template_is_made_anew_for_the_checkpoint_that_a_load_falls_back_to() ->
     target: dict[str, Tensor] = {}
 
     def template(contents: Contents) -> dict[str, object]:
-        tensor = contents.tensor("w")
-        assert tensor is not None
+        tensor = contents.tree["w"]
+        assert isinstance(tensor, StoredTensor)
         target["w"] = torch.zeros(tensor.global_shape)
         return target  # type: ignore[return-value]
 
     with Checkpointer(storage) as checkpointer:
         assert checkpointer.load(template).iteration == 1
     assert target["w"].tolist() == [1.0] * 4
+
+
+def test_digest_is_another_for_other_bytes_and_the_same_for_every_reader() -> None:
+    digests: list[str] = []
+
+    def template(contents: Contents) -> dict[str, object]:
+        digests.append(contents.digest)
+        return {"w": torch.zeros(3)}
+
+    for value in (1.0, 2.0):
+        storage = saved({"w": torch.full((3,), value)})
+        for _ in range(2):
+            with Checkpointer(storage) as checkpointer:
+                checkpointer.load(template)
+    assert digests[0] == digests[1]
+    assert digests[2] == digests[3]
+    assert digests[0] != digests[2]
+
+
+def test_mismatch_that_one_rank_finds_while_it_makes_its_template_is_raised_on_all() -> None:
+    storage = saved(STATE)
+
+    def load(coordinator: Coordinator) -> MismatchError:
+        def template(_: Contents) -> dict[str, object]:
+            if coordinator.rank == 1:
+                raise MismatchError("no scheduler is stored", missing=("scheduler",))
+            return {"metadata": None}
+
+        with (
+            Checkpointer(storage, coordinator=coordinator, timeout_s=20) as checkpointer,
+            pytest.raises(MismatchError, match="no scheduler is stored") as got,
+        ):
+            checkpointer.load(template)
+        return got.value
+
+    first, second = run_ranks(2, load)
+    assert first.missing == second.missing == ("scheduler",)
+
+
+def test_only_keys_that_are_allowed_to_may_be_missing_or_left_unread() -> None:
+    storage = saved({"model": {"a": torch.ones(2), "old.head": torch.ones(2)}})
+
+    def state() -> dict[str, object]:
+        return {"model": {"a": torch.zeros(2), "new.head": torch.zeros(2)}}
+
+    with Checkpointer(storage) as checkpointer:
+        for allow in ((), ("model/old*",), ("model/new*", "old.head")):
+            with pytest.raises(MismatchError) as got:
+                checkpointer.load(state(), allow=allow)
+            assert got.value.missing == (() if "model/new*" in allow else ("model/new.head",))
+            assert got.value.unexpected == (() if "model/old*" in allow else ("model/old.head",))
+        report = checkpointer.load(state(), allow=("model/*.head",))
+    assert (report.missing, report.unexpected) == (("model/new.head",), ("model/old.head",))
 
 
 def test_template_that_fails_on_one_rank_is_an_error_on_all() -> None:
