@@ -14,16 +14,9 @@ from typing import Literal, TypeVar
 import msgspec
 import torch
 
+from distckpt.after_commit import AfterCommit
 from distckpt.arena import Arena
-from distckpt.commit import (
-    Commit,
-    by_lineage,
-    list_commits,
-    newest_iteration,
-    newest_verified_iteration,
-    read_tracker,
-    unsound_commits,
-)
+from distckpt.commit import Commit, list_commits, newest_iteration, newest_verified_iteration
 from distckpt.contents import Contents
 from distckpt.coordinator import Coordinator, agree, default_coordinator
 from distckpt.errors import CheckpointError, DistributedError, FencedError
@@ -35,9 +28,7 @@ from distckpt.loading import Load, LoadContext, State, read_all
 from distckpt.pending import PendingSave
 from distckpt.planner import check_places
 from distckpt.protecting import Protection, protect
-from distckpt.removing import retire, sweep
 from distckpt.report import LoadReport, SaveReport
-from distckpt.retention import superfluous
 from distckpt.saving import Save, SaveContext
 from distckpt.storage import PosixStorage, Storage
 from distckpt.transport import Transports
@@ -112,8 +103,7 @@ class Checkpointer:
             self._coordinator, root, own_place, self._protection, io_backend, timeout_s
         )
         self._storage = storage
-        self._keep_last = keep_last
-        self._grace_s = removal_grace_s
+        self._after_commit = AfterCommit(storage, keep_last, removal_grace_s, timeout_s)
         transports = Transports()
         self._save_context = SaveContext(
             storage=storage,
@@ -125,6 +115,7 @@ class Checkpointer:
             removal_grace_s=removal_grace_s,
             max_write_bytes_per_s=max_write_bytes_per_s or 0.0,
             transports=transports,
+            after_commit=self._after_commit,
         )
         self._load_context = LoadContext(storage, self._coordinator, self._mesh, timeout_s, transports)
         self._tolerated_failures = max_failures - 1 if on_error == "warn" else 0
@@ -223,7 +214,7 @@ class Checkpointer:
         self._save_context.parent = report.save_id
         self._failures = 0
         if self._coordinator.rank == 0:
-            self._clean_up()
+            self._begin_after_commit()
             logger.info(
                 "saved iteration %d: %.1f MB in %.2f s, training stood still for %.3f s",
                 report.iteration,
@@ -263,32 +254,15 @@ class Checkpointer:
             degraded=(*report.degraded, *([] if done.problem is None else [f"no parity: {done.problem}"])),
         )
 
-    def _clean_up(self) -> None:
-        """Retention and sweep, after a commit. What fails is tried again after the next one."""
+    def _begin_after_commit(self) -> None:
+        """Rank 0: have done in the background what follows a commit."""
         writer = self._save_context.writer
         assert writer is not None
-        first_epoch = 0 if self._has_resumed else writer.epoch
-        try:
-            writer.check_fence()
-            commits, tracked = list_commits(self._storage), read_tracker(self._storage)
-            unsound = self._unsound | unsound_commits(self._storage, commits)
-            order = [] if self._keep_last is None else by_lineage(self._storage, commits)
-            retire(
-                self._storage,
-                superfluous(
-                    commits,
-                    keep_last=self._keep_last,
-                    tracked=tracked,
-                    first_epoch=first_epoch,
-                    order=order,
-                    unsound=unsound,
-                ),
-            )
-            sweep(self._storage, grace_s=self._grace_s)
-        except FencedError:
-            return  # What lies here is a newer job's business now.
-        except OSError as error:
-            logger.warning("removing old checkpoints failed, the new one is safe: %s", error)
+        self._after_commit.begin(writer, first_epoch=0 if self._has_resumed else writer.epoch, unsound=self._unsound)
+
+    def _wait_for_clean_up(self) -> None:
+        """Rank 0, before it looks at what there is; in half of the time that the others wait for it."""
+        self._after_commit.wait(self._save_context.timeout_s / 2)
 
     def load(
         self,
@@ -317,6 +291,7 @@ class Checkpointer:
         """
         label = self._label("load")
         unseen = self._settle()
+        self._wait_for_clean_up()
         load = Load(self._load_context, state, iteration, strict, device, label, convert_dtypes, allow, unseen)
         report, index = load.run()
         self._has_resumed = True
@@ -337,7 +312,9 @@ class Checkpointer:
         container in which it was saved. Raises what load raises; MismatchError for keys that are not there.
         """
         label = self._label("read")
-        return read_all(self._load_context, iteration, keys, label, unseen=self._settle())
+        unseen = self._settle()
+        self._wait_for_clean_up()
+        return read_all(self._load_context, iteration, keys, label, unseen=unseen)
 
     def latest_iteration(self, *, verified: bool = False) -> int | None:
         """The iteration that load() would take first; None if there is no committed one. Collective.
@@ -356,6 +333,7 @@ class Checkpointer:
         """Every rank gets rank 0's answer."""
         label = self._label("ask")
         unseen = self._settle()
+        self._wait_for_clean_up()
 
         def local() -> None:
             if unseen is not None:
@@ -418,11 +396,13 @@ class Checkpointer:
         return unseen if unseen is not None and self._must_raise(unseen) else None
 
     def close(self) -> None:
-        """Wait for the save under way, free memory and connections, raise its failure if nobody has seen it.
+        """Wait for the save under way and, at most timeout_s, for what follows it; free memory and connections, raise
+        the save's failure if nobody has seen it.
 
         If the wait is interrupted nothing is freed, as the save goes on; close() may be called again.
         """
         unseen = self._settle()
+        self._after_commit.close(self._save_context.timeout_s)
         self.release()
         if unseen is not None:
             raise unseen

@@ -26,18 +26,21 @@ def free_space(storage: Storage) -> FreeSpace:
     return storage.free_space() or FreeSpace("", 2**62)
 
 
-def check_free_space(offers: Sequence[Offer], plan: SavePlan, gained: int) -> None:
+def check_free_space(offers: Sequence[Offer], plan: SavePlan, now: FreeSpace, free_before: int | None) -> None:
     """Raises CheckpointError when the ranks of one file system are about to write more than it has room for.
 
-    gained: bytes that were freed since the offers.
+    now: rank 0's, after cleaning up. free_before: before it, if that is known; the offers may have been made then too.
     """
     free: dict[str, int] = {}
     needed: dict[str, int] = {}
     for offer, size in zip(offers, plan.bytes_by_rank.tolist(), strict=True):
         free[offer.filesystem_id] = min(offer.free_bytes, free.get(offer.filesystem_id, offer.free_bytes))
         needed[offer.filesystem_id] = needed.get(offer.filesystem_id, 0) + size
+    before = offers[0].free_bytes if free_before is None else min(free_before, offers[0].free_bytes)
+    gained = max(0, now.size_bytes - before)
     for filesystem_id, size in needed.items():
-        room = free[filesystem_id] + gained
+        # Other hosts see the same storage under other ids, and have not looked since.
+        room = now.size_bytes if filesystem_id == now.filesystem_id else free[filesystem_id] + gained
         if size > room:
             raise CheckpointError(
                 f"not enough space: the checkpoint takes {size} bytes on file system {filesystem_id}, which has {room} "

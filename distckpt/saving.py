@@ -20,6 +20,7 @@ from typing import TypeVar
 import msgspec
 import numpy as np
 
+from distckpt.after_commit import AfterCommit
 from distckpt.arena import Arena
 from distckpt.assembling import ChunkRecords, Commitment, Written, chunk_records, index_of, raw_json
 from distckpt.commit import CommitFailed, Writer, iteration_directory, new_save_id, pending_marker
@@ -59,7 +60,8 @@ class _Outcome(msgspec.Struct, frozen=True):
 
 @dataclass(slots=True)
 class SaveContext:
-    """What saves work with, and what one leaves to the next. writer, records: rank 0's; parent: a save_id."""
+    """What saves work with, and what one leaves to the next. after_commit, writer, records: rank 0's; parent: a
+    save_id."""
 
     storage: Storage
     coordinator: Coordinator
@@ -70,6 +72,7 @@ class SaveContext:
     removal_grace_s: float
     max_write_bytes_per_s: float
     transports: Transports
+    after_commit: AfterCommit
     share: Share | None = None
     writer: Writer | None = None
     records: ChunkRecords | None = None
@@ -207,9 +210,9 @@ class Save:
             context.writer = Writer.claim(context.storage)
         context.writer.check_fence()
         # Before space is judged: what dead and retired saves left may be what fills the disk.
-        removed = sweep(context.storage, grace_s=context.removal_grace_s)
-        gained = max(0, free_space(context.storage).size_bytes - offers[0].free_bytes) if removed else 0
-        check_free_space(offers, plan, gained)
+        context.after_commit.wait(context.timeout_s / 2)
+        sweep(context.storage, grace_s=context.removal_grace_s)
+        check_free_space(offers, plan, free_space(context.storage), context.after_commit.take_free_before())
         self._order = _Order(new_save_id())
         context.writer.announce(self.iteration, self.save_id)
         return self._order

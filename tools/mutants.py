@@ -51,6 +51,7 @@ RING = ("tests/unit/test_ring.py",)
 VERIFYING = ("tests/unit/test_verifying.py",)
 REPAIRING = ("tests/unit/test_repairing.py",)
 PARITY = ("tests/unit/test_parity.py",)
+AFTER_COMMIT = ("tests/unit/test_after_commit.py",)
 READ_BACK = ("tests/unit/test_read_back.py",)
 IN_TRAINING = ("tests/unit/test_failures_in_training.py",)
 TERMINATION = ("tests/unit/test_termination.py",)
@@ -216,7 +217,7 @@ MUTANTS = (
     ),
     Mutant(
         "no fence before cleaning up",
-        "distckpt/checkpointer.py",
+        "distckpt/after_commit.py",
         "writer.check_fence()",
         "pass",
         REMOVAL,
@@ -335,17 +336,46 @@ MUTANTS = (
     ),
     Mutant(
         "retention keeps an abandoned branch first",
-        "distckpt/checkpointer.py",
-        "[] if self._keep_last is None else by_lineage(self._storage, commits)",
+        "distckpt/after_commit.py",
+        "[] if self.keep_last is None else by_lineage(storage, commits)",
         "[]",
         ROLL_BACK,
     ),
     Mutant(
         "retention lets sound ones go for an unsound one",
-        "distckpt/checkpointer.py",
-        "self._unsound | unsound_commits(self._storage, commits)",
+        "distckpt/after_commit.py",
+        "unsound | unsound_commits(storage, commits)",
         "set[Commit]()",
         READ_BACK,
+    ),
+    # What follows a commit
+    Mutant(
+        "a save judges room while the one before is still cleaned up after",
+        "distckpt/saving.py",
+        "        context.after_commit.wait(context.timeout_s / 2)\n",
+        "",
+        AFTER_COMMIT,
+    ),
+    Mutant(
+        "room that cleaning up gave is not counted for other hosts",
+        "distckpt/offer.py",
+        "if free_before is None else",
+        "if True else",
+        AFTER_COMMIT,
+    ),
+    Mutant(
+        "what there is, is looked at while it is cleaned up",
+        "distckpt/checkpointer.py",
+        "        self._after_commit.wait(self._save_context.timeout_s / 2)\n",
+        "        pass\n",
+        AFTER_COMMIT,
+    ),
+    Mutant(
+        "closing does not wait for what follows a commit",
+        "distckpt/after_commit.py",
+        "        if not self.wait(timeout_s):\n",
+        "        if False:\n",
+        AFTER_COMMIT,
     ),
     Mutant(
         "a load goes by a list that is outdated",

@@ -116,6 +116,7 @@ def save_with_fault(inner: Storage, crashing: CrashingStorage, failing_rank: int
             save(checkpointer, make_state(NEW, coordinator))
         except (CheckpointError, OSError, Crash) as error:
             errors[rank] = error
+        assert checkpointer._after_commit.wait(20)  # The fault may be in what follows the commit.
         if is_crash:
             return
         if rank == 0:  # The others change nothing before rank 0 begins its next save.

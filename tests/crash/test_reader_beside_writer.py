@@ -140,6 +140,7 @@ def test_only_checkpoint_that_is_replaced_before_its_index_is_read_is_no_absence
 
         def save(iteration: int) -> None:
             writer.save(make_state(iteration), iteration=iteration)
+            assert writer.iterations() == [iteration]  # It has been cleaned up.
 
         for iteration in saved:
             save(iteration)
@@ -156,7 +157,12 @@ def test_checkpoint_that_vanishes_gives_way_to_its_successor_and_not_to_an_older
         first.save(make_state(1), iteration=10)
     with Checkpointer(storage, keep_last=1) as writer, Checkpointer(storage) as reader:
         writer.save(make_state(2), iteration=20)
-        storage.turns = [(part, lambda: writer.save(make_state(3), iteration=30))]
+
+        def replace() -> None:
+            writer.save(make_state(3), iteration=30)
+            assert writer.iterations() == [10, 30]  # It has been cleaned up.
+
+        storage.turns = [(part, replace)]
         report, version = load_whole(reader)
     assert (report.iteration, version) == (30, 3)
     assert storage.turns == []

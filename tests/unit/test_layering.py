@@ -17,7 +17,7 @@ FORMAT = {"chunk_table", "shard_file", "index"}
 PORTS = {"storage", "coordinator"}
 TENSORS = {"per_rank", "sharded_tensor", "meta", "leaf_value", "state_dict"}
 MOVEMENT = {"transport", "ring", "staging", "arena", "writing", "host_group", "checkpoint_files", "reader"}
-MOVEMENT |= {"open_files", "shared_reading", "commit", "removing", "heartbeat", "retention"}
+MOVEMENT |= {"open_files", "shared_reading", "commit", "removing", "heartbeat", "retention", "after_commit"}
 FLOWS = {
     "contents",
     "converting",
@@ -68,6 +68,8 @@ ALLOWED: dict[str, set[str]] = {
     "removing": {"errors", "storage", "commit"},
     "heartbeat": {"storage", "commit"},
     "retention": VALUES | FORMAT | PORTS | {"commit"},
+    "worker": set(),
+    "after_commit": {"errors", "storage", "commit", "removing", "retention", "worker"},
     "verifying": VALUES | FORMAT | {"storage", "commit", "checkpoint_files", "planner", "parity"},
     "parity": VALUES | FORMAT | {"_C", "storage", "commit", "checkpoint_files"},
     "rebuilding": VALUES | FORMAT | {"_C", "storage", "assembling", "commit", "checkpoint_files"},

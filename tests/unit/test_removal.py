@@ -176,15 +176,20 @@ def test_reader_that_resolved_before_the_removal_still_reads(clock: Clock) -> No
 
     storage = Slow(clock=clock)
     with Checkpointer(storage) as reader, Checkpointer(storage, keep_last=1, removal_grace_s=GRACE_S) as writer:
-        writer.save({"w": torch.full((3,), 10.0)}, iteration=10)
-        storage.meanwhile = lambda: writer.save({"w": torch.full((3,), 20.0)}, iteration=20)
+
+        def replace_by(iteration: int) -> None:
+            writer.save({"w": torch.full((3,), float(iteration))}, iteration=iteration)
+            assert writer.iterations() == [iteration]  # It has been cleaned up.
+
+        replace_by(10)
+        storage.meanwhile = lambda: replace_by(20)
         state: dict[str, object] = {"w": torch.zeros(3)}
         assert reader.load(state).iteration == 10
         assert torch.equal(state["w"], torch.full((3,), 10.0))
         assert reader.iterations() == [20]
 
-        writer._grace_s = 0.0
-        storage.meanwhile = lambda: writer.save({"w": torch.full((3,), 30.0)}, iteration=30)
+        writer._after_commit.grace_s = 0.0
+        storage.meanwhile = lambda: replace_by(30)
         report = reader.load(state)  # Nothing is left of 20 when it comes to its files: it resolves again.
         assert report.iteration == 30
         assert list(report.fell_back_from) == [20]

@@ -165,6 +165,7 @@ def test_saves_go_on_where_only_checkpoints_past_their_grace_fill_the_storage() 
     with Checkpointer(storage, keep_last=2, removal_grace_s=60) as checkpointer:
         for iteration in range(1, 8):
             checkpointer.save(make_state(iteration), iteration=iteration)
+            checkpointer.iterations()  # Waits for cleaning up, whose markers go by the clock.
             clock.now_s += 61
         assert checkpointer.iterations() == [6, 7]
 
@@ -175,6 +176,7 @@ def test_checkpoint_within_its_grace_is_not_removed_for_room() -> None:
     with Checkpointer(storage, keep_last=2, removal_grace_s=60) as checkpointer:
         for iteration in (1, 2, 3):
             checkpointer.save(make_state(iteration), iteration=iteration)
+        checkpointer.iterations()  # Waits for cleaning up, whose markers go by the clock.
         clock.now_s += 59
         with pytest.raises(CheckpointError, match="not enough space"):
             checkpointer.save(make_state(4), iteration=4)
