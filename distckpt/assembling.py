@@ -21,13 +21,15 @@ from distckpt.shard_file import FORMAT, FORMAT_VERSION
 
 class Written(msgspec.Struct, frozen=True):
     """What one rank wrote: its files, where the shards of its share lie (file int32, start int64), and checksums over
-    samples of those of its shards that are replicated (uint32)."""
+    samples of those of its shards that are replicated (uint32). peak_rss_bytes, device_bytes: as of SaveReport."""
 
     files: list[ShardFile]
     file_of: bytes
     start_of: bytes
     samples: bytes
     seconds: dict[str, float]
+    peak_rss_bytes: int = 0
+    device_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

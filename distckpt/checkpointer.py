@@ -29,7 +29,8 @@ from distckpt.pending import PendingSave
 from distckpt.planner import check_places
 from distckpt.protecting import Protection, protect
 from distckpt.report import LoadReport, SaveReport
-from distckpt.saving import Save, SaveContext
+from distckpt.save_context import SaveContext
+from distckpt.saving import Save
 from distckpt.storage import PosixStorage, Storage
 from distckpt.transport import Transports
 

@@ -1,10 +1,13 @@
-"""The host: which one this is, and how much of its memory this process may still take. Reads /proc and control groups.
+"""The host: which one this is, how much of its memory this process may still take, and how much it took at most.
+
+Reads /proc and control groups.
 
 Ranks that have the same host_id() share memory, page cache and disks.
 """
 
 from __future__ import annotations
 
+import resource
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +21,11 @@ def host_id() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
     except OSError:
         return socket.gethostname()
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process has had resident at any one time since it began."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def available_memory_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:

@@ -5,7 +5,6 @@ A checkpoint that is damaged for any rank is passed over by all of them; every t
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import operator
 import time
@@ -18,12 +17,14 @@ import msgspec
 import numpy as np
 
 from distckpt.adapters import ADAPTERS
+from distckpt.applying import apply_request
 from distckpt.checkpoint_files import check_files_hold, is_damage, read_per_rank
 from distckpt.commit import Commit, by_lineage, decode_index_of, find_commits, read_index, tracker_warning
 from distckpt.contents import Contents
 from distckpt.coordinator import Coordinator, agree
 from distckpt.errors import CheckpointError, CorruptionError, MismatchError
 from distckpt.filling import DeviceOf, fill_targets, make_modules_real, targets_of
+from distckpt.host import peak_rss_bytes
 from distckpt.host_group import Board, Host, HostGroup, PeerFailed, group_ranks, this_host
 from distckpt.index import Index, Mesh
 from distckpt.leaf_value import decode_leaf
@@ -37,11 +38,11 @@ from distckpt.matching import (
     subtree,
 )
 from distckpt.repairing import rebuild_damaged
-from distckpt.report import LoadReport
+from distckpt.report import LoadReport, slowest_ranks
 from distckpt.shared_reading import row_bytes
-from distckpt.state_dict import FlatState, PerRankLeaf, flatten, set_per_rank
+from distckpt.state_dict import FlatState, flatten
 from distckpt.storage import Storage
-from distckpt.transport import Transports
+from distckpt.transport import Transports, peak_device_bytes
 
 logger = logging.getLogger("distckpt")
 M = TypeVar("M")
@@ -98,6 +99,15 @@ class _Differences(msgspec.Struct, frozen=True):
     group: HostGroup
 
 
+class _Applied(msgspec.Struct, frozen=True):
+    """A rank's message: how long it took, and how much memory. slowest: the decision's, as of LoadReport."""
+
+    seconds: dict[str, float]
+    peak_rss_bytes: int
+    device_bytes: int
+    slowest: dict[str, tuple[int, float]] = {}
+
+
 class _Selection(msgspec.Struct, frozen=True):
     """A rank's message: the keys that it asks for and that are not there."""
 
@@ -145,6 +155,7 @@ class Load:
     _warning: str | None = None  # of this rank alone
     _mended: set[Commit] = field(default_factory=set)  # of which it was tried
     _rebuilt: list[str] = field(default_factory=list)
+    _seconds: dict[str, float] = field(default_factory=dict)  # by phase, of this rank without waiting for others
 
     def run(self) -> tuple[LoadReport, Index]:
         """Fill the state. Raises, the same on all ranks: CheckpointNotFoundError, MismatchError (nothing has been
@@ -159,7 +170,7 @@ class Load:
                 break
             self.pass_over(resolved, why)
         read_s = time.perf_counter() - read_started
-        self._agree("apply", lambda: self._apply(index), lambda done: [None] * len(done), type(None), type(None))
+        applied = self._agree("apply", lambda: self._apply(index), _summarize, _Applied, _Applied)
         if self.context.coordinator.rank == 0:
             for iteration, reason in resolved.fell_back_from.items():
                 logger.warning("iteration %d is damaged and was passed over: %s", iteration, reason)
@@ -183,6 +194,9 @@ class Load:
             converted=tuple(
                 sorted(leaf.key for leaf, entry in self._request.tensors if leaf.spec.dtype != entry.dtype)
             ),
+            slowest=applied.slowest,
+            peak_rss_bytes=applied.peak_rss_bytes,
+            device_bytes=applied.device_bytes,
         )
         return report, index
 
@@ -295,6 +309,7 @@ class Load:
         stored = stored_keys(index)
 
         def local() -> _Match:
+            started = time.perf_counter()
             if callable(self.template):
                 try:
                     self.state = self.template(Contents(index))
@@ -303,6 +318,7 @@ class Load:
                 self._flat = flatten(self.state, ADAPTERS)
             self._request = request = match_state(self._flat, index, self.context.mesh, self.convert_dtypes)
             named = named_keys(self._flat, index, stored)
+            self._seconds["match"] = time.perf_counter() - started
             return _Match(
                 missing=sorted(request.missing),
                 mismatched=request.mismatched,
@@ -363,6 +379,7 @@ class Load:
         directory = Commit(resolved.epoch, resolved.commit_seq, resolved.iteration).directory
 
         def local() -> _ReadOutcome:
+            started = time.perf_counter()
             try:
                 with Board(
                     self._group, self.context.coordinator.rank, row_bytes(index), self.context.timeout_s
@@ -374,6 +391,7 @@ class Load:
                 if not is_damage(error):
                     raise
                 return _ReadOutcome(f"{type(error).__name__}: {error}")
+            self._seconds["read"] = time.perf_counter() - started
             return _ReadOutcome(None)
 
         def decide(ranks: Sequence[_ReadOutcome]) -> list[_ReadOutcome]:
@@ -411,30 +429,11 @@ class Load:
             self._flat = flatten(self.state, ADAPTERS)
             self._request = match_state(self._flat, index, self.context.mesh, self.convert_dtypes)
 
-    def _apply(self, index: Index) -> None:
-        request = self._request
-        for key, replace in request.values:
-            replace(request.decoded[key])
-        for leaf, _ in request.tensors:
-            if leaf.loaded is not None:
-                leaf.loaded()
-        for per_rank, _ in request.per_rank:
-            set_per_rank(per_rank, request.per_rank_values[per_rank.key])
-        for per_rank in request.reseed:
-            per_rank.leaf.seed = self._seed(index, per_rank)
-        for finish in self._flat.finish:
-            finish()
-        fresh = {item.path for item in request.fresh}
-        for item in self._flat.objects:
-            if item.path in fresh:
-                item.owner.load_state_dict(subtree(index, request.whole_tensors, item.path))
-            elif not any(item.path.startswith(f"{path}/") for path in fresh):
-                item.owner.load_state_dict(item.state)
-
-    def _seed(self, index: Index, per_rank: PerRankLeaf) -> int:
-        axes = self.context.mesh if per_rank.leaf.axes is None else per_rank.leaf.axes
-        text = f"{index.save_id} {per_rank.key} {[(axis, self.context.mesh[axis]) for axis in axes]}".encode()
-        return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+    def _apply(self, index: Index) -> _Applied:
+        started = time.perf_counter()
+        apply_request(self._request, self._flat, index, self.context.mesh)
+        self._seconds["apply"] = time.perf_counter() - started
+        return _Applied(self._seconds, peak_rss_bytes(), peak_device_bytes())
 
 
 def read_all(
@@ -451,6 +450,12 @@ def read_all(
             break
         load.pass_over(resolved, why)
     return subtree(index, load._request.whole_tensors, "", wanted)
+
+
+def _summarize(ranks: Sequence[_Applied]) -> list[_Applied]:
+    slowest = slowest_ranks(("match", "read", "apply"), [rank.seconds for rank in ranks])
+    memory = max(rank.peak_rss_bytes for rank in ranks), max(rank.device_bytes for rank in ranks)
+    return [_Applied({}, *memory, slowest)] * len(ranks)
 
 
 def _bitmap(bits: Iterable[bool]) -> bytes:

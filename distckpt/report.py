@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 
@@ -15,6 +15,8 @@ class SaveReport:
     for all ranks and making the checkpoint exist. slowest: phase -> (rank, seconds). backend: what moved the bytes.
     degraded: what was slower than it could be on this rank, and why, or could not be done. verified: whether all was
     read back, past the page cache, and is what was written. parity_bytes: of the parity files. protect_s: those two.
+    peak_rss_bytes, device_bytes: the most memory that any rank had resident, or allocated on its accelerator, since it
+    began and until its files were written.
     """
 
     iteration: int
@@ -32,6 +34,8 @@ class SaveReport:
     verified: bool = False
     parity_bytes: int = 0
     protect_s: float = 0.0
+    peak_rss_bytes: int = 0
+    device_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +48,8 @@ class LoadReport:
     rebuilt: shard files that were damaged and were made again from parity, by any rank of this load.
     not_shared: why ranks of one host could not read for each other what several of them need; None if nothing was in
     the way. converted: keys of tensors that are stored with another floating-point type (this rank's).
+    slowest: phase (match, read, apply) -> (rank, seconds). peak_rss_bytes, device_bytes: the most memory that
+    any rank had resident, or allocated on its accelerator, since it began and until the state was filled.
     """
 
     iteration: int
@@ -61,3 +67,14 @@ class LoadReport:
     rebuilt: tuple[str, ...] = ()
     not_shared: str | None = None
     converted: tuple[str, ...] = ()
+    slowest: Mapping[str, tuple[int, float]] = field(default_factory=dict)
+    peak_rss_bytes: int = 0
+    device_bytes: int = 0
+
+
+def slowest_ranks(phases: Iterable[str], seconds: Sequence[Mapping[str, float]]) -> dict[str, tuple[int, float]]:
+    """Phase -> (rank, seconds) of the rank that took longest. seconds: of each rank, by phase."""
+    return {
+        phase: max(((rank, own.get(phase, 0.0)) for rank, own in enumerate(seconds)), key=lambda item: item[1])
+        for phase in phases
+    }

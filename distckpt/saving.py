@@ -20,26 +20,26 @@ from typing import TypeVar
 import msgspec
 import numpy as np
 
-from distckpt.after_commit import AfterCommit
-from distckpt.arena import Arena
-from distckpt.assembling import ChunkRecords, Commitment, Written, chunk_records, index_of, raw_json
+from distckpt.assembling import Commitment, Written, chunk_records, index_of, raw_json
 from distckpt.commit import CommitFailed, Writer, iteration_directory, new_save_id, pending_marker
-from distckpt.coordinator import Coordinator, agree
+from distckpt.coordinator import agree
 from distckpt.describing import Description, describe
 from distckpt.errors import DistributedError, InvalidShardingError
 from distckpt.heartbeat import Heartbeat
-from distckpt.index import Mesh, ShardFile
+from distckpt.host import peak_rss_bytes
+from distckpt.index import ShardFile
 from distckpt.json_value import encode_value
 from distckpt.offer import Offer, check_free_space, free_space
 from distckpt.planner import RankShards, SavePlan, check_replicas, join_values, plan_save
 from distckpt.protecting import Saved
 from distckpt.removing import discard, sweep
-from distckpt.report import SaveReport
+from distckpt.report import SaveReport, slowest_ranks
+from distckpt.save_context import SaveContext
 from distckpt.shard_file import DTYPES, file_name
 from distckpt.share import SHARED_METADATA_BYTES, Share, ShareMessage, adopt, give_shares
 from distckpt.staging import Snapshot, empty_snapshot, hold_in_place, take_snapshot
-from distckpt.storage import Storage, new_file
-from distckpt.transport import Transports, byte_checksums, sample_checksums
+from distckpt.storage import new_file
+from distckpt.transport import byte_checksums, peak_device_bytes, sample_checksums
 from distckpt.writing import header_metadata, write_shard_file
 
 M = TypeVar("M")
@@ -56,27 +56,8 @@ class _Order(msgspec.Struct, frozen=True):
 class _Outcome(msgspec.Struct, frozen=True):
     size_bytes: int
     slowest: dict[str, tuple[int, float]]
-
-
-@dataclass(slots=True)
-class SaveContext:
-    """What saves work with, and what one leaves to the next. after_commit, writer, records: rank 0's; parent: a
-    save_id."""
-
-    storage: Storage
-    coordinator: Coordinator
-    mesh: Mesh
-    arena: Arena
-    timeout_s: float
-    backend: str
-    removal_grace_s: float
-    max_write_bytes_per_s: float
-    transports: Transports
-    after_commit: AfterCommit
-    share: Share | None = None
-    writer: Writer | None = None
-    records: ChunkRecords | None = None
-    parent: str | None = None
+    peak_rss_bytes: int
+    device_bytes: int
 
 
 @dataclass(slots=True)
@@ -422,7 +403,8 @@ class Save:
         if self._error is not None:
             raise self._error
         assert self._written is not None
-        return msgspec.structs.replace(self._written, seconds=self._seconds)
+        memory = {"peak_rss_bytes": peak_rss_bytes(), "device_bytes": peak_device_bytes()}
+        return msgspec.structs.replace(self._written, seconds=self._seconds, **memory)
 
     def _decide_commit(self, ranks: Sequence[Written]) -> list[_Outcome]:
         """Rank 0."""
@@ -455,12 +437,13 @@ class Save:
             raise DistributedError(
                 f"saving iteration {self.iteration}: {error}", failures={0: str(error)}, committed="no"
             ) from error
-        slowest = {
-            phase: max(((rank, w.seconds.get(phase, 0.0)) for rank, w in enumerate(ranks)), key=lambda item: item[1])
-            for phase in ("plan", "stage", "write")
-        }
-        total = sum(file.size_bytes for written in ranks for file in written.files) + len(records.content)
-        return [_Outcome(total, slowest)] * len(ranks)
+        outcome = _Outcome(
+            sum(file.size_bytes for written in ranks for file in written.files) + len(records.content),
+            slowest_ranks(("plan", "stage", "write"), [written.seconds for written in ranks]),
+            max(written.peak_rss_bytes for written in ranks),
+            max(written.device_bytes for written in ranks),
+        )
+        return [outcome] * len(ranks)
 
     def _discard(self) -> None:
         """After a failure: rank 0 removes what was written, as far as it can; the next sweep takes the rest."""
@@ -481,6 +464,8 @@ class Save:
             commit_s=s["commit"],
             total_s=time.perf_counter() - self._started,
             slowest=outcome.slowest,
+            peak_rss_bytes=outcome.peak_rss_bytes,
+            device_bytes=outcome.device_bytes,
             backend=self.context.backend,
             degraded=(*getattr(self.context.storage, "degraded", ()), *self.context.arena.degraded, *self._degraded),
         )

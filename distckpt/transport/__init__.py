@@ -1,7 +1,7 @@
 """Transport: bytes between tensors, wherever they live, and host memory. The one place that knows about devices."""
 
 from distckpt.transport.blocking import BlockingTransport, copy_to_host
-from distckpt.transport.devices import Transports
+from distckpt.transport.devices import Transports, peak_device_bytes
 from distckpt.transport.elements import (
     carrier,
     host_bytes,
@@ -28,6 +28,7 @@ __all__ = [
     "host_bytes",
     "host_view",
     "is_lazy",
+    "peak_device_bytes",
     "pieces",
     "plain_bytes",
     "sample_checksum",

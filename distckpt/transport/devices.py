@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from distckpt._C import Memory
@@ -46,6 +47,23 @@ class Transports:
         for pair in copies:
             groups.setdefault(self.of(on_device(pair)), []).append(pair)
         return groups
+
+
+def peak_device_bytes() -> int:
+    """The most that this process has had allocated at any one time on its current accelerator; 0 without one.
+
+    0 too where torch does not count it for this kind of accelerator. Does not start one up.
+    """
+    try:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        if accelerator is None:
+            return 0
+        device = torch.get_device_module(accelerator)
+        if not getattr(device, "is_initialized", lambda: True)():
+            return 0
+        return int(device.max_memory_allocated())
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError):  # Backends differ in what they have.
+        return 0
 
 
 class _Registrations:

@@ -18,18 +18,8 @@ PORTS = {"storage", "coordinator"}
 TENSORS = {"per_rank", "sharded_tensor", "meta", "leaf_value", "state_dict"}
 MOVEMENT = {"transport", "ring", "staging", "arena", "writing", "host_group", "checkpoint_files", "reader"}
 MOVEMENT |= {"open_files", "shared_reading", "commit", "removing", "heartbeat", "retention", "after_commit"}
-FLOWS = {
-    "contents",
-    "converting",
-    "filling",
-    "matching",
-    "tied_memory",
-    "describing",
-    "offer",
-    "share",
-    "saving",
-    "loading",
-}
+FLOWS = {"contents", "converting", "filling", "matching", "tied_memory", "describing", "offer", "share"}
+FLOWS |= {"save_context", "saving", "loading", "applying"}
 HANDLES = {"guarding", "pending"}
 
 # What each module may import of this package. A row for a package stands for all modules in it, which may
@@ -83,18 +73,20 @@ ALLOWED: dict[str, set[str]] = {
     "describing": VALUES | FORMAT | TENSORS | {"_C", "planner", "adapters"},
     "offer": {"errors", "storage", "planner"},
     "share": VALUES | FORMAT | {"planner", "commit", "arena", "describing"},
+    "save_context": {"index", "assembling", "share"} | PORTS | MOVEMENT,
     "saving": {
         *VALUES | FORMAT | PORTS | TENSORS | MOVEMENT,
-        *("planner", "assembling", "report", "describing", "offer", "share", "protecting"),
+        *("planner", "assembling", "report", "describing", "offer", "share", "save_context", "protecting"),
     },
     "contents": VALUES | FORMAT | TENSORS,
     "converting": {"geometry", "reader", "transport"},
     "filling": VALUES | FORMAT | TENSORS | MOVEMENT | {"storage", "matching", "converting", "tied_memory"},
     "matching": VALUES | FORMAT | TENSORS | {"planner", "reader", "report"},
     "tied_memory": {"errors", "geometry", "reader", "transport"},
+    "applying": {"index", "matching", "state_dict"},
     "loading": {
         *VALUES | FORMAT | PORTS | TENSORS | MOVEMENT,
-        *("_C", "planner", "report", "adapters", "contents", "filling", "matching", "repairing"),
+        *("_C", "planner", "report", "adapters", "applying", "contents", "filling", "matching", "repairing"),
     },
     "adapters": {"errors", "geometry", "sharded_tensor", "state_dict", "__init__"},
     "guarding": set(),
