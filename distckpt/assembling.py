@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
@@ -15,6 +15,7 @@ from distckpt.chunk_table import Chunks, encode_record, encode_whole, page_check
 from distckpt.garbage import postponed_collection
 from distckpt.geometry import Int64Array
 from distckpt.index import ChunkTable, Index, PerRankEntry, ShardFile, Spec, TensorEntry
+from distckpt.metrics import Metrics
 from distckpt.planner import SavePlan
 from distckpt.shard_file import FORMAT, FORMAT_VERSION
 
@@ -43,6 +44,7 @@ class Commitment:
     parent: str | None
     world_size: int
     metadata: bytes
+    metrics: Metrics = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +123,7 @@ def index_of(
         tensors=records.tensors,
         values=raw_json(values),
         metadata=msgspec.Raw(who.metadata),
+        metrics=who.metrics,
         per_rank={
             key: PerRankEntry(
                 axes=entry.axes,

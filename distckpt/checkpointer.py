@@ -130,13 +130,21 @@ class Checkpointer:
         self._saving: Save | None = None  # whose snapshot may still be being copied
         self._guards = Guards(self.before_mutation)
 
-    def save(self, state: State, *, iteration: int, metadata: object = None) -> SaveReport:
-        """Save; durable, and a checkpoint, on return. metadata: JSON values kept in the index.
+    def save(
+        self,
+        state: State,
+        *,
+        iteration: int,
+        metadata: object = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> SaveReport:
+        """Save; durable, and a checkpoint, on return. metadata: JSON values kept in the index. metrics: numbers that it
+        is judged by, by name, the same on all ranks; `label` adds others later.
 
         Raises, the same on every rank: InvalidShardingError, DistributedError, FencedError, CheckpointError.
         """
         started = time.perf_counter()
-        save = self._look(state, iteration, metadata)
+        save = self._look(state, iteration, metadata, metrics)
         save.plan()
         save.hold()
         return self._finish(save, started)
@@ -147,6 +155,7 @@ class Checkpointer:
         *,
         iteration: int,
         metadata: object = None,
+        metrics: Mapping[str, float] | None = None,
         snapshot: Literal["eager", "lazy"] = "eager",
     ) -> PendingSave:
         """Copy the state and save the copy in the background. An earlier save is waited for first, its failure raised.
@@ -158,7 +167,7 @@ class Checkpointer:
         if snapshot not in ("eager", "lazy"):
             raise ValueError(f"snapshot={snapshot!r}: expected 'eager' or 'lazy'")
         started = time.perf_counter()
-        save = self._look(state, iteration, metadata)
+        save = self._look(state, iteration, metadata, metrics)
         try:
             save.stage(self._guards.memory if snapshot == "lazy" else frozenset)
         except (CheckpointError, OSError) as error:
@@ -177,9 +186,9 @@ class Checkpointer:
             raise interrupt
         return pending
 
-    def _look(self, state: State, iteration: int, metadata: object) -> Save:
+    def _look(self, state: State, iteration: int, metadata: object, metrics: Mapping[str, float] | None) -> Save:
         label = self._label("save")
-        save = Save(self._save_context, iteration, metadata, label, unseen=self._settle())
+        save = Save(self._save_context, iteration, metadata, metrics, label, unseen=self._settle())
         save.look(state)
         return save
 
@@ -356,7 +365,7 @@ class Checkpointer:
         Collective. Raises InvalidShardingError, DistributedError or CheckpointError, the same on every rank.
         """
         label = self._label("prepare")
-        save = Save(self._save_context, 0, None, label, unseen=self._settle())
+        save = Save(self._save_context, 0, None, None, label, unseen=self._settle())
         save.look(state)
         save.prepare()
 

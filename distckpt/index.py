@@ -20,6 +20,7 @@ from distckpt.chunk_table import Hits
 from distckpt.errors import CheckpointError, CorruptionError
 from distckpt.garbage import postponed_collection
 from distckpt.geometry import MAX_DIMS, Int64Array
+from distckpt.metrics import Metrics
 from distckpt.shard_file import DTYPES, FORMAT, FORMAT_VERSION
 
 T = TypeVar("T")
@@ -101,8 +102,8 @@ class PerRankEntry(msgspec.Struct, frozen=True, kw_only=True):
     holders: tuple[tuple[tuple[Natural, ...], Natural], ...]
 
 
-class Index(msgspec.Struct, frozen=True, kw_only=True):
-    """One committed checkpoint."""
+class Index(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One committed checkpoint. metrics: of its save; others may be in its labels."""
 
     format: str
     version: int
@@ -120,6 +121,7 @@ class Index(msgspec.Struct, frozen=True, kw_only=True):
     per_rank: dict[str, PerRankEntry]
     files: tuple[ShardFile, ...]
     chunk_table: ChunkTable
+    metrics: Metrics = {}
 
 
 def encode_index(index: Index) -> bytes:
@@ -132,14 +134,32 @@ class _Version(msgspec.Struct):
     version: int
 
 
-class IndexHead(msgspec.Struct, frozen=True):
-    """Which checkpoint an index is of, and after which it was saved."""
+class FileSize(msgspec.Struct, frozen=True):
+    """A file that an index names."""
+
+    size_bytes: Natural
+
+
+class IndexHead(msgspec.Struct, frozen=True, kw_only=True):
+    """Which checkpoint an index is of, after which it was saved, and what a list of checkpoints tells of it."""
 
     save_id: SaveId
     parent: SaveId | None
     epoch: Natural
     commit_seq: Natural
     iteration: Natural
+    created_unix_s: float
+    world_size: Natural
+    mesh: MeshCoordinates
+    metadata: msgspec.Raw
+    files: tuple[FileSize, ...]
+    chunk_table: FileSize
+    metrics: Metrics = {}
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the files that the index names."""
+        return sum(file.size_bytes for file in self.files) + self.chunk_table.size_bytes
 
 
 @postponed_collection()

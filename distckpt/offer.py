@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import msgspec
 
-from distckpt.errors import CheckpointError
+from distckpt.errors import CheckpointError, InvalidShardingError
+from distckpt.metrics import Metrics
 from distckpt.planner import RankValues, SavePlan
 from distckpt.storage import FreeSpace, Storage
 
@@ -16,10 +17,27 @@ class Offer(msgspec.Struct, frozen=True):
 
     iteration: int
     metadata: bytes
+    metrics: Metrics
     plan_id: str | None
     values: RankValues
     filesystem_id: str
     free_bytes: int
+
+
+def check_alike(offers: Sequence[Offer]) -> None:
+    """Raises InvalidShardingError unless all ranks say the same of the checkpoint."""
+    first = offers[0]
+    for rank, offer in enumerate(offers):
+        if (offer.iteration, offer.metadata) != (first.iteration, first.metadata):
+            raise InvalidShardingError(
+                f"rank 0 saves iteration {first.iteration} with metadata {first.metadata!r}, rank {rank} "
+                f"iteration {offer.iteration} with {offer.metadata!r}"
+            )
+        if offer.metrics != first.metrics:
+            raise InvalidShardingError(
+                f"rank 0 saves iteration {first.iteration} with metrics {first.metrics}, rank {rank} with "
+                f"{offer.metrics}: give the same on all ranks, such as the mean over them"
+            )
 
 
 def free_space(storage: Storage) -> FreeSpace:

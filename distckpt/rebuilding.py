@@ -36,6 +36,7 @@ from distckpt.index import (
     decode_index,
     encode_index,
 )
+from distckpt.metrics import Metrics
 from distckpt.shard_file import (
     ALIGNMENT,
     CHECKSUM_ENTRY,
@@ -73,6 +74,7 @@ class _Metadata(msgspec.Struct, frozen=True, kw_only=True):
     empty_tensors: dict[str, Spec] | None = None
     values: dict[str, msgspec.Raw] | None = None
     metadata: msgspec.Raw = msgspec.Raw(b"null")
+    metrics: Metrics = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +140,7 @@ def rebuild_index(
         tensors=tensors,
         values=leader.values or {},
         metadata=leader.metadata,
+        metrics=leader.metrics,
         per_rank=_per_rank(found),
         files=tuple(one.file for one in found),
         chunk_table=table,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import operator
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
@@ -24,19 +24,20 @@ from distckpt.assembling import Commitment, Written, chunk_records, index_of, ra
 from distckpt.commit import CommitFailed, Writer, iteration_directory, new_save_id, pending_marker
 from distckpt.coordinator import agree
 from distckpt.describing import Description, describe
-from distckpt.errors import DistributedError, InvalidShardingError
+from distckpt.errors import DistributedError
 from distckpt.heartbeat import Heartbeat
 from distckpt.host import peak_rss_bytes
 from distckpt.index import ShardFile
 from distckpt.json_value import encode_value
-from distckpt.offer import Offer, check_free_space, free_space
+from distckpt.metrics import Metrics, known_metrics
+from distckpt.offer import Offer, check_alike, check_free_space, free_space
 from distckpt.planner import RankShards, SavePlan, check_replicas, join_values, plan_save
 from distckpt.protecting import Saved
 from distckpt.removing import discard, sweep
 from distckpt.report import SaveReport, slowest_ranks
 from distckpt.save_context import SaveContext
 from distckpt.shard_file import DTYPES, file_name
-from distckpt.share import SHARED_METADATA_BYTES, Share, ShareMessage, adopt, give_shares
+from distckpt.share import Share, ShareMessage, adopt, give_shares, shared_metadata
 from distckpt.staging import Snapshot, empty_snapshot, hold_in_place, take_snapshot
 from distckpt.storage import new_file
 from distckpt.transport import byte_checksums, peak_device_bytes, sample_checksums
@@ -70,12 +71,14 @@ class Save:
     context: SaveContext
     iteration: int
     metadata: object
+    metrics: Mapping[str, float] | None
     label: str
     unseen: BaseException | None = None  # of an earlier save: raised everywhere if any rank has not seen it
     staged: threading.Event = field(default_factory=threading.Event)  # set when the state may change
     stall_s: float = 0.0  # how long the caller has waited; kept by the caller until finish()
     waiting_since: float | None = None  # when the caller began to wait for `staged`, if it does
     _metadata: bytes = b"null"
+    _metrics: Metrics = field(default_factory=dict)
     _described: Description | None = None
     _share: Share | None = None
     _snapshot: Snapshot | None = None
@@ -99,6 +102,7 @@ class Save:
             if self.iteration < 0:
                 raise ValueError(f"iteration {self.iteration} is negative")
             self._metadata = encode_value(self.metadata, "metadata")
+            self._metrics = known_metrics(self.metrics)
             self._described = describe(state, self.context.mesh)
         except BaseException as error:  # Even an exit: the other ranks are waiting in plan().
             self._error = error
@@ -150,7 +154,9 @@ class Save:
         free = free_space(self.context.storage)
         plan_id = None if self._share is None else self._share.plan_id
         values = described.value_message()
-        return Offer(self.iteration, self._metadata, plan_id, values, free.filesystem_id, free.size_bytes)
+        return Offer(
+            self.iteration, self._metadata, self._metrics, plan_id, values, free.filesystem_id, free.size_bytes
+        )
 
     def _known_description(self) -> Description:
         if self._error is not None:
@@ -160,12 +166,7 @@ class Save:
 
     def _decide_plan(self, offers: Sequence[Offer]) -> list[_Order]:
         """Rank 0."""
-        for rank, offer in enumerate(offers):
-            if (offer.iteration, offer.metadata) != (self.iteration, self._metadata):
-                raise InvalidShardingError(
-                    f"rank 0 saves iteration {self.iteration} with metadata {self._metadata!r}, rank {rank} "
-                    f"iteration {offer.iteration} with {offer.metadata!r}"
-                )
+        check_alike(offers)
         self._offers = offers
         if self._share is None or any(offer.plan_id != self._share.plan_id for offer in offers):
             return [_Order("")] * len(offers)
@@ -392,12 +393,8 @@ class Save:
         return np.array([samples[n] for n in share.replicated], np.uint32).tobytes()
 
     def _shared_metadata(self) -> dict[str, str | msgspec.Raw]:
-        """What belongs to no tensor: in the header of rank 0's first file, unless it is too long for it."""
-        if self._plan is None:
-            return {}
-        values = msgspec.json.encode(raw_json(self._values)).decode()
-        shared: dict[str, str | msgspec.Raw] = {"values": values, "metadata": self._metadata.decode()}
-        return shared if len(msgspec.json.encode(shared)) <= SHARED_METADATA_BYTES else {}
+        """What belongs to no tensor: in the header of rank 0's first file."""
+        return {} if self._plan is None else shared_metadata(raw_json(self._values), self._metadata, self._metrics)
 
     def _tell(self) -> Written:
         if self._error is not None:
@@ -420,6 +417,7 @@ class Save:
             parent=self.context.parent,
             world_size=self.context.coordinator.world_size,
             metadata=self._metadata,
+            metrics=self._metrics,
         )
         try:
             records = self.context.records = chunk_records(plan, ranks, self.context.records)

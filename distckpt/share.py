@@ -5,6 +5,7 @@ Decides nothing new: it is the plan's word for this rank, worked out as far as i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import msgspec
@@ -15,11 +16,12 @@ from distckpt.commit import new_save_id
 from distckpt.describing import Description, Structure
 from distckpt.garbage import postponed_collection
 from distckpt.geometry import Box
+from distckpt.metrics import Metrics
 from distckpt.planner import SavePlan
 from distckpt.shard_file import Chunk, FilePlan, nested_json, plan_file, split_into_files
 
 # Of rank 0's first header, for the values that all ranks share; more than that is not kept there a second time.
-SHARED_METADATA_BYTES = 8 << 20
+_SHARED_METADATA_BYTES = 8 << 20
 
 
 class ShareMessage(msgspec.Struct, frozen=True):
@@ -103,7 +105,7 @@ def _files(message: ShareMessage, described: Description, plan: SavePlan | None)
         chunks,
         metadata_bytes=[len(nested_json({key: spec})) for key, spec, _ in mine],
         first_metadata_bytes=sum(len(bytes(text)) for text in first.values())
-        + (0 if plan is None else SHARED_METADATA_BYTES),
+        + (0 if plan is None else _SHARED_METADATA_BYTES),
     )
     return [
         ShareFile(
@@ -117,6 +119,18 @@ def _files(message: ShareMessage, described: Description, plan: SavePlan | None)
         )
         for number, order in enumerate(split)
     ]
+
+
+def shared_metadata(
+    values: Mapping[str, msgspec.Raw], metadata: bytes, metrics: Metrics
+) -> dict[str, str | msgspec.Raw]:
+    """What belongs to no tensor, for the header of rank 0's first file; nothing if it is too long for that."""
+    shared: dict[str, str | msgspec.Raw] = {
+        "values": msgspec.json.encode(values).decode(),
+        "metadata": metadata.decode(),
+        **({"metrics": msgspec.json.encode(metrics).decode()} if metrics else {}),
+    }
+    return shared if len(msgspec.json.encode(shared)) <= _SHARED_METADATA_BYTES else {}
 
 
 def _nested(value: object) -> msgspec.Raw:

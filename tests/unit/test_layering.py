@@ -12,7 +12,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "distckpt"
 
-VALUES = {"errors", "geometry", "json_value", "host", "garbage", "checked_json"}
+VALUES = {"errors", "geometry", "json_value", "host", "garbage", "checked_json", "metrics"}
 FORMAT = {"chunk_table", "shard_file", "index"}
 PORTS = {"storage", "coordinator"}
 TENSORS = {"per_rank", "sharded_tensor", "meta", "leaf_value", "state_dict"}
@@ -31,6 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "host": set(),
     "garbage": set(),
     "checked_json": {"_C", "errors"},
+    "metrics": set(),
     "chunk_table": VALUES | {"_C"},
     "shard_file": VALUES | {"_C"},
     "index": VALUES | {"_C", "chunk_table", "shard_file"},
@@ -71,7 +72,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": VALUES,
     # The flows are the checkpointer, cut in pieces; they hand the list of adapters to flatten.
     "describing": VALUES | FORMAT | TENSORS | {"_C", "planner", "adapters"},
-    "offer": {"errors", "storage", "planner"},
+    "offer": {"errors", "metrics", "storage", "planner"},
     "share": VALUES | FORMAT | {"planner", "commit", "arena", "describing"},
     "save_context": {"index", "assembling", "share"} | PORTS | MOVEMENT,
     "saving": {
