@@ -130,6 +130,15 @@ class Checkpointer:
         self._saving: Save | None = None  # whose snapshot may still be being copied
         self._guards = Guards(self.before_mutation)
 
+    @property
+    def rank(self) -> int:
+        """This process's number among those that made this Checkpointer."""
+        return self._coordinator.rank
+
+    @property
+    def world_size(self) -> int:
+        return self._coordinator.world_size
+
     def save(
         self,
         state: State,
