@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from distckpt.report import SaveReport as SaveReport
     from distckpt.sharded_tensor import ShardedTensor as ShardedTensor
     from distckpt.termination import Termination as Termination
+    from distckpt.training.fingerprint import fingerprint_of as fingerprint_of
+    from distckpt.training.sampler import PositionReport as PositionReport
+    from distckpt.training.sampler import ResumableSampler as ResumableSampler
     from distckpt.verifying import VerifyReport as VerifyReport
     from distckpt.verifying import verify as verify
 
@@ -55,6 +58,9 @@ _HOMES = {
     "RepairReport": "repairing",
     "repair": "repairing",
     "Termination": "termination",
+    "fingerprint_of": "training.fingerprint",
+    "PositionReport": "training.sampler",
+    "ResumableSampler": "training.sampler",
     "VerifyReport": "verifying",
     "verify": "verifying",
 }

@@ -55,6 +55,7 @@ AFTER_COMMIT = ("tests/unit/test_after_commit.py",)
 READ_BACK = ("tests/unit/test_read_back.py",)
 IN_TRAINING = ("tests/unit/test_failures_in_training.py",)
 TERMINATION = ("tests/unit/test_termination.py",)
+SAMPLER = ("tests/unit/test_sampler.py",)
 SAVE_POWER_CUT = ("tests/crash/test_save_power_cut.py",)
 IO_FAULTS = ("tests/crash/test_io_faults.py",)
 ROLL_BACK = ("tests/crash/test_roll_back.py",)
@@ -1122,6 +1123,36 @@ MUTANTS = (
         "        told = _alone(\n",
         TERMINATION,
         ALONE,
+    ),
+    # The parts of a training state
+    Mutant(
+        "sampler: ranks get unequally much of the last batch",
+        "distckpt/training/sampler.py",
+        "return 0 if self.drop_last or left <= 0 else -(-left // self.world_size)",
+        "return 0 if self.drop_last or left <= 0 else min(self.batch_size, max(0, left))",
+        SAMPLER,
+    ),
+    Mutant(
+        "sampler: an epoch that ends elsewhere counts as exact",
+        "distckpt/training/sampler.py",
+        "        reasons += _changed_ends(old, new)\n",
+        "        pass\n",
+        SAMPLER,
+    ),
+    Mutant(
+        "sampler: another dataset counts as exact",
+        "distckpt/training/sampler.py",
+        "    if None not in (old.fingerprint, new.fingerprint) and old.fingerprint != new.fingerprint:\n",
+        "    if False:\n",
+        SAMPLER,
+    ),
+    Mutant(
+        "sampler: what workers have fetched ahead counts as consumed",
+        "distckpt/training/sampler.py",
+        "        self._consumed = self._sampler._cuts.after(self._consumed)\n        return batch\n",
+        "        self._consumed = self._sampler._cuts.after(self._consumed)\n"
+        "        self._sampler._move_to(self._epoch, self._consumed)\n        return batch\n",
+        SAMPLER,
     ),
 )
 
