@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from distckpt.sharded_tensor import ShardedTensor as ShardedTensor
     from distckpt.termination import Termination as Termination
     from distckpt.training.fingerprint import fingerprint_of as fingerprint_of
+    from distckpt.training.resume_check import ResumeVerdict as ResumeVerdict
     from distckpt.training.sampler import PositionReport as PositionReport
     from distckpt.training.sampler import ResumableSampler as ResumableSampler
     from distckpt.verifying import VerifyReport as VerifyReport
@@ -59,6 +60,7 @@ _HOMES = {
     "repair": "repairing",
     "Termination": "termination",
     "fingerprint_of": "training.fingerprint",
+    "ResumeVerdict": "training.resume_check",
     "PositionReport": "training.sampler",
     "ResumableSampler": "training.sampler",
     "VerifyReport": "verifying",

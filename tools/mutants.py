@@ -55,6 +55,7 @@ AFTER_COMMIT = ("tests/unit/test_after_commit.py",)
 READ_BACK = ("tests/unit/test_read_back.py",)
 IN_TRAINING = ("tests/unit/test_failures_in_training.py",)
 TERMINATION = ("tests/unit/test_termination.py",)
+RESUME_CHECK = ("tests/unit/test_resume_check.py",)
 SAMPLER = ("tests/unit/test_sampler.py",)
 SAVE_POWER_CUT = ("tests/crash/test_save_power_cut.py",)
 IO_FAULTS = ("tests/crash/test_io_faults.py",)
@@ -1153,6 +1154,55 @@ MUTANTS = (
         "        self._consumed = self._sampler._cuts.after(self._consumed)\n"
         "        self._sampler._move_to(self._epoch, self._consumed)\n        return batch\n",
         SAMPLER,
+    ),
+    Mutant(
+        "resume check: steps need not follow",
+        "distckpt/training/resume_check.py",
+        "        if after != before + 1\n",
+        "        if False\n",
+        RESUME_CHECK,
+    ),
+    Mutant(
+        "resume check: any learning rate will do",
+        "distckpt/training/resume_check.py",
+        "        *_wrong_learning_rate(learning_rates, told[0]),\n",
+        "",
+        RESUME_CHECK,
+    ),
+    Mutant(
+        "resume check: data may start from the beginning",
+        "distckpt/training/resume_check.py",
+        "    if first.batch == first_batch:\n",
+        "    if False:\n",
+        RESUME_CHECK,
+    ),
+    Mutant(
+        "resume check: data may be repeated",
+        "distckpt/training/resume_check.py",
+        "    if first.batch in last:\n",
+        "    if False:\n",
+        RESUME_CHECK,
+    ),
+    Mutant(
+        "resume check: a loss may be no number",
+        "distckpt/training/resume_check.py",
+        "        if not math.isfinite(loss):\n",
+        "        if False:\n",
+        RESUME_CHECK,
+    ),
+    Mutant(
+        "resume check: a loss may jump",
+        "distckpt/training/resume_check.py",
+        "    if jump is not None and jump.deviations >= _WARN_FROM:\n        (failures",
+        "    if False and jump:\n        (failures",
+        RESUME_CHECK,
+    ),
+    Mutant(
+        "resume check: a tensor is held that the loop changes",
+        "distckpt/training/resume_check.py",
+        ".detach().clone()",
+        ".detach()",
+        RESUME_CHECK,
     ),
 )
 
