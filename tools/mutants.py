@@ -56,6 +56,7 @@ READ_BACK = ("tests/unit/test_read_back.py",)
 IN_TRAINING = ("tests/unit/test_failures_in_training.py",)
 TERMINATION = ("tests/unit/test_termination.py",)
 RESUME_CHECK = ("tests/unit/test_resume_check.py",)
+ENVIRONMENT = ("tests/unit/test_environment.py",)
 SAMPLER = ("tests/unit/test_sampler.py",)
 SAVE_POWER_CUT = ("tests/crash/test_save_power_cut.py",)
 IO_FAULTS = ("tests/crash/test_io_faults.py",)
@@ -1203,6 +1204,49 @@ MUTANTS = (
         ".detach().clone()",
         ".detach()",
         RESUME_CHECK,
+    ),
+    Mutant(
+        "environment: secrets are recorded",
+        "distckpt/training/environment.py",
+        "HIDDEN if _is_secret(name, one) else self.convert(one, depth + 1)",
+        "self.convert(one, depth + 1)",
+        ENVIRONMENT,
+    ),
+    Mutant(
+        "environment: secrets in text are recorded",
+        "distckpt/training/environment.py",
+        'return _IN_TEXT.sub(rf"\\1{HIDDEN}", _IN_URL.sub(HIDDEN, cut))',
+        "return cut",
+        ENVIRONMENT,
+    ),
+    Mutant(
+        "environment: a record has no bound",
+        "distckpt/training/environment.py",
+        "        self._left -= _VALUE_CHARS + ",
+        "        self._left -= 0 * ",
+        ENVIRONMENT,
+    ),
+    Mutant(
+        "environment: each rank has a record of its own",
+        "distckpt/training/environment.py",
+        "    agreed = agree(",
+        "    agreed = _alone(",
+        ENVIRONMENT,
+        ALONE,
+    ),
+    Mutant(
+        "environment: what was changed on purpose blocks",
+        "distckpt/training/environment.py",
+        '"overridden" if matching else rules[-1]',
+        "rules[-1]",
+        ENVIRONMENT,
+    ),
+    Mutant(
+        "environment: another dataset is only warned of",
+        "distckpt/training/environment.py",
+        '    "*fingerprint*": "block",\n',
+        "",
+        ENVIRONMENT,
     ),
 )
 
