@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from distckpt.training.resume_check import ResumeVerdict as ResumeVerdict
     from distckpt.training.sampler import PositionReport as PositionReport
     from distckpt.training.sampler import ResumableSampler as ResumableSampler
+    from distckpt.training.schedule import CheckpointSchedule as CheckpointSchedule
+    from distckpt.training.schedule import Due as Due
     from distckpt.verifying import VerifyReport as VerifyReport
     from distckpt.verifying import verify as verify
 
@@ -59,6 +61,8 @@ _HOMES = {
     "RepairReport": "repairing",
     "repair": "repairing",
     "Termination": "termination",
+    "CheckpointSchedule": "training.schedule",
+    "Due": "training.schedule",
     "fingerprint_of": "training.fingerprint",
     "ResumeVerdict": "training.resume_check",
     "PositionReport": "training.sampler",

@@ -112,6 +112,11 @@ class Termination:
             self._told = why
             self._start_clock()
 
+    @property
+    def told(self) -> str | None:
+        """Why this rank is to end, for who asks the others himself; None if nobody has told it."""
+        return self._told
+
     def is_agreed(self) -> bool:
         """Whether any rank has been told; the same on all ranks, which call it equally often. Stays true.
 

@@ -57,6 +57,7 @@ IN_TRAINING = ("tests/unit/test_failures_in_training.py",)
 TERMINATION = ("tests/unit/test_termination.py",)
 RESUME_CHECK = ("tests/unit/test_resume_check.py",)
 ENVIRONMENT = ("tests/unit/test_environment.py",)
+SCHEDULE = ("tests/unit/test_schedule.py",)
 SAMPLER = ("tests/unit/test_sampler.py",)
 SAVE_POWER_CUT = ("tests/crash/test_save_power_cut.py",)
 IO_FAULTS = ("tests/crash/test_io_faults.py",)
@@ -1247,6 +1248,42 @@ MUTANTS = (
         '    "*fingerprint*": "block",\n',
         "",
         ENVIRONMENT,
+    ),
+    Mutant(
+        "schedule: each rank goes by what it knows alone",
+        "distckpt/training/schedule.py",
+        "        return agree(\n",
+        "        return _alone(\n",
+        SCHEDULE,
+        ALONE,
+    ),
+    Mutant(
+        "schedule: ranks agree about another step than they ask about",
+        "distckpt/training/schedule.py",
+        '            f"schedule, step {step}",\n',
+        '            "schedule",\n',
+        SCHEDULE,
+    ),
+    Mutant(
+        "schedule: rules of steps wait for other ranks",
+        "distckpt/training/schedule.py",
+        "coordinator if must_agree else None",
+        "coordinator or default_coordinator()",
+        SCHEDULE,
+    ),
+    Mutant(
+        "schedule: a deadline is missed by the time until the next agreement",
+        "distckpt/training/schedule.py",
+        "        if left_s - max(self._rounds_s, default=0.0) > needed_s:\n",
+        "        if left_s > needed_s:\n",
+        SCHEDULE,
+    ),
+    Mutant(
+        "schedule: what is no number is the best",
+        "distckpt/training/schedule.py",
+        "metric if metric is not None and math.isfinite(metric) else None",
+        "metric",
+        SCHEDULE,
     ),
 )
 
