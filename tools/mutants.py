@@ -58,6 +58,7 @@ TERMINATION = ("tests/unit/test_termination.py",)
 RESUME_CHECK = ("tests/unit/test_resume_check.py",)
 ENVIRONMENT = ("tests/unit/test_environment.py",)
 SCHEDULE = ("tests/unit/test_schedule.py",)
+ASSETS = ("tests/unit/test_assets.py",)
 SAMPLER = ("tests/unit/test_sampler.py",)
 SAVE_POWER_CUT = ("tests/crash/test_save_power_cut.py",)
 IO_FAULTS = ("tests/crash/test_io_faults.py",)
@@ -1284,6 +1285,48 @@ MUTANTS = (
         "metric if metric is not None and math.isfinite(metric) else None",
         "metric",
         SCHEDULE,
+    ),
+    Mutant(
+        "assets: a stored path may lead anywhere",
+        "distckpt/training/assets.py",
+        "            _refuse_path(path)\n            if content",
+        "            if content",
+        ASSETS,
+    ),
+    Mutant(
+        "assets: an asset's name may lead anywhere",
+        "distckpt/training/assets.py",
+        "        _refuse_name(asset, CorruptionError)\n",
+        "",
+        ASSETS,
+    ),
+    Mutant(
+        "assets: a link in the target directory is followed",
+        "distckpt/training/assets.py",
+        "        _refuse_links_out(Path(directory), parents, [*files])\n",
+        "",
+        ASSETS,
+    ),
+    Mutant(
+        "assets: a link is followed out of the directory",
+        "distckpt/training/assets.py",
+        "            if path.is_symlink() and not any(",
+        "            if False and not any(",
+        ASSETS,
+    ),
+    Mutant(
+        "assets: no bound on their size",
+        "distckpt/training/assets.py",
+        "            if total_bytes > max_bytes or total_files > max_files:\n",
+        "            if total_files > max_files:\n",
+        ASSETS,
+    ),
+    Mutant(
+        "assets: written in place of a whole file",
+        "distckpt/training/assets.py",
+        "        storage.replace(name, content.cpu().numpy().tobytes())\n",
+        "        storage.remove(name)\n        storage.put_if_absent(name, content.cpu().numpy().tobytes())\n",
+        ASSETS,
     ),
 )
 

@@ -97,6 +97,7 @@ ALLOWED: dict[str, set[str]] = {
     "one_directory": VALUES | PORTS | {"checkpointer", "pending", "index", "loading", "report"},
     # Outside, as adapters and cli are: by public names, the coordinator, and checksums of memory.
     "training": {"_C", "errors", "coordinator", "__init__"},
+    # Outside, as adapters and cli are: by public names, the ports, and checksums of memory.
     "__init__": VALUES
     | PORTS
     | TENSORS
