@@ -30,12 +30,14 @@ if TYPE_CHECKING:
     from distckpt.report import SaveReport as SaveReport
     from distckpt.sharded_tensor import ShardedTensor as ShardedTensor
     from distckpt.termination import Termination as Termination
+    from distckpt.training.base_checkpoint import BaseCheckpoint as BaseCheckpoint
     from distckpt.training.fingerprint import fingerprint_of as fingerprint_of
     from distckpt.training.resume_check import ResumeVerdict as ResumeVerdict
     from distckpt.training.sampler import PositionReport as PositionReport
     from distckpt.training.sampler import ResumableSampler as ResumableSampler
     from distckpt.training.schedule import CheckpointSchedule as CheckpointSchedule
     from distckpt.training.schedule import Due as Due
+    from distckpt.training.train_state import TrainState as TrainState
     from distckpt.verifying import VerifyReport as VerifyReport
     from distckpt.verifying import verify as verify
 
@@ -67,6 +69,8 @@ _HOMES = {
     "ResumeVerdict": "training.resume_check",
     "PositionReport": "training.sampler",
     "ResumableSampler": "training.sampler",
+    "BaseCheckpoint": "training.base_checkpoint",
+    "TrainState": "training.train_state",
     "VerifyReport": "verifying",
     "verify": "verifying",
 }

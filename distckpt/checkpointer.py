@@ -141,14 +141,16 @@ class Checkpointer:
 
     def save(
         self,
-        state: State,
+        state: State | Callable[[], State],
         *,
         iteration: int,
         metadata: object = None,
         metrics: Mapping[str, float] | None = None,
     ) -> SaveReport:
-        """Save; durable, and a checkpoint, on return. metadata: JSON values kept in the index. metrics: numbers that it
-        is judged by, by name, the same on all ranks; `label` adds others later.
+        """Save; durable, and a checkpoint, on return.
+
+        state: or a function that makes it, whose failure on one rank is one of all. metadata: JSON values kept in the
+        index. metrics: numbers that it is judged by, by name, the same on all ranks; `label` adds others later.
 
         Raises, the same on every rank: InvalidShardingError, DistributedError, FencedError, CheckpointError.
         """
@@ -160,7 +162,7 @@ class Checkpointer:
 
     def async_save(
         self,
-        state: State,
+        state: State | Callable[[], State],
         *,
         iteration: int,
         metadata: object = None,
@@ -195,7 +197,9 @@ class Checkpointer:
             raise interrupt
         return pending
 
-    def _look(self, state: State, iteration: int, metadata: object, metrics: Mapping[str, float] | None) -> Save:
+    def _look(
+        self, state: State | Callable[[], State], iteration: int, metadata: object, metrics: Mapping[str, float] | None
+    ) -> Save:
         label = self._label("save")
         save = Save(self._save_context, iteration, metadata, metrics, label, unseen=self._settle())
         save.look(state)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import msgspec
 import numpy as np
@@ -43,6 +43,7 @@ from distckpt.storage import new_file
 from distckpt.transport import byte_checksums, peak_device_bytes, sample_checksums
 from distckpt.writing import header_metadata, write_shard_file
 
+State: TypeAlias = dict[str, object]
 M = TypeVar("M")
 D = TypeVar("D")
 
@@ -93,7 +94,7 @@ class Save:
     _degraded: list[str] = field(default_factory=list)
     _started: float = field(default_factory=time.perf_counter)
 
-    def look(self, state: dict[str, object]) -> None:
+    def look(self, state: State | Callable[[], State]) -> None:
         """Describe the state, and see whether an earlier plan fits it. What fails is raised by plan(), everywhere."""
         try:
             if self.unseen is not None:
@@ -103,7 +104,7 @@ class Save:
                 raise ValueError(f"iteration {self.iteration} is negative")
             self._metadata = encode_value(self.metadata, "metadata")
             self._metrics = known_metrics(self.metrics)
-            self._described = describe(state, self.context.mesh)
+            self._described = describe(state() if callable(state) else state, self.context.mesh)
         except BaseException as error:  # Even an exit: the other ranks are waiting in plan().
             self._error = error
             return

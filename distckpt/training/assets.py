@@ -13,11 +13,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias, cast
 
 import msgspec
 import torch
 
+from distckpt import Checkpointer
 from distckpt.errors import CheckpointError, CorruptionError
 from distckpt.storage import PosixStorage, Storage
 
@@ -102,7 +103,7 @@ def _raise(error: OSError) -> None:
 
 
 def _homes_of(top: Path) -> list[Path]:
-    """Where the links of a directory may lead: into it; in the Hugging Face cache from snapshots/<revision> to blobs."""
+    """Where links of a directory may lead: into it; in the Hugging Face cache from snapshots/<revision> to blobs."""
     home = top.resolve(strict=True)
     is_snapshot = home.parent.name == "snapshots"
     return [home, home.parent.parent / "blobs"] if is_snapshot else [home]
@@ -122,7 +123,7 @@ def digest_assets(assets: Mapping[str, Mapping[str, torch.Tensor]]) -> Digests:
     return {
         name: {
             path: {
-                "sha256": hashlib.sha256(memoryview(content.cpu().numpy())).hexdigest(),
+                "sha256": hashlib.sha256(content.cpu().numpy().tobytes()).hexdigest(),
                 "size_bytes": content.numel(),
             }
             for path, content in files.items()
@@ -150,6 +151,17 @@ def _decode(digests: Mapping[str, object]) -> dict[str, dict[str, _Digest]]:
         return msgspec.convert(digests, dict[str, dict[str, _Digest]])
     except msgspec.ValidationError as error:
         raise CorruptionError(f"these are no digests of assets: {error}") from error
+
+
+def extract_assets(
+    ckpt: Checkpointer, directory: str | PathLike[str], iteration: int | str | None = None
+) -> tuple[str, ...]:
+    """Write the assets of a checkpoint, the newest by default, below a directory. Collective; rank 0 writes.
+
+    Returns the names that it wrote, none on other ranks. Raises what Checkpointer.read and write_assets raise.
+    """
+    stored = ckpt.read(iteration, keys=["assets"])["assets"]
+    return write_assets(cast("Assets", stored), directory) if ckpt.rank == 0 else ()
 
 
 def write_assets(

@@ -13,7 +13,7 @@ import itertools
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, TypeAlias
 
@@ -73,18 +73,12 @@ class ResumeVerdict:
 
 
 class _StoredStep(msgspec.Struct, frozen=True, array_like=True):
-    """A StepRecord as plain JSON values: what is no number in JSON is its name."""
+    """What of a StepRecord is known without asking a device. has_loss, has_grad_norm: whether there was one."""
 
     step: int
-    loss: _Stored | None
-    grad_norm: _Stored | None
-    learning_rates: Annotated[list[_Stored], msgspec.Meta(max_length=MAX_STORED_STEPS)]
-    batch: Annotated[str, msgspec.Meta(max_length=64)] | None
-
-
-class _StoredHistory(msgspec.Struct, frozen=True):
-    steps: Annotated[list[_StoredStep], msgspec.Meta(max_length=MAX_STORED_STEPS)]
-    first_batch: Annotated[str, msgspec.Meta(max_length=64)] | None
+    has_loss: bool
+    has_grad_norm: bool
+    learning_rates: Annotated[list[float], msgspec.Meta(max_length=MAX_STORED_STEPS)]
 
 
 class StepHistory:
@@ -124,33 +118,64 @@ class StepHistory:
         """Oldest first, as numbers: waits for the devices."""
         return tuple(held.read() for held in self._steps)
 
-    def state_dict(self) -> dict[str, object]:
-        """Plain JSON values."""
-        steps = [
-            _StoredStep(
-                record.step,
-                None if record.loss is None else _to_json(record.loss),
-                None if record.grad_norm is None else _to_json(record.grad_norm),
-                [_to_json(rate) for rate in record.learning_rates],
-                record.batch,
+    def steps(self) -> list[object]:
+        """What of the steps is known without asking a device, oldest first, as JSON values; see restore()."""
+        return [
+            msgspec.to_builtins(
+                _StoredStep(held.step, held.loss is not None, held.grad_norm is not None, held.finite_rates())
             )
-            for record in self.records()
+            for held in self._steps
         ]
-        values: dict[str, object] = msgspec.to_builtins(_StoredHistory(steps, self._first_batch))
-        return values
 
-    def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Raises CheckpointError for what is no stored history."""
+    def numbers(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Losses and gradient norms, (steps,) each, float64, oldest first; NaN where there is none, and at the end.
+
+        They are where the losses are, and waited for by whoever reads them.
+        """
+        size = self._steps.maxlen or 0
+        return _stacked([held.loss for held in self._steps], size), _stacked([h.grad_norm for h in self._steps], size)
+
+    def batches(self) -> list[str | None]:
+        """Hashes of the steps' batches, oldest first."""
+        return [held.batch for held in self._steps]
+
+    def restore(
+        self,
+        steps: object,
+        losses: Sequence[float],
+        grad_norms: Sequence[float],
+        batches: object,
+        first_batch: object,
+    ) -> None:
+        """The history that gave these. batches, first_batch: None if they are not known.
+
+        Raises CheckpointError for what is no history.
+        """
         try:
-            stored = msgspec.convert(state, _StoredHistory)
+            stored = msgspec.convert(steps, Annotated[list[_StoredStep], msgspec.Meta(max_length=MAX_STORED_STEPS)])
+            hashes = msgspec.convert(batches, list[str | None] | None) or [None] * len(stored)
+            self._first_batch = msgspec.convert(first_batch, str | None)
         except msgspec.ValidationError as error:
             raise CheckpointError(f"this is no stored history of steps: {error}") from error
+        if not (len(hashes) == len(stored) <= min(len(losses), len(grad_norms))):
+            raise CheckpointError(
+                f"this is no stored history of steps: {len(stored)} of them, {len(losses)} losses, {len(grad_norms)} "
+                f"gradient norms, {len(hashes)} batches"
+            )
         self._steps.clear()
-        for one in stored.steps:
-            loss, norm = (None if value is None else float(value) for value in (one.loss, one.grad_norm))
-            rates = tuple(float(rate) for rate in one.learning_rates)
-            self._steps.append(_HeldStep(one.step, loss, norm, rates, one.batch))
-        self._first_batch, self._has_begun = stored.first_batch, bool(stored.steps)
+        for one, loss, norm, batch in zip(stored, losses, grad_norms, hashes, strict=False):
+            has = (loss if one.has_loss else None, norm if one.has_grad_norm else None)
+            self._steps.append(_HeldStep(one.step, *has, tuple(one.learning_rates), batch))
+        self._has_begun = bool(stored)
+
+
+def _stacked(values: Sequence[Number | None], size: int) -> torch.Tensor:
+    device = next((value.device for value in values if isinstance(value, torch.Tensor)), torch.device("cpu"))
+    stacked = torch.full((size,), math.nan, dtype=torch.float64, device=device)
+    for place, value in enumerate(values):
+        if value is not None:
+            stacked[place] = value
+    return stacked
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,9 +186,14 @@ class _HeldStep:
     learning_rates: tuple[Number | None, ...]
     batch: str | None
 
+    def finite_rates(self) -> list[float]:
+        return [rate for rate in self.read_rates() if math.isfinite(rate)]
+
+    def read_rates(self) -> tuple[float, ...]:
+        return tuple(float(rate) for rate in self.learning_rates if rate is not None)
+
     def read(self) -> StepRecord:
-        rates = tuple(float(rate) for rate in self.learning_rates if rate is not None)
-        return StepRecord(self.step, _read(self.loss), _read(self.grad_norm), rates, self.batch)
+        return StepRecord(self.step, _read(self.loss), _read(self.grad_norm), self.read_rates(), self.batch)
 
 
 def _held(value: Number | None) -> Number | None:
@@ -176,12 +206,6 @@ def _held(value: Number | None) -> Number | None:
 
 def _read(value: Number | None) -> float | None:
     return None if value is None else float(value)
-
-
-def _to_json(value: float) -> _Stored:
-    if math.isfinite(value):
-        return value
-    return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
 
 
 @dataclass(slots=True)

@@ -95,9 +95,8 @@ ALLOWED: dict[str, set[str]] = {
     "checkpointer": VALUES | FORMAT | PORTS | MOVEMENT | FLOWS | HANDLES | {"planner", "report", "protecting"},
     "termination": PORTS,
     "one_directory": VALUES | PORTS | {"checkpointer", "pending", "index", "loading", "report"},
-    # Outside, as adapters and cli are: by public names, the coordinator, and checksums of memory.
-    "training": {"_C", "errors", "coordinator", "__init__"},
-    # Outside, as adapters and cli are: by public names, the ports, and checksums of memory.
+    # Outside, as adapters and cli are: by public names, the ports, checksums of memory, and what loads are told by.
+    "training": PORTS | {"_C", "errors", "index", "contents", "filling", "__init__"},
     "__init__": VALUES
     | PORTS
     | TENSORS

@@ -259,22 +259,38 @@ def test_settled_check_hears_no_more() -> None:
     assert check.tell(StepRecord(99, math.nan)) == ResumeVerdict("pass", (), 3)
 
 
-def test_history_keeps_the_last_steps_and_the_first_batch_as_json() -> None:
+def stored(history: StepHistory) -> StepHistory:
+    """What another process makes of what is stored of a history."""
+    steps, batches = json.loads(json.dumps([history.steps(), history.batches()], allow_nan=False))
+    losses, norms = history.numbers()
+    again = StepHistory(3)
+    again.restore(steps, losses.tolist(), norms.tolist(), batches, history.first_batch)
+    return again
+
+
+def test_history_comes_back_with_its_last_steps_and_its_first_batch() -> None:
     history = StepHistory(3)
     for step in range(5):
         history.record(step, loss=torch.tensor(step / 2), grad_norm=1.0, learning_rates=[1e-3], batch=f"{step}")
-    history.record(5, loss=torch.tensor(math.nan), grad_norm=math.inf, learning_rates=[math.nan])
-    stored = json.loads(json.dumps(history.state_dict(), allow_nan=False))
-    again = StepHistory(3)
-    again.load_state_dict(stored)
+    history.record(5, loss=torch.tensor(math.nan), learning_rates=[math.nan])
+    again = stored(history)
     assert again.first_batch == "0"
     assert [record.step for record in again.records()] == [3, 4, 5]
     assert again.records()[0] == StepRecord(3, 1.5, 1.0, (1e-3,), "3")
-    assert math.isnan(again.records()[2].loss or 0)
-    assert again.records()[2].grad_norm == math.inf
-    assert math.isnan(again.records()[2].learning_rates[0])
+    last = again.records()[2]
+    assert math.isnan(last.loss or 0)
+    assert (last.grad_norm, last.learning_rates, last.batch) == (None, (), None)
     again.record(6, batch="6")
     assert again.first_batch == "0"
+
+
+def test_numbers_of_a_short_history_have_the_shape_of_a_long_one() -> None:
+    """So that the plan of a save is the same from the first step on."""
+    history = StepHistory(4)
+    assert [tuple(numbers.shape) for numbers in history.numbers()] == [(4,), (4,)]
+    history.record(0, loss=2.0)
+    assert [math.isnan(loss) for loss in history.numbers()[0].tolist()] == [False, True, True, True]
+    assert [record.loss for record in stored(history).records()] == [2.0]
 
 
 def test_recorded_tensor_may_be_changed_in_place_and_holds_no_graph() -> None:
@@ -294,19 +310,25 @@ def test_recording_makes_no_number_of_a_tensor() -> None:
         history.records()
 
 
+STEP = [0, True, True, []]
+
+
 @pytest.mark.parametrize(
-    "state",
+    ("steps", "batches", "first_batch"),
     [
-        {},
-        {"steps": [[0, "big", None, [], None]], "first_batch": None},
-        {"steps": [[0]], "first_batch": None},
-        {"steps": [], "first_batch": "x" * 65},
-        {"steps": [[0, 1.0, None, [], None]] * 5000, "first_batch": None},
+        (None, None, None),
+        ([[0]], None, None),
+        ([[0, "big", True, []]], None, None),
+        ([STEP], [1], None),
+        ([STEP], ["a", "b"], None),
+        ([STEP] * 5000, None, None),
+        ([STEP] * 3, None, None),  # of which two numbers are stored
+        ([STEP], None, 7),
     ],
 )
-def test_what_is_no_history_is_refused(state: dict[str, object]) -> None:
+def test_what_is_no_history_is_refused(steps: object, batches: object, first_batch: object) -> None:
     with pytest.raises(CheckpointError, match="no stored history"):
-        StepHistory().load_state_dict(state)
+        StepHistory().restore(steps, [1.0, 2.0], [1.0, 2.0], batches, first_batch)
 
 
 def test_history_is_bounded() -> None:

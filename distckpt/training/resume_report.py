@@ -1,0 +1,40 @@
+"""What a load of a training state has restored, and what not quite."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from distckpt import LoadReport
+from distckpt.training.environment import Differences
+from distckpt.training.sampler import PositionReport
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeReport:
+    """step: the steps that were made. load: what was read. data: where the data go on; None if no position was loaded.
+
+    begun_anew: sections of which nothing was stored, unread: sections that are stored and no part of this job, both
+    because they were allowed. differences: of environment, arguments and assets, from what was recorded.
+    """
+
+    step: int
+    load: LoadReport
+    data: PositionReport | None
+    begun_anew: tuple[str, ...]
+    unread: tuple[str, ...]
+    differences: Differences
+    warnings: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """One line."""
+        parts = [f"resumed at step {self.step} from iteration {self.load.iteration}"]
+        if self.data is not None:
+            parts.append(f"data position {self.data}")
+        if self.load.reseeded:
+            parts.append(f"random streams reseeded, as the layout has changed: {', '.join(self.load.reseeded)}")
+        for title, names in (("begun anew", self.begun_anew), ("stored, but unread", self.unread)):
+            if names:
+                parts.append(f"{title}: {', '.join(names)}")
+        if self.load.converted:
+            parts.append(f"{len(self.load.converted)} tensors converted to another type")
+        return "; ".join((*parts, *self.warnings))

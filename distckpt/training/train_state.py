@@ -1,0 +1,371 @@
+"""TrainState: everything that training changes, saved and resumed in a few lines. Sits on top of Checkpointer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from os import PathLike
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from distckpt import Checkpointer, PendingSave, PerRank, SaveReport
+from distckpt.contents import Contents
+from distckpt.coordinator import Coordinator
+from distckpt.errors import CheckpointError, CheckpointNotFoundError
+from distckpt.filling import DeviceOf
+from distckpt.index import OnChange
+from distckpt.training.base_checkpoint import BaseCheckpoint
+from distckpt.training.data_position import DataPosition
+from distckpt.training.environment import Differences
+from distckpt.training.learning_rate import override_learning_rate
+from distckpt.training.progress import CheckMode, Progress
+from distckpt.training.random_state import Generator
+from distckpt.training.random_streams import RandomStreams
+from distckpt.training.resume_check import HISTORY_STEPS, ResumeVerdict
+from distckpt.training.resume_report import ResumeReport
+from distckpt.training.run_record import RunRecord
+from distckpt.training.sections import LOADED, SECTIONS, Parts, SectionLoad, saved_sections, weights_template
+
+logger = logging.getLogger("distckpt")
+T = TypeVar("T")
+
+
+class TrainState:
+    """A job's model, optimizer, schedule, data position, random streams and progress, as one thing to save and resume.
+
+        train = TrainState(model, optimizer, scheduler=scheduler, dataloader=loader)
+        with Checkpointer("checkpoints", keep_last=3) as ckpt:
+            train.resume(ckpt)
+            for batch in train.batches():
+                ...
+                train.end_step(loss=loss)
+                if train.step % 1000 == 0:
+                    train.async_save(ckpt)
+
+    model: plain, DistributedDataParallel, fully_shard / DTensor, compiled, or one that has a sharded_state_dict(), as
+    Megatron's; or several by name. Names are the author's: what wrappers put into them is left out. optimizer: made of
+    these models' parameters; or several by name; or one that has a sharded_state_dict(model's). Its state is stored by
+    parameter name. scheduler, scaler, and what extra holds: objects with state_dict() and load_state_dict(); in extra
+    anything else that a state may hold too. dataloader: see DataPosition; data_axes: mesh axes whose ranks read
+    different data, for loaders that keep one rank's position.
+
+    generators: name -> torch, NumPy or Python generator, beside the process's own streams. rng_axes, rng_on_change:
+    mesh axes whose ranks draw different numbers, and what a load does if one of them has another size: "reseed",
+    "exact" (an error) or "skip". A generator in a PerRank has its own.
+
+    assets: name -> file or directory (a tokenizer, a config), stored to the byte with every checkpoint and compared on
+    resume. arguments: the job's hyper-parameters, recorded and compared on resume. base: of an adapter: what the frozen
+    rest is, from load_weights() or BaseCheckpoint.of_files(); only what is trainable is stored then.
+    resume_check: what happens when the first steps after a resume do not look like a continuation: "warn", "error"
+    or "off". history: the number of last steps that are kept for that. coordinator: as Checkpointer's, but another one;
+    closed by the caller.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Mapping[str, nn.Module],
+        optimizer: object | None = None,
+        *,
+        scheduler: object | None = None,
+        scaler: object | None = None,
+        dataloader: object | None = None,
+        extra: dict[str, object] | None = None,
+        generators: Mapping[str, Generator | PerRank] | None = None,
+        rng_axes: tuple[str, ...] | None = None,
+        rng_on_change: OnChange = "reseed",
+        data_axes: tuple[str, ...] | None = None,
+        assets: Mapping[str, str | PathLike[str]] | None = None,
+        arguments: object | None = None,
+        base: BaseCheckpoint | None = None,
+        resume_check: CheckMode = "warn",
+        history: int = HISTORY_STEPS,
+        coordinator: Coordinator | None = None,
+    ) -> None:
+        self._parts = Parts(
+            models=_by_prefix(model),
+            optimizers=_by_prefix(optimizer),
+            scheduler=scheduler,
+            scaler=scaler,
+            position=None if dataloader is None else DataPosition(dataloader, data_axes),
+            streams=RandomStreams(rng_axes, rng_on_change, generators or {}),
+            extra=extra,
+            trainable_only=base is not None,
+        )
+        self._loader = dataloader
+        self._loads = 0
+        position = self._parts.position
+        self._position = 0, None if position is None else position.counted()  # step, data: at the last save or load
+        self._record = RunRecord(
+            self._parts, arguments=arguments, assets=assets or {}, base=base, coordinator=coordinator
+        )
+        self._progress = Progress(self._parts.torch_optimizers(), resume_check, history, coordinator)
+
+    @property
+    def step(self) -> int:
+        """Steps of the optimizer that this run has made, those before a resume included."""
+        return self._progress.step
+
+    @property
+    def micro_step(self) -> int:
+        """Batches of the step under way that have been accumulated."""
+        return self._progress.micro_step
+
+    @property
+    def verdict(self) -> ResumeVerdict:
+        """What the steps since the resume say of it."""
+        return self._progress.verdict
+
+    # The loop
+
+    def batches(self) -> Iterator[Any]:
+        """Batches of the dataloader from the position on, epoch after epoch, without end; after a load, from there.
+
+        A batch counts as consumed once it is given to the loop. Raises CheckpointError if there is none at all.
+        """
+        sampler = None if self._parts.position is None else self._parts.position.sampler
+        while True:
+            loads, is_empty = self._loads, True
+            for batch in self._begin_epoch():
+                if self._loads != loads:
+                    break  # The position is another one since.
+                is_empty = False
+                self._progress.see_batch(batch)
+                if sampler is not None:
+                    sampler.advance()
+                yield batch
+            if is_empty and self._loads == loads:
+                raise CheckpointError("batches(): the dataloader has no batch at all")
+
+    def _begin_epoch(self) -> Iterator[object]:
+        """Batches to the end of an epoch, begun without a trace in the process's random stream.
+
+        A DataLoader draws from it whenever it is iterated, and a run that was resumed in mid-epoch does that once more.
+        """
+        if not isinstance(self._loader, Iterable):
+            raise CheckpointError("batches(): this TrainState was given no dataloader that can be iterated")
+        random_state = torch.get_rng_state()
+        try:
+            return iter(self._loader)
+        finally:
+            torch.set_rng_state(random_state)
+
+    def end_micro_step(self) -> None:
+        """A batch was accumulated and more are to come before the optimizer's step: gradients are saved with it."""
+        self._progress.end_micro_step()
+
+    def end_step(
+        self,
+        *,
+        loss: float | Tensor | None = None,
+        grad_norm: float | Tensor | None = None,
+        learning_rates: Sequence[float] | None = None,
+        batch: object = None,
+    ) -> None:
+        """The optimizer has made a step. On all ranks; what of it is not known is None.
+
+        loss, grad_norm: of all ranks where that is known: those of rank 0 are recorded. learning_rates: those the step
+        used, for optimizers that are not torch's. batch: the first that it trained on, for loops that do not take
+        theirs from batches(). The fifth call after a resume is collective.
+
+        Raises ResumeCheckFailed on all ranks if resume_check is "error", DistributedError.
+        """
+        if batch is not None:
+            self._progress.see_batch(batch)
+        self._progress.end_step(loss, grad_norm, learning_rates)
+
+    # Saving
+
+    def save(
+        self,
+        ckpt: Checkpointer,
+        *,
+        sections: Collection[str] = SECTIONS,
+        metrics: Mapping[str, float] | None = None,
+        metadata: object = None,
+    ) -> SaveReport:
+        """Checkpointer.save of this state, as the iteration of its step; durable on return.
+
+        sections: what of it; with less than all no job can be resumed from it. metrics, metadata: of the checkpoint.
+        """
+        record = self._record_of(sections, metadata)
+        state = partial(self._state, ckpt.rank, sections)
+        return ckpt.save(state, iteration=self.step, metadata=record, metrics=metrics)
+
+    def async_save(
+        self,
+        ckpt: Checkpointer,
+        *,
+        snapshot: Literal["eager", "lazy"] = "eager",
+        sections: Collection[str] = SECTIONS,
+        metrics: Mapping[str, float] | None = None,
+        metadata: object = None,
+    ) -> PendingSave:
+        """Checkpointer.async_save of this state. A lazy snapshot guards the optimizers."""
+        record = self._record_of(sections, metadata)
+        state = partial(self._state, ckpt.rank, sections)
+        if snapshot == "lazy":
+            for optimizer in self._parts.torch_optimizers():
+                ckpt.guard(optimizer)
+        return ckpt.async_save(state, iteration=self.step, metadata=record, metrics=metrics, snapshot=snapshot)
+
+    def _record_of(self, sections: Collection[str], metadata: object) -> dict[str, object]:
+        """The metadata of a checkpoint that holds these sections."""
+        _check_sections(sections)
+        of_job = self._parts.sections() | {"progress"} | ({"assets"} if self._record.asset_files else set())
+        return self._record.metadata(of_job & set(sections), of_job - set(sections), metadata)
+
+    def _state(self, rank: int, sections: Collection[str]) -> dict[str, object]:
+        """To be saved. Called where a failure of one rank becomes known on all."""
+        self._check_position()
+        state = saved_sections(self._parts, self.micro_step)
+        state["progress"] = self._progress.state(rank)
+        if rank == 0 and self._record.asset_files:
+            state["assets"] = self._record.asset_files
+        return {name: part for name, part in state.items() if name in sections}
+
+    def _check_position(self) -> None:
+        """Raises CheckpointError if the data have stood still while the model was trained: they would on a resume."""
+        position = self._parts.position
+        if position is None or position.counted() is None:
+            return
+        now, before = (self.step, position.counted()), self._position
+        if now[0] > before[0] and now[1] == before[1]:
+            raise CheckpointError(
+                f"the data position stands still at {now[1]} since step {before[0]}, and this is step {now[0]}: a "
+                f"resume would give the same data again. Take batches from batches(), or call the sampler's advance()"
+            )
+        self._position = now
+
+    # Loading
+
+    def resume(
+        self,
+        ckpt: Checkpointer,
+        iteration: int | str | None = None,
+        *,
+        allow: Collection[str] = (),
+        overrides: Mapping[str, object] | None = None,
+        device: DeviceOf = "cpu",
+        convert_dtypes: bool = False,
+    ) -> ResumeReport | None:
+        """load(), or None, with a warning, where no checkpoint was ever committed and none is near: the first start."""
+        try:
+            return self.load(
+                ckpt, iteration, allow=allow, overrides=overrides, device=device, convert_dtypes=convert_dtypes
+            )
+        except CheckpointNotFoundError as error:
+            if iteration is not None or error.candidates:
+                raise
+            if ckpt.rank == 0:
+                logger.warning("this job starts at step 0: %s", error)
+            return None
+
+    def load(
+        self,
+        ckpt: Checkpointer,
+        iteration: int | str | None = None,
+        *,
+        sections: Collection[str] = LOADED,
+        allow: Collection[str] = (),
+        overrides: Mapping[str, object] | None = None,
+        device: DeviceOf = "cpu",
+        convert_dtypes: bool = False,
+    ) -> ResumeReport:
+        """Go on where a checkpoint was saved. Collective.
+
+        iteration: a number or selector, None is the newest good one. sections: what to load, all by default. allow:
+        sections, and patterns of keys or of differences, that may begin anew, be left unread, or be other ones.
+        overrides: arguments that are other ones on purpose; "lr" is set in optimizers and schedulers. They are recorded
+        in what is saved from now on. device, convert_dtypes: as Checkpointer.load.
+
+        Raises what Checkpointer.load raises; MismatchError for a section that is missing, or not asked for, for other
+        data, assets, or another base of an adapter.
+        """
+        _check_sections(sections)
+        load = SectionLoad(self._parts, sections, allow, self._progress.template, self._restore_progress)
+        differences = Differences(())
+        self._record.facts()  # Collective: not where one rank may fail ahead of the others.
+
+        def template(contents: Contents) -> dict[str, object]:
+            nonlocal differences
+            state = load.template(contents)
+            differences = self._record.compare(contents, overrides or {}, allow)
+            return state
+
+        allowed = (*allow, *(f"{name}/*" for name in allow if name in SECTIONS))
+        report = ckpt.load(template, iteration, allow=allowed, device=device, convert_dtypes=convert_dtypes)
+        self._loads += 1
+        self._record.note_resume(report.save_id, report.iteration, overrides or {})
+        if overrides and "lr" in overrides:
+            peak = float(str(overrides["lr"]))
+            override_learning_rate(self._parts.optimizers.values(), self._parts.schedulers(), peak)
+            self._progress.expect_learning_rates()
+        self._progress.begin_check()
+        restored = load.restoration
+        resumed = ResumeReport(
+            step=self.step,
+            load=report,
+            data=restored.data,
+            begun_anew=tuple(restored.begun_anew),
+            unread=tuple(restored.unread),
+            differences=differences,
+            warnings=tuple(restored.warnings),
+        )
+        if ckpt.rank == 0:
+            self._log(resumed)
+        return resumed
+
+    def _restore_progress(self, progress: Mapping[str, object]) -> None:
+        sampler = None if self._parts.position is None else self._parts.position.sampler
+        self._progress.restore(progress, at_epoch_start=sampler is not None and sampler.consumed_samples == 0)
+        position = self._parts.position
+        self._position = self.step, None if position is None else position.counted()
+
+    def _log(self, resumed: ResumeReport) -> None:
+        is_exact = resumed.data is None or resumed.data.is_exact
+        level = logging.INFO if is_exact and not resumed.begun_anew and not resumed.warnings else logging.WARNING
+        logger.log(level, "%s", resumed)
+        if resumed.differences.of("warn"):
+            logger.warning("not all is as it was at the save:\n%s", resumed.differences.text())
+
+    def load_weights(
+        self,
+        root: str | PathLike[str],
+        iteration: int | str | None = None,
+        *,
+        section: str = "model",
+        allow: Collection[str] = (),
+        device: DeviceOf = "cpu",
+        convert_dtypes: bool = False,
+    ) -> BaseCheckpoint:
+        """The model's weights alone, to start a new run from at step 0. Collective. Nothing under root is changed.
+
+        Returns what was loaded, to be the base of adapters. section: the path of the model in the checkpoint. allow:
+        patterns of keys that may be missing (a new head) or left unread. Raises what Checkpointer.load raises.
+        """
+        digest = ""
+
+        def template(contents: Contents) -> dict[str, object]:
+            nonlocal digest
+            digest = contents.digest
+            return weights_template(self._parts.models, section, contents)
+
+        with Checkpointer(root) as source:
+            report = source.load(template, iteration, allow=tuple(allow), device=device, convert_dtypes=convert_dtypes)
+        return BaseCheckpoint(location=str(root), digest=digest, iteration=report.iteration, save_id=report.save_id)
+
+
+def _by_prefix(given: T | Mapping[str, T] | None) -> dict[str, T]:
+    """Several by their names; the only one under none."""
+    if isinstance(given, Mapping):
+        return dict(given)
+    return {} if given is None else {"": given}
+
+
+def _check_sections(sections: Collection[str]) -> None:
+    unknown = sorted(set(sections) - set(SECTIONS))
+    if isinstance(sections, str) or unknown:
+        raise ValueError(f"sections={sections!r}: expected a collection of {', '.join(SECTIONS)}")

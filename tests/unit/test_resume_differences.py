@@ -1,0 +1,231 @@
+"""Resumes that are none, or of another run: each is named, in an error or a warning."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from distckpt import Checkpointer, MismatchError, TrainState
+from distckpt.coordinator import Coordinator
+from distckpt.testing import MemoryStorage, run_ranks
+from distckpt.training.assets import extract_assets
+from distckpt.training.progress import ResumeCheckFailed
+from distckpt.training.sampler import ResumableSampler
+
+STEPS = 20
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Job:
+    """Learns a line from noisy points."""
+
+    def __init__(self, seed: int = 0, *, scale: float = 0.1, **options: Any) -> None:
+        torch.manual_seed(seed)
+        self.model = nn.Linear(4, 1)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=scale)
+        self.scheduler = LambdaLR(self.optimizer, lambda step: 1 / (1 + 0.01 * step))
+        generator = torch.Generator().manual_seed(5)
+        self.data = torch.randn(400, 4, generator=generator)
+        self.noise = torch.randn(400, generator=generator) * 0.1
+        self.sampler = ResumableSampler(400, 8, rank=0, world_size=1)
+        options = {"resume_check": "error"} | options
+        self.train = TrainState(
+            self.model, self.optimizer, scheduler=self.scheduler, dataloader=self.sampler, **options
+        )
+        self.batches = self.train.batches()
+
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            rows = next(self.batches)
+            found = self.model(self.data[rows]).squeeze(1)
+            loss = (found - self.data[rows].sum(1) - self.noise[rows]).square().mean()
+            self.optimizer.zero_grad()
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), 100.0)
+            self.optimizer.step()
+            self.scheduler.step()
+            self.train.end_step(loss=loss, grad_norm=norm)
+
+
+def saved(**options: Any) -> MemoryStorage:
+    storage, job = MemoryStorage(), Job(**options)
+    job.run(STEPS)
+    with Checkpointer(storage) as checkpointer:
+        job.train.save(checkpointer)
+    return storage
+
+
+def resumed(
+    storage: MemoryStorage, *, allow: tuple[str, ...] = (), overrides: dict[str, Any] | None = None, **options: Any
+) -> Job:
+    job = Job(1, **options)
+    with Checkpointer(storage) as checkpointer:
+        job.train.load(checkpointer, allow=allow, overrides=overrides)
+    return job
+
+
+# The first steps
+
+
+def test_resume_that_is_one_passes(caplog: pytest.LogCaptureFixture) -> None:
+    job = resumed(saved())
+    assert str(job.train.verdict) == "not checked: no step was made yet"
+    with caplog.at_level(logging.INFO):
+        job.run(6)
+    assert job.train.verdict.status == "pass"
+    assert "resume check after 5 steps: pass" in caplog.text
+
+
+@pytest.mark.parametrize("mode", ["error", "warn", "off"])
+def test_weights_that_were_made_anew_after_the_load_are_found(mode: str, caplog: pytest.LogCaptureFixture) -> None:
+    job = resumed(saved(), resume_check=mode)
+    with torch.no_grad():
+        for parameter in job.model.parameters():
+            parameter.fill_(-3.0)
+    if mode == "error":
+        with pytest.raises(ResumeCheckFailed, match=r"the loss is .* after the resume, where .* was to be expected"):
+            job.run(6)
+        return
+    job.run(6)
+    assert ("resume check after 3 steps: fail: the loss is" in caplog.text) == (mode == "warn")
+
+
+def test_learning_rate_that_was_set_after_the_load_is_found() -> None:
+    job = resumed(saved())
+    job.optimizer.param_groups[0]["lr"] = 0.05
+    with pytest.raises(ResumeCheckFailed, match=r"step 21 used the learning rate 0.05, but 0.083333\d* was in force"):
+        job.run(6)
+
+
+def test_data_that_begin_from_the_start_are_found() -> None:
+    job = resumed(saved())
+    job.sampler.load_state_dict({**job.sampler.state_dict(), "consumed_samples": 0})
+    with pytest.raises(ResumeCheckFailed, match="very first batch: the data starts from the beginning"):
+        job.run(6)
+
+
+def test_what_one_rank_finds_is_raised_on_all() -> None:
+    storage = MemoryStorage()
+
+    def run(coordinator: Coordinator) -> str:
+        job = Job(coordinator=coordinator)
+        job.run(STEPS)
+        with Checkpointer(storage, coordinator=coordinator, timeout_s=20) as checkpointer:
+            job.train.save(checkpointer)
+            job.train.load(checkpointer)
+        if coordinator.rank == 1:
+            job.sampler.load_state_dict({**job.sampler.state_dict(), "consumed_samples": 0})
+        with pytest.raises(ResumeCheckFailed) as got:
+            job.run(6)
+        return str(got.value)
+
+    first, second = run_ranks(2, run)
+    assert first == second
+    assert "starts from the beginning (rank 1)" in first
+
+
+def test_history_is_kept_over_a_change_of_layout_and_batches_are_not() -> None:
+    storage = saved()
+
+    def run(coordinator: Coordinator) -> str:
+        job = Job(1, coordinator=coordinator)
+        with Checkpointer(storage, coordinator=coordinator, timeout_s=20) as checkpointer:
+            job.train.load(checkpointer)
+        with torch.no_grad():
+            for parameter in job.model.parameters():
+                parameter.fill_(-3.0)
+        with pytest.raises(ResumeCheckFailed) as got:
+            job.run(6)
+        return str(got.value)
+
+    for text in run_ranks(2, run):
+        assert "the loss is" in text
+        assert "batch" not in text
+
+
+# What the run was made with
+
+
+def test_arguments_that_changed_are_warned_of_by_name(caplog: pytest.LogCaptureFixture) -> None:
+    storage = saved(arguments={"lr": 0.1, "model": {"layers": 2}})
+    job = resumed(storage, arguments={"lr": 0.05, "model": {"layers": 2}})
+    assert "arguments.lr: 0.1 -> 0.05" in caplog.text
+    assert "layers" not in caplog.text
+    assert job.optimizer.param_groups[0]["lr"] == pytest.approx(0.1 / 1.2)
+
+
+def test_learning_rate_that_is_overridden_is_scaled_and_recorded(caplog: pytest.LogCaptureFixture) -> None:
+    storage = saved(arguments={"lr": 0.1})
+    job = resumed(storage, arguments={"lr": 0.05}, overrides={"lr": 0.05})
+    assert "arguments.lr" not in caplog.text
+    assert job.optimizer.param_groups[0]["lr"] == pytest.approx(0.05 / 1.2)
+    job.run(6)
+    assert job.train.verdict.status in ("pass", "warn")
+    assert job.optimizer.param_groups[0]["lr"] == pytest.approx(0.05 / 1.26)
+    recorded: list[Any] = []
+    with Checkpointer(storage) as checkpointer:
+        job.train.save(checkpointer)
+        checkpointer.load(lambda contents: recorded.append(contents.metadata) or {})  # type: ignore[func-returns-value]
+    (resume,) = recorded[0]["train_state"]["resumed_from"]
+    assert (resume["iteration"], resume["overrides"]) == (STEPS, {"lr": 0.05})
+
+
+def test_another_model_class_is_an_error_unless_it_is_allowed() -> None:
+    class Renamed(nn.Linear):
+        pass
+
+    storage = saved()
+    job = Job(1)
+    other = Renamed(4, 1)
+    train = TrainState(
+        other, torch.optim.SGD(other.parameters(), lr=0.1), scheduler=job.scheduler, dataloader=job.sampler
+    )
+    with Checkpointer(storage) as checkpointer:
+        with pytest.raises(MismatchError, match=r"block: models.model.class: \"Linear\" -> \"test_another_model"):
+            train.load(checkpointer)
+        train.load(checkpointer, allow=("models.*",))
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Path:
+    directory = tmp_path / "tokenizer"
+    (directory / "extra").mkdir(parents=True)
+    (directory / "tokenizer.json").write_bytes(b'{"vocab": [1, 2]}\r\n\xff')
+    (directory / "extra" / "merges.txt").write_text("a b")
+    return directory
+
+
+def test_tokenizer_that_changed_is_an_error_that_names_the_file(tokenizer: Path) -> None:
+    storage = saved(assets={"tokenizer": tokenizer})
+    resumed(storage, assets={"tokenizer": tokenizer})
+    (tokenizer / "extra" / "merges.txt").write_text("a c")
+    with pytest.raises(MismatchError, match=r"block: assets.tokenizer.extra/merges.txt.sha256"):
+        resumed(storage, assets={"tokenizer": tokenizer})
+    assert resumed(storage, assets={"tokenizer": tokenizer}, allow=("assets.tokenizer*",)).train.step == STEPS
+
+
+def test_job_without_the_tokenizer_of_its_checkpoint_is_an_error(tokenizer: Path) -> None:
+    with pytest.raises(MismatchError, match=r"block: assets.tokenizer.*<absent>"):
+        resumed(saved(assets={"tokenizer": tokenizer}))
+
+
+def test_assets_come_back_to_the_byte(tokenizer: Path, tmp_path: Path) -> None:
+    storage = saved(assets={"tokenizer": tokenizer})
+    with Checkpointer(storage) as checkpointer:
+        extract_assets(checkpointer, tmp_path / "out")
+    for file in ("tokenizer.json", "extra/merges.txt"):
+        assert (tmp_path / "out" / "tokenizer" / file).read_bytes() == (tokenizer / file).read_bytes()
