@@ -120,16 +120,11 @@ def _read(path: Path) -> torch.Tensor:
 
 def digest_assets(assets: Mapping[str, Mapping[str, torch.Tensor]]) -> Digests:
     """name -> relative path -> {"sha256", "size_bytes"}: JSON values for the metadata of a checkpoint."""
-    return {
-        name: {
-            path: {
-                "sha256": hashlib.sha256(content.cpu().numpy().tobytes()).hexdigest(),
-                "size_bytes": content.numel(),
-            }
-            for path, content in files.items()
-        }
-        for name, files in assets.items()
-    }
+    return {name: {path: _digest(content) for path, content in files.items()} for name, files in assets.items()}
+
+
+def _digest(content: torch.Tensor) -> dict[str, str | int]:
+    return {"sha256": hashlib.sha256(content.cpu().numpy().data).hexdigest(), "size_bytes": content.numel()}
 
 
 def compare_assets(stored: Mapping[str, object], now: Mapping[str, object]) -> tuple[AssetChange, ...]:
