@@ -55,6 +55,7 @@ AFTER_COMMIT = ("tests/unit/test_after_commit.py",)
 READ_BACK = ("tests/unit/test_read_back.py",)
 IN_TRAINING = ("tests/unit/test_failures_in_training.py",)
 TERMINATION = ("tests/unit/test_termination.py",)
+FINGERPRINT = ("tests/unit/test_fingerprint.py",)
 RESUME_CHECK = ("tests/unit/test_resume_check.py",)
 ENVIRONMENT = ("tests/unit/test_environment.py",)
 SCHEDULE = ("tests/unit/test_schedule.py",)
@@ -1129,6 +1130,27 @@ MUTANTS = (
         ALONE,
     ),
     # The parts of a training state
+    Mutant(
+        "fingerprint: reading items moves the generators",
+        "distckpt/training/fingerprint.py",
+        "        random.setstate(of_python)\n",
+        "",
+        FINGERPRINT,
+    ),
+    Mutant(
+        "fingerprint: files are opened by the dataset itself",
+        "distckpt/training/fingerprint.py",
+        "_shallow_copy(dataset))",
+        "dataset)",
+        FINGERPRINT,
+    ),
+    Mutant(
+        "fingerprint: items that differ from read to read count",
+        "distckpt/training/fingerprint.py",
+        "if first == second else",
+        "if True else",
+        FINGERPRINT,
+    ),
     Mutant(
         "sampler: ranks get unequally much of the last batch",
         "distckpt/training/sampler.py",

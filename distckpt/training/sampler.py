@@ -99,7 +99,8 @@ class ResumableSampler(Sampler[list[int]]):
 
     The position counts samples of the epoch that all ranks together have consumed. Iterating does not move it, because
     workers run ahead of the loop: the loop calls advance() when it has a batch behind it (TrainState does). Iterating
-    goes from the position to the end of the epoch; after that it is the next epoch's.
+    goes from the position to the end of the epoch; after that it is the next epoch's. torchdata's StatefulDataLoader
+    may hold it too (with its default of a snapshot at every step: one that skips steps does not tell the sampler).
 
     dataset_or_length: its length, and its fingerprint if none is given, are stored with the position. rank,
     world_size: those of torch.distributed if it is initialised, else 0 and 1; in a tensor- or pipeline-parallel job

@@ -64,14 +64,12 @@ class _Decision(msgspec.Struct, frozen=True):
     late: str | None
 
 
-class _Best(msgspec.Struct, frozen=True):
-    name: Annotated[str, msgspec.Meta(max_length=1000)]
-    mode: Mode
-    value: float
-
-
 class _State(msgspec.Struct, frozen=True):
-    best: _Best | None
+    """Of one shape, whatever it holds: a template made before the first value must match what is stored after it."""
+
+    metric: Annotated[str, msgspec.Meta(max_length=1000)] | None
+    mode: Mode | None
+    best: float | None
 
 
 class CheckpointSchedule:
@@ -87,9 +85,10 @@ class CheckpointSchedule:
     every: steps. every_s: seconds since a checkpoint was due last, by rank 0's clock. at: these steps. log_spaced:
     steps that lie ever farther apart, up to `every` if that is given: 1, 2, 4, 8, ... if True, so many in each decade
     if a number. best: a metric and "min" or "max": whenever is_due is given a value better than all before.
-    deadline_s, deadline: when the job ends, in seconds from now or as a Unix time: the last checkpoint is due while
-    there still is time for it. save_takes_s: how long a save takes; learned from saved() if not given, 300 s until
-    then. on_termination: True makes a Termination of its own, which listens for SIGTERM from now on; or one of yours.
+    deadline_s, deadline: when the job ends, in seconds from now or as a Unix time (Slurm's SLURM_JOB_END_TIME): the
+    last checkpoint is due while there still is time for it. save_takes_s: how long a save takes; learned from saved()
+    if not given, 300 s until then. on_termination: True makes a Termination of its own, which listens for SIGTERM from
+    now on; or one of yours.
 
     With every_s, best, a deadline or on_termination, ranks agree: all of them make the schedule and ask is_due after
     the same steps. agree_every: they agree at every so many questions only, and when metrics are given. With none of
@@ -205,23 +204,23 @@ class CheckpointSchedule:
 
     def state_dict(self) -> dict[str, object]:
         """The best value so far, as plain JSON values; the same on all ranks."""
-        best = None if self._best_of is None or self._best is None else _Best(*self._best_of, self._best)
-        values: dict[str, object] = msgspec.to_builtins(_State(best))
+        metric, mode = (None, None) if self._best_of is None else self._best_of
+        values: dict[str, object] = msgspec.to_builtins(_State(metric, mode, self._best))
         return values
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Go on from the stored best value, if it is of this metric. Raises CheckpointError for what is no state."""
         try:
-            best = msgspec.convert(state, _State).best
+            stored = msgspec.convert(state, _State)
         except msgspec.ValidationError as error:
             raise CheckpointError(f"this is no state of a CheckpointSchedule: {error}") from error
-        if best is not None and (best.name, best.mode) == self._best_of:
-            self._best = best.value
-        elif best is not None and self._best_of is not None:
+        if (stored.metric, stored.mode) == self._best_of:
+            self._best = stored.best
+        elif stored.metric is not None and self._best_of is not None:
             logger.warning(
                 "the stored best %s (%s) tells nothing of %s (%s): the next value is the best",
-                best.name,
-                best.mode,
+                stored.metric,
+                stored.mode,
                 *self._best_of,
             )
 

@@ -13,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from distckpt import CheckpointError, ResumableSampler
+from distckpt import Checkpointer, CheckpointError, ResumableSampler
+from distckpt.coordinator import SingleProcess
+from distckpt.testing import MemoryStorage
 from distckpt.training.sampler import permutation, position_report
 
 FIRST = [8, 1, 4, 2, 6, 0, 7, 3, 5, 9]
@@ -224,6 +226,16 @@ def test_stateful_data_loader_goes_on_where_it_was(workers: int, steps: int) -> 
     rest = run(fresh, again, 25 - steps)
     assert seen + rest == expected
     assert again.state_dict() == straight.state_dict()
+
+
+def test_position_goes_through_a_checkpoint() -> None:
+    sampler, again = ResumableSampler(40, 4), ResumableSampler(40, 4)
+    sampler.advance(13)
+    with Checkpointer(MemoryStorage(), coordinator=SingleProcess()) as checkpointer:
+        checkpointer.save({"data": sampler}, iteration=1)
+        checkpointer.load({"data": again})
+    assert again.state_dict() == sampler.state_dict()
+    assert list(again) == list(sampler)
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distckpt import CheckpointError, CheckpointSchedule, DistributedError, SaveReport, Termination
+from distckpt import Checkpointer, CheckpointError, CheckpointSchedule, DistributedError, SaveReport, Termination
 from distckpt.coordinator import Coordinator, SingleProcess
-from distckpt.testing import run_ranks
+from distckpt.testing import MemoryStorage, run_ranks
 from distckpt.training import schedule as module
 
 REPORT = {"plan_s": 0, "stage_s": 0, "stall_s": 0, "write_s": 0, "commit_s": 0, "slowest": {}, "backend": ""}
@@ -229,7 +229,17 @@ def test_improvement_of_a_metric_is_due_and_its_best_is_stored() -> None:
         *(True, True, False)
     ]
     CheckpointSchedule(every=1).load_state_dict(schedule.state_dict())
-    assert CheckpointSchedule(every=1).state_dict() == {"best": None}
+    assert CheckpointSchedule(every=1).state_dict() == {"metric": None, "mode": None, "best": None}
+
+
+def test_state_goes_through_a_checkpoint() -> None:
+    schedule, again = (CheckpointSchedule(best=("loss", "max"), coordinator=SingleProcess()) for _ in range(2))
+    with Checkpointer(MemoryStorage(), coordinator=SingleProcess()) as checkpointer:
+        checkpointer.save({"schedule": schedule}, iteration=1)
+        schedule.is_due(1, {"loss": 0.1})
+        checkpointer.save({"schedule": schedule}, iteration=2)
+        checkpointer.load({"schedule": again})
+    assert again.state_dict() == schedule.state_dict() == {"metric": "loss", "mode": "max", "best": 0.1}
 
 
 def test_all_ranks_take_the_metric_of_the_lowest_rank_that_knows_it() -> None:
@@ -241,7 +251,7 @@ def test_all_ranks_take_the_metric_of_the_lowest_rank_that_knows_it() -> None:
             due.append(bool(schedule.is_due(step, own)))
         return due, schedule.state_dict()
 
-    expected = ([True, True, False], {"best": {"name": "loss", "mode": "min", "value": 2.0}})
+    expected = ([True, True, False], {"metric": "loss", "mode": "min", "best": 2.0})
     assert run_ranks(3, train) == [expected] * 3
 
 
@@ -277,7 +287,7 @@ def test_nonsense_is_refused(options: dict[str, object], said: str) -> None:
         CheckpointSchedule(coordinator=SingleProcess(), **options)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("state", [{}, {"best": 3}, {"best": {"name": "a", "mode": "least", "value": 1.0}}])
+@pytest.mark.parametrize("state", [{}, {"metric": 3}, {"metric": "a", "mode": "least", "best": 1.0}])
 def test_state_of_something_else_is_refused(state: dict[str, object]) -> None:
     with pytest.raises(CheckpointError, match="no state of a CheckpointSchedule"):
         CheckpointSchedule(every=1).load_state_dict(state)
