@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from distckpt.report import SaveReport as SaveReport
     from distckpt.sharded_tensor import ShardedTensor as ShardedTensor
     from distckpt.termination import Termination as Termination
+    from distckpt.training.assets import extract_assets as extract_assets
     from distckpt.training.base_checkpoint import BaseCheckpoint as BaseCheckpoint
     from distckpt.training.fingerprint import fingerprint_of as fingerprint_of
     from distckpt.training.resume_check import ResumeVerdict as ResumeVerdict
@@ -71,6 +72,7 @@ _HOMES = {
     "ResumableSampler": "training.sampler",
     "BaseCheckpoint": "training.base_checkpoint",
     "TrainState": "training.train_state",
+    "extract_assets": "training.assets",
     "VerifyReport": "verifying",
     "verify": "verifying",
 }

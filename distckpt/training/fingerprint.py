@@ -21,7 +21,7 @@ from distckpt._C import crc32c
 ITEMS = 8  # of a dataset that a fingerprint reads
 _DIGEST_BYTES = 8
 _SUMMED_FROM_BYTES = 4096  # larger buffers go into a hash by their CRC32C, which runs at memory speed
-_MAX_DEPTH = 64
+_MAX_DEPTH = 16  # of what contains itself twice, 65,536 pieces
 
 
 class _Digest(Protocol):

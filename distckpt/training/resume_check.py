@@ -297,8 +297,8 @@ def _repeated_data(recorded: Sequence[StepRecord], first_batch: str | None, firs
     last = {record.batch: record.step for record in recorded if record.batch is not None}
     if first.batch is None or not recorded:
         return []
-    if len(last) < sum(record.batch is not None for record in recorded):
-        return []  # They repeat each other: the data are that few.
+    if len(last) < sum(record.batch is not None for record in recorded) or len({*last, first_batch} - {None}) < 2:
+        return []  # They repeat each other, as far as is known: the data are that few.
     if first.batch == first_batch:
         return [f"step {first.step} trained on the run's very first batch: the data starts from the beginning"]
     if first.batch in last:

@@ -99,7 +99,7 @@ def test_one_changed_byte_changes_the_hash(values: list[int], data: st.DataObjec
 
 def test_batch_that_contains_itself_is_hashed_too() -> None:
     batch: list[object] = [1]
-    batch.append(batch)
+    batch += [batch, batch]
     assert hash_batch(batch) == hash_batch(batch)
 
 
