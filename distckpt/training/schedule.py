@@ -72,6 +72,37 @@ class _State(msgspec.Struct, frozen=True):
     best: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class _StepRules:
+    """What depends on the step alone, so that all ranks know it."""
+
+    every: int | None
+    at: frozenset[int]
+    log_spaced: bool | int
+
+    def __post_init__(self) -> None:
+        if self.every is not None and (self.every % 1 or self.every < 1):
+            raise ValueError(f"every={self.every}: expected a whole number of steps from 1 on")
+        if any(step < 0 for step in self.at):
+            raise ValueError(f"at={sorted(self.at)}: expected steps, from 0 on")
+        if self.log_spaced < 0:
+            raise ValueError(f"log_spaced={self.log_spaced}: expected True, or how many in each decade")
+
+    @property
+    def is_empty(self) -> bool:
+        return self.every is None and not self.at and not self.log_spaced
+
+    def reasons(self, step: int) -> list[str]:
+        found = []
+        if self.every is not None and step > 0 and step % self.every == 0:
+            found.append(f"every {self.every} steps")
+        if step in self.at:
+            found.append(f"at step {step}")
+        if self.log_spaced and (self.every is None or step < self.every) and _is_log_spaced(step, self.log_spaced):
+            found.append(f"log-spaced, step {step}")
+        return found
+
+
 class CheckpointSchedule:
     """Whether a checkpoint is due after a step, by any of the rules that are given.
 
@@ -113,33 +144,22 @@ class CheckpointSchedule:
         coordinator: Coordinator | None = None,
         timeout_s: float = 600.0,
     ) -> None:
-        self._every, self._every_s, self._at = every, every_s, frozenset(at)
-        self._log_spaced = log_spaced
-        self._best_of = best
+        self._rules = _StepRules(every, frozenset(at), log_spaced)
+        self._every_s, self._best_of, self._save_takes_s = every_s, best, save_takes_s
         self._agree_every, self._timeout_s = agree_every, timeout_s
-        self._save_takes_s = save_takes_s
-        _refuse_nonsense(
-            steps={"every": every, "agree_every": agree_every},
-            seconds={
-                "every_s": every_s,
-                "deadline_s": deadline_s,
-                "deadline": deadline,
-                "save_takes_s": save_takes_s,
-                "timeout_s": timeout_s,
-            },
-            at=self._at,
-            log_spaced=log_spaced,
-            best=best,
-        )
-        per_rank = (every_s, best, deadline_s, deadline, on_termination or None)
-        if all(rule is None for rule in (every, *per_rank)) and not self._at and not log_spaced:
-            raise ValueError("CheckpointSchedule: no rule is given, so no checkpoint would ever be due")
+        _refuse_unless_positive({"every_s": every_s, "deadline_s": deadline_s, "deadline": deadline})
+        _refuse_unless_positive({"save_takes_s": save_takes_s, "timeout_s": timeout_s, "agree_every": agree_every})
+        if best is not None and tuple(best)[1:] not in (("min",), ("max",)):
+            raise ValueError(f"best={best!r}: expected the name of a metric and 'min' or 'max'")
         if deadline_s is not None and deadline is not None:
             raise ValueError(f"deadline_s={deadline_s}, deadline={deadline}: give one of them")
+        per_rank = (every_s, best, deadline_s, deadline, on_termination or None)
+        must_agree = any(rule is not None for rule in per_rank)
+        if self._rules.is_empty and not must_agree:
+            raise ValueError("CheckpointSchedule: no rule is given, so no checkpoint would ever be due")
         now = time.monotonic()
-        if deadline is not None:
-            deadline_s = deadline - time.time()
-        self._deadline = None if deadline_s is None else now + deadline_s
+        left_s = deadline - time.time() if deadline is not None else deadline_s
+        self._deadline = None if left_s is None else now + left_s
         self._last_due = now
         self._last_agreed: float | None = None
         self._calls = 0
@@ -147,7 +167,6 @@ class CheckpointSchedule:
         self._stop_reason: str | None = None
         self._saves_s: deque[float] = deque(maxlen=_REMEMBERED)
         self._rounds_s: deque[float] = deque(maxlen=_REMEMBERED)
-        must_agree = any(rule is not None for rule in per_rank)
         self._owns_coordinator = must_agree and coordinator is None
         self._coordinator = default_coordinator() if self._owns_coordinator else coordinator if must_agree else None
         self._own_termination: Termination | None = None
@@ -188,7 +207,7 @@ class CheckpointSchedule:
         step.
         """
         self._calls += 1
-        reasons, is_best = self._reasons_of_step(step), False
+        reasons, is_best = self._rules.reasons(step), False
         has_metrics = self._best_of is not None and metrics is not None
         if self._coordinator is not None and (has_metrics or (self._calls - 1) % self._agree_every == 0):
             decision = self._agree(self._coordinator, step, metrics or {})
@@ -223,16 +242,6 @@ class CheckpointSchedule:
                 stored.mode,
                 *self._best_of,
             )
-
-    def _reasons_of_step(self, step: int) -> list[str]:
-        reasons = []
-        if self._every is not None and step > 0 and step % self._every == 0:
-            reasons.append(f"every {self._every} steps")
-        if step in self._at:
-            reasons.append(f"at step {step}")
-        if self._log_spaced and (self._every is None or step < self._every) and _is_log_spaced(step, self._log_spaced):
-            reasons.append(f"log-spaced, step {step}")
-        return reasons
 
     def _agree(self, coordinator: Coordinator, step: int, metrics: Mapping[str, Metric]) -> _Decision:
         now = time.monotonic()
@@ -314,23 +323,7 @@ def _is_log_spaced(step: int, per_decade: bool | int) -> bool:
     return any(round(10 ** (exponent / per_decade)) == step for exponent in (near - 1, near, near + 1))
 
 
-def _refuse_nonsense(
-    *,
-    steps: Mapping[str, int | None],
-    seconds: Mapping[str, float | None],
-    at: frozenset[int],
-    log_spaced: bool | int,
-    best: tuple[str, Mode] | None,
-) -> None:
-    for name, count in steps.items():
-        if count is not None and (count % 1 or count < 1):
-            raise ValueError(f"{name}={count}: expected a whole number from 1 on")
-    for name, value in seconds.items():
+def _refuse_unless_positive(numbers: Mapping[str, float | None]) -> None:
+    for name, value in numbers.items():
         if value is not None and not value > 0:
             raise ValueError(f"{name}={value}: expected more than 0")
-    if any(step < 0 for step in at):
-        raise ValueError(f"at={sorted(at)}: expected steps, from 0 on")
-    if log_spaced < 0:
-        raise ValueError(f"log_spaced={log_spaced}: expected True, or how many in each decade")
-    if best is not None and tuple(best)[1:] not in (("min",), ("max",)):
-        raise ValueError(f"best={best!r}: expected the name of a metric and 'min' or 'max'")
