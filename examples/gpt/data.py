@@ -5,6 +5,7 @@ The text is the language reference that every Python carries (`pydoc_data.topics
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pydoc_data.topics import topics
 
 import torch
@@ -15,7 +16,10 @@ END_OF_TEXT = 256
 
 
 class TextLoader:
-    """Endless batches of token windows; its position is the number of samples that all ranks have taken."""
+    """Endless batches of token windows; its position is the number of samples that all ranks have taken.
+
+    "consumed_samples" in its state_dict() tells a TrainState that the position means the same on any layout.
+    """
 
     def __init__(self, *, sequence: int, global_batch: int, seed: int, dp: Axis) -> None:
         self.global_batch = global_batch
@@ -26,7 +30,17 @@ class TextLoader:
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.long)
 
-    def next_batch(self) -> Tensor:
+    def state_dict(self) -> dict[str, object]:
+        return {"consumed_samples": self.consumed_samples, "seed": self.seed}
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        self.consumed_samples = state["consumed_samples"]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        while True:
+            yield self._next_batch()
+
+    def _next_batch(self) -> Tensor:
         """This dp rank's part of the next global batch: token ids (global_batch / dp, sequence + 1)."""
         part = self.global_batch // self.dp.size
         first = self.consumed_samples + self.dp.rank * part

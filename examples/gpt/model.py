@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from checkpoint import weight_shards
 from parallel import (
     Axis,
     ColumnParallelLinear,
@@ -18,6 +19,8 @@ from parallel import (
     vocab_parallel_cross_entropy,
 )
 from torch import Tensor, nn
+
+from distckpt import ShardedTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +137,10 @@ class Stage(nn.Module):
         if self.parallel.pp.is_last:
             x = vocab_parallel_cross_entropy(self.head(self.norm(x)), targets, self.parallel.tp)
         return x
+
+    def sharded_state_dict(self) -> dict[str, list[ShardedTensor]]:
+        """By parameter name; by this a TrainState knows that the model says itself how it is sharded."""
+        return {name: weight_shards(name, param, self.parallel.tp) for name, param in self.named_parameters()}
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:

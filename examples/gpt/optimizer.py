@@ -7,13 +7,17 @@ and updates it; the updated ranges are then gathered.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from checkpoint import moment_shards
 from parallel import Parallel, split_of
 from torch import Tensor, nn
+
+from distckpt import ShardedTensor
 
 
 @dataclass(slots=True)
@@ -68,6 +72,14 @@ class ShardedAdamW:
             weight_decay=weight_decay if param.ndim > 1 else 0.0,
             counts_in_norm=split_of(param) is not None or self.parallel.tp.is_first,
         )
+
+    def sharded_state_dict(self, model_state: Mapping[str, list[ShardedTensor]]) -> dict[str, object]:
+        """model_state: the model's sharded_state_dict(). A load fills the moments in place, and replaces the rest."""
+        return {**moment_shards(self.owned, model_state), "steps": self.steps}
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Take what a load put in the place of values."""
+        self.steps = state["steps"]
 
     @torch.no_grad()
     def step(self, lr: float) -> float:
@@ -136,6 +148,12 @@ class WarmupCosine:
     peak: float
     warmup: int
     total: int
+
+    def state_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        self.peak, self.warmup, self.total = (state[name] for name in ("peak", "warmup", "total"))
 
     def at(self, iteration: int) -> float:
         """The rate of the iteration-th step, counted from 1."""

@@ -10,19 +10,19 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from checkpoint import Job, build_state, resume
 from data import TextLoader
 from model import Config, Stage
 from optimizer import ShardedAdamW, WarmupCosine
 from parallel import Parallel, derive_seed
 from pipeline import forward_backward
 
-from distckpt import Checkpointer, PendingSave
+from distckpt import Checkpointer, PendingSave, PerRank, TrainState
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -51,30 +51,58 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def start_job(args: argparse.Namespace) -> Job:
-    parallel = Parallel.start(tp=args.tp, pp=args.pp, dp=args.dp)
-    pp, dp, tp = parallel.pp.rank, parallel.dp.rank, parallel.tp.rank
-    parallel.seed_replicated(derive_seed(args.seed, "replicated", pp, dp))
-    parallel.seed_split(derive_seed(args.seed, "split", pp, dp, tp))
-    stage = Stage(Config(**{size.name: getattr(args, size.name) for size in fields(Config)}), parallel)
-    stage.initialise(args.seed)
-    return Job(
-        parallel=parallel,
-        stage=stage,
-        optimizer=ShardedAdamW(stage, parallel),
-        schedule=WarmupCosine(peak=args.lr, warmup=args.warmup, total=args.iterations),
-        data=TextLoader(sequence=args.sequence, global_batch=args.global_batch, seed=args.seed, dp=parallel.dp),
-    )
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a step works on."""
+
+    parallel: Parallel
+    stage: Stage
+    optimizer: ShardedAdamW
+    schedule: WarmupCosine
+    data: TextLoader
+
+    @classmethod
+    def start(cls, args: argparse.Namespace) -> Job:
+        parallel = Parallel.start(tp=args.tp, pp=args.pp, dp=args.dp)
+        pp, dp, tp = parallel.pp.rank, parallel.dp.rank, parallel.tp.rank
+        parallel.seed_replicated(derive_seed(args.seed, "replicated", pp, dp))
+        parallel.seed_split(derive_seed(args.seed, "split", pp, dp, tp))
+        stage = Stage(Config(**{size.name: getattr(args, size.name) for size in fields(Config)}), parallel)
+        stage.initialise(args.seed)
+        return cls(
+            parallel=parallel,
+            stage=stage,
+            optimizer=ShardedAdamW(stage, parallel),
+            schedule=WarmupCosine(peak=args.lr, warmup=args.warmup, total=args.iterations),
+            data=TextLoader(sequence=args.sequence, global_batch=args.global_batch, seed=args.seed, dp=parallel.dp),
+        )
+
+    def state(self, **arguments: object) -> TrainState:
+        """All that training changes. arguments: recorded with it, and compared when it is resumed.
+
+        What is replicated over tp draws the same numbers on all tp ranks: no "tp" among the axes of those streams, or
+        a reseed, on another layout, would give each of them another one.
+        """
+        split = PerRank(self.parallel.split_generator, axes=("tp", "pp", "dp"), on_change="reseed")
+        return TrainState(
+            self.stage,
+            self.optimizer,
+            scheduler=self.schedule,
+            dataloader=self.data,
+            rng_axes=("pp", "dp"),
+            generators={"split": split},
+            arguments=arguments,
+        )
 
 
-def train_step(job: Job, *, micro_batch: int) -> dict[str, float | str]:
+def train_step(job: Job, train: TrainState, batches: Iterator[torch.Tensor], *, micro_batch: int) -> dict[str, object]:
     """One iteration on all ranks; returns what the log says about it."""
-    job.iteration += 1
     micro_batches = job.data.global_batch // micro_batch
-    losses = forward_backward(job.stage, job.data.next_batch(), micro_batch=micro_batch, scale=1 / micro_batches)
-    lr = job.schedule.at(job.iteration)
+    losses = forward_backward(job.stage, next(batches), micro_batch=micro_batch, scale=1 / micro_batches)
+    lr = job.schedule.at(train.step + 1)
     grad_norm = job.optimizer.step(lr)
     loss = global_mean(losses, job.parallel)
+    train.end_step(loss=loss, grad_norm=grad_norm, learning_rates=[lr])
     return {"loss": loss, "loss_hex": loss.hex(), "lr": lr, "grad_norm": grad_norm}
 
 
@@ -122,23 +150,25 @@ class Save:
 
 def main() -> None:
     args = parse_arguments()
-    job = start_job(args)
+    job = Job.start(args)
     log = Log(args.log_file)
+    train = job.state(lr=args.lr, warmup=args.warmup, iterations=args.iterations, global_batch=args.global_batch)
     with Checkpointer(args.checkpoint_dir, mesh=job.parallel.mesh, keep_last=args.keep_last) as ckpt:
-        loaded = resume(ckpt, job)
-        log.write(start=time.time(), mesh=job.parallel.mesh, resumed_from=loaded and loaded.iteration)
+        resumed = train.resume(ckpt)
+        log.write(start=time.time(), mesh=job.parallel.mesh, resumed_from=resumed and resumed.load.iteration)
+        batches = train.batches()
         save = None
-        while job.iteration < args.iterations:
+        while train.step < args.iterations:
             start = time.time()
-            record = train_step(job, micro_batch=args.micro_batch)
+            record = train_step(job, train, batches, micro_batch=args.micro_batch)
             record["compute_s"] = time.time() - start
-            if job.iteration % args.save_interval == 0:
+            if train.step % args.save_interval == 0:
                 if save:
                     log.write(**save.record())
                 asked = time.time()
-                save = Save(job.iteration, ckpt.async_save(build_state(job), iteration=job.iteration), asked)
+                save = Save(train.step, train.async_save(ckpt), asked)
                 record["stall_ms"] = (time.time() - asked) * 1e3
-            log.write(iteration=job.iteration, **record, start=start, step_s=time.time() - start)
+            log.write(iteration=train.step, **record, start=start, step_s=time.time() - start)
         if save:
             log.write(**save.record())
     dist.destroy_process_group()
