@@ -7,12 +7,16 @@
         results = job.wait(expect_exit=[0, -signal.SIGKILL, 0])
 
 The script is text or a path; `say` and `wait_for_file` are for its ranks. Whatever happens, no process outlives the
-call or the `with` block.
+call or the `with` block. "forked" ranks are as real as those of "torchrun-env", and have its variables, but are forked
+from a process that has imported what takes seconds to import: for tests that start many jobs.
 """
 
 from __future__ import annotations
 
+import faulthandler
+import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -27,10 +31,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-Launcher = Literal["torchrun-env", "mpirun"]
+Launcher = Literal["torchrun-env", "mpirun", "forked"]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MPIRUN = Path(sys.executable).with_name("mpirun")
+IMPORTED = ["torch._dynamo", "torch.distributed.fsdp", "distckpt.training.train_state", "peft"]  # before "forked" ranks
 
 # mpirun runs this: it mixes the ranks' outputs, does not tell their process ids, and when one rank fails it
 # kills the rest, which a test may want to hear out.
@@ -109,7 +114,7 @@ class Job:
         else:
             path = script
         command = [sys.executable, str(path), *args]
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._processes: list[subprocess.Popen[bytes] | _Forked] = []
         if launcher == "mpirun":
             self._start_mpi(command, env)
         else:
@@ -144,7 +149,7 @@ class Job:
             time.sleep(0.01)
 
     def returncode(self, rank: int) -> int | None:
-        if self._launcher == "torchrun-env":
+        if self._launcher != "mpirun":
             return self._processes[rank].poll()
         path = self._directory / f"{rank}.exit"
         text = path.read_text().strip() if path.exists() else ""
@@ -174,6 +179,7 @@ class Job:
                 _kill(self._pid(rank), os.kill)
         for process in self._processes:
             _kill(process.pid, os.killpg)
+            _kill(process.pid, os.kill)  # One that was only just forked leads no group yet.
             process.wait()
 
     def _start_ranks(self, command: list[str], env: Mapping[str, str]) -> None:
@@ -201,6 +207,9 @@ class Job:
     def _spawn(self, command: list[str], env: Mapping[str, str], out: Path, err: Path) -> None:
         path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
         ours = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", "OMP_NUM_THREADS": "1"}
+        if self._launcher == "forked":
+            self._processes.append(_Forked(command[1:], {**ours, **env}, out, err))
+            return
         with out.open("ab") as stdout, err.open("ab") as stderr:
             self._processes.append(
                 subprocess.Popen(
@@ -214,7 +223,7 @@ class Job:
             )
 
     def _pid(self, rank: int) -> int:
-        if self._launcher == "torchrun-env":
+        if self._launcher != "mpirun":
             return self._processes[rank].pid
         return int((self._directory / f"{rank}.pid").read_text())
 
@@ -233,6 +242,40 @@ class Job:
             shown.append(f"--- rank {result.rank}: exit code {result.returncode}, stdout:\n{result.stdout[-4000:]}")
             shown.append(f"--- rank {result.rank}, stderr:\n{result.stderr[-8000:]}")
         return "\n".join(shown)
+
+
+class _Forked:
+    """A rank forked from multiprocessing's server; to the job it is what a Popen is."""
+
+    def __init__(self, arguments: list[str], env: Mapping[str, str], out: Path, err: Path) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(IMPORTED)
+        self._process = context.Process(target=_run_script, args=(arguments, dict(env), out, err))
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self) -> None:
+        self._process.join()
+
+
+def _run_script(arguments: list[str], env: dict[str, str], out: Path, err: Path) -> None:
+    """In the forked process: what `python script arguments...` would do."""
+    os.setsid()  # a process group that can be killed with all its children
+    for stream, path in ((sys.stdout, out), (sys.stderr, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), stream.fileno())
+        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    os.environ.update(env)
+    faulthandler.enable()
+    import torch
+
+    torch.set_num_threads(1)  # OMP_NUM_THREADS comes too late: torch was imported before the fork.
+    sys.argv = arguments
+    sys.path.insert(0, str(Path(arguments[0]).parent))
+    runpy.run_path(arguments[0], run_name="__main__")
 
 
 def _kill(pid: int, kill: Callable[[int, int], None]) -> None:
