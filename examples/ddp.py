@@ -6,7 +6,8 @@ Kill it, in the middle of a save too, and start it again: every later loss is th
 last bit. On another number of ranks each step sees the samples that it would have seen, and without dropout and
 BatchNorm (--plain) the losses differ by rounding only. CPUs talk over gloo, GPUs over NCCL.
 
-What distckpt adds are the ten lines with `ResumableSampler`, `train` and `ckpt`.
+What distckpt adds are the ten lines with `sampler`, `train`, `ckpt` and `schedule`. Told to end by a SIGTERM, the job
+saves once more first.
 """
 
 from __future__ import annotations
@@ -26,8 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, TensorDataset
 
-from distckpt import Checkpointer, TrainState
-from distckpt.training.sampler import ResumableSampler
+from distckpt import Checkpointer, CheckpointSchedule, ResumableSampler, TrainState
 
 SAMPLES, FEATURES, CLASSES = 200, 16, 4
 
@@ -87,10 +87,15 @@ def main() -> None:
     passes = args.global_batch // sampler.global_batch_size
 
     train = TrainState(model, optimizer, scheduler=scheduler, dataloader=loader)
-    with Checkpointer(args.checkpoint_dir, keep_last=3) as ckpt, args.log_file.open("a", buffering=1) as log:
+    schedule = CheckpointSchedule(args.save_interval, on_termination=True)
+    with (
+        Checkpointer(args.checkpoint_dir, keep_last=3) as ckpt,
+        schedule,
+        args.log_file.open("a", buffering=1) as log,
+    ):
         train.resume(ckpt)
         batches = train.batches()
-        while train.step < args.steps:
+        while train.step < args.steps and not schedule.should_stop:
             loss, samples = train_step(model, batches, passes, device)
             optimizer.step()
             optimizer.zero_grad()
@@ -98,7 +103,7 @@ def main() -> None:
             train.end_step(loss=loss)
             record = {"step": train.step, "rank": dist.get_rank(), "loss": loss.item().hex(), "samples": samples}
             log.write(json.dumps(record) + "\n")
-            if train.step % args.save_interval == 0:
+            if schedule.is_due(train.step):
                 train.async_save(ckpt)
     dist.destroy_process_group()
 

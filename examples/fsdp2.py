@@ -24,8 +24,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader
 
-from distckpt import Checkpointer, TrainState
-from distckpt.training.sampler import ResumableSampler
+from distckpt import Checkpointer, CheckpointSchedule, ResumableSampler, TrainState
 
 
 class Block(nn.Module):
@@ -80,10 +79,15 @@ def main() -> None:
     passes = args.global_batch // sampler.global_batch_size
 
     train = TrainState(model, optimizer, scheduler=scheduler, dataloader=loader)
-    with Checkpointer(args.checkpoint_dir, keep_last=3) as ckpt, args.log_file.open("a", buffering=1) as log:
+    schedule = CheckpointSchedule(args.save_interval, on_termination=True)
+    with (
+        Checkpointer(args.checkpoint_dir, keep_last=3) as ckpt,
+        schedule,
+        args.log_file.open("a", buffering=1) as log,
+    ):
         train.resume(ckpt)
         batches = train.batches()
-        while train.step < args.steps:
+        while train.step < args.steps and not schedule.should_stop:
             loss, samples = train_step(model, batches, passes, device)
             optimizer.step()
             optimizer.zero_grad()
@@ -91,7 +95,7 @@ def main() -> None:
             train.end_step(loss=loss)
             record = {"step": train.step, "rank": dist.get_rank(), "loss": loss.item().hex(), "samples": samples}
             log.write(json.dumps(record) + "\n")
-            if train.step % args.save_interval == 0:
+            if schedule.is_due(train.step):
                 train.async_save(ckpt)
     dist.destroy_process_group()
 
