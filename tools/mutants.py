@@ -1350,6 +1350,13 @@ MUTANTS = (
         "        storage.remove(name)\n        storage.put_if_absent(name, content.cpu().numpy().tobytes())\n",
         ASSETS,
     ),
+    Mutant(
+        "train state: another optimizer's state is taken",
+        "distckpt/training/sections.py",
+        "was == class_of(optimizer):",
+        "True:",
+        ("tests/unit/test_train_state.py",),
+    ),
 )
 
 

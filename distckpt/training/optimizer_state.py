@@ -4,6 +4,7 @@ torch numbers parameters by their place in param_groups, so that a changed order
 stage makes moment 3 that of another weight. Names do not change. The state is set as it was stored, to the bit:
 Optimizer.load_state_dict() would cast float32 moments of bfloat16 parameters.
 
+    class                       of the optimizer: another one does not find its own state in this
     state/<parameter>/<entry>   what the optimizer keeps for a parameter
     groups/<i>/<option>         hyper-parameters of the i-th group
     group_of/<parameter>        the number of its group
@@ -32,7 +33,7 @@ def optimizer_state(optimizer: Optimizer, names: Names, where: str) -> State:
 
     Raises InvalidShardingError for a parameter that is in no model: `where` names the optimizer.
     """
-    state: State = {"state": {}, "groups": [], "group_of": {}, "other": {}}
+    state: State = {"class": class_of(optimizer), "state": {}, "groups": [], "group_of": {}, "other": {}}
     for number, group in enumerate(optimizer.param_groups):
         state["groups"].append({key: value for key, value in group.items() if key != "params"})  # type: ignore[attr-defined]
         for place, parameter in enumerate(group["params"]):
@@ -44,6 +45,10 @@ def optimizer_state(optimizer: Optimizer, names: Names, where: str) -> State:
     others = cast("Mapping[object, object]", optimizer.state)  # torch itself keeps parameters only; some others do not
     state["other"] = {key: value for key, value in others.items() if not isinstance(key, Tensor)}
     return state
+
+
+def class_of(optimizer: Optimizer) -> str:
+    return type(optimizer).__qualname__
 
 
 def _name_of(parameter: Tensor, names: Names, what: str) -> str:
@@ -101,6 +106,7 @@ def optimizer_template(
     """
     by_name, group_of = _mapping(stored, "state"), _mapping(stored, "group_of")
     template: State = {
+        "class": None,
         "state": {},
         "groups": _groups(stored),
         "group_of": {},

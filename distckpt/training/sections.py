@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import partial
 
 import torch
@@ -19,7 +20,7 @@ from distckpt.contents import Contents, StoredTensor
 from distckpt.errors import MismatchError
 from distckpt.training.data_position import DataPosition
 from distckpt.training.model_state import State, first_on_meta, model_state, put_back
-from distckpt.training.optimizer_state import optimizer_state, optimizer_template
+from distckpt.training.optimizer_state import class_of, optimizer_state, optimizer_template
 from distckpt.training.parameter_names import parameters_of, unwrapped
 from distckpt.training.random_streams import RandomStreams
 from distckpt.training.sampler import PositionReport
@@ -166,6 +167,9 @@ class SectionLoad:
             **{name: partial(self._as_it_is, name) for name in ("scheduler", "scaler", "extra")},
         }
         for section in self._sections_to_load(contents, [name for name in makers if name in self.wanted]):
+            if section == "optimizer" and self._is_of_another_class(tree):
+                restoration.begun_anew.append(section)
+                continue
             state[section] = makers[section]()
         state["restoration"] = restoration
         return state
@@ -207,14 +211,32 @@ class SectionLoad:
         self.restoration.steps.append(partial(put_back, models, state))
         return state
 
+    def _is_of_another_class(self, tree: Mapping[str, object]) -> bool:
+        """Whether the optimizer begins anew, as an allowed one of another class. Raises MismatchError if it is not."""
+        for prefix, optimizer in self.parts.optimizers.items():
+            own = _stored_optimizer(tree, prefix)
+            was = own.get("class")
+            if not isinstance(optimizer, Optimizer) or not isinstance(was, str) or was == class_of(optimizer):
+                continue
+            where = f"{_where(prefix)}/class"
+            if any(fnmatchcase(where, pattern) for pattern in self.allow):
+                continue
+            if "optimizer" in self.allow:
+                return True
+            raise MismatchError(
+                f"{_where(prefix)}: what is stored is the state of {was}, and this job's is {class_of(optimizer)}, "
+                f"which would not find its own in it. If that is meant, allow=('optimizer',) begins anew; "
+                f"allow=({where!r},) takes the stored state as it is, for another implementation of the same optimizer"
+            )
+        return False
+
     def _optimizers(self, tree: Mapping[str, object]) -> object:
-        parts, stored, model = self.parts, tree["optimizer"], tree.get("model")
+        parts, model = self.parts, tree.get("model")
         names = parts.names()
         dtypes = _dtypes(model if isinstance(model, dict) else {})
         made: dict[str, object] = {}
         for prefix, optimizer in parts.optimizers.items():
-            own = stored.get(prefix, {}) if prefix and isinstance(stored, dict) else stored
-            made[prefix] = self._optimizer(prefix, optimizer, names, own if isinstance(own, dict) else {}, dtypes)
+            made[prefix] = self._optimizer(prefix, optimizer, names, _stored_optimizer(tree, prefix), dtypes)
         return _by_prefix(made)
 
     def _optimizer(
@@ -276,6 +298,13 @@ class SectionLoad:
 
         self.restoration.steps.append(restore)
         return gradients
+
+
+def _stored_optimizer(tree: Mapping[str, object], prefix: str) -> dict[str, object]:
+    stored = tree["optimizer"]
+    if prefix:
+        stored = stored.get(prefix) if isinstance(stored, dict) else None
+    return stored if isinstance(stored, dict) else {}
 
 
 def _stored_sections(contents: Contents) -> set[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -477,6 +477,46 @@ def test_optimizer_state_of_a_parameter_that_is_frozen_now_is_an_error() -> None
             "optimizer/group_of/inner.0.weight",
             *(f"optimizer/state/inner.0.weight/{entry}" for entry in ("exp_avg", "exp_avg_sq", "step")),
         }
+
+
+@pytest.mark.parametrize("names", [("",), ("one", "two")], ids=["the only one", "one of several"])
+def test_state_of_another_optimizer_is_an_error_or_begins_anew_when_allowed(names: tuple[str, ...]) -> None:
+    """It would be taken into an optimizer that never looks at it, and the moments would begin anew in silence."""
+
+    def make(*kinds: Any) -> tuple[TrainState, list[Any]]:
+        models = {name: nn.Linear(2, 2) for name in names}
+        made = [kind(model.parameters(), lr=0.1) for kind, model in zip(kinds, models.values(), strict=False)]
+        for model, optimizer in zip(models.values(), made, strict=True):
+            model(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+        several = dict(zip(names, made, strict=True))
+        return TrainState(models, several) if names[0] else TrainState(models[""], made[0]), made
+
+    adamw, sgd = torch.optim.AdamW, partial(torch.optim.SGD, momentum=0.9)
+    where = f"optimizer/{names[-1]}" if names[-1] else "optimizer"
+    with Checkpointer(MemoryStorage()) as checkpointer:
+        make(*[adamw] * len(names))[0].save(checkpointer)
+        train, optimizers = make(*[adamw] * (len(names) - 1), sgd)
+        momentum = [own["momentum_buffer"] for own in optimizers[-1].state.values()]
+        with pytest.raises(
+            MismatchError, match=f"{where}: what is stored is the state of AdamW, and this job's is SGD"
+        ):
+            train.load(checkpointer)
+        assert train.load(checkpointer, allow=("optimizer",)).begun_anew == ("optimizer",)
+        assert all(own["momentum_buffer"] is m for own, m in zip(optimizers[-1].state.values(), momentum, strict=True))
+        assert "betas" not in optimizers[-1].param_groups[0]
+
+
+def test_state_of_the_same_optimizer_by_another_name_is_taken_when_allowed() -> None:
+    class FusedAdam(torch.optim.AdamW):
+        pass
+
+    with Checkpointer(saved_job()) as checkpointer:
+        job = Job(2, lambda model: FusedAdam(trainable(model), lr=1e-2))
+        with pytest.raises(MismatchError, match=r"state of AdamW, and this job's is .*FusedAdam"):
+            job.train.load(checkpointer)
+        assert job.train.load(checkpointer, allow=("optimizer/class",)).begun_anew == ()
+    assert job.optimizer.state[job.model.inner[0].weight]["step"] == SAVED_AT
 
 
 def test_state_of_a_parameter_that_had_none_when_saved_is_dropped() -> None:
