@@ -47,6 +47,14 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return module
 
 
+def author_class(module: nn.Module) -> str:
+    """The class that its author wrote, by name: fully_shard and the like put a subclass of their own in its place."""
+    kind = type(module)
+    while len(kind.__bases__) > 1 and kind.__bases__[0].__module__.startswith("torch.distributed."):
+        kind = kind.__bases__[-1]
+    return kind.__qualname__
+
+
 def author_names(model: nn.Module) -> Callable[[str], str]:
     """What makes, of the name of a parameter, buffer or submodule, the name without the wrappers on the way to it."""
     wrappers = {id(module): name for module in model.modules() if (name := wrapped_name(module)) is not None}

@@ -18,6 +18,7 @@ from distckpt.errors import MismatchError
 from distckpt.training.assets import digest_assets, read_assets
 from distckpt.training.base_checkpoint import BaseCheckpoint, check_base
 from distckpt.training.environment import Differences, compare_records, json_of, record_environment
+from distckpt.training.parameter_names import author_class
 from distckpt.training.resumable import RECORD, VERSION
 from distckpt.training.sections import Parts
 
@@ -42,7 +43,7 @@ class RunRecord:
         self.asset_files: dict[str, dict[str, Tensor]] = read_assets(assets)
         self._assets = digest_assets(self.asset_files)
         models = parts.unwrapped().items()
-        self._models = {prefix or "model": {"class": type(model).__qualname__} for prefix, model in models}
+        self._models = {prefix or "model": {"class": author_class(model)} for prefix, model in models}
         self._environment: dict[str, object] | None = None
         self._resumed: list[dict[str, object]] = []
 
