@@ -1357,6 +1357,13 @@ MUTANTS = (
         "True:",
         ("tests/unit/test_train_state.py",),
     ),
+    Mutant(
+        "train state: batch statistics of a frozen module are left out",
+        "distckpt/training/model_state.py",
+        "if own or isinstance(module, nn.modules.batchnorm._NormBase):",
+        "if own:",
+        ("tests/unit/test_weights_and_adapters.py",),
+    ),
 )
 
 

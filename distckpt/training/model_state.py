@@ -28,8 +28,8 @@ class Sharded(Protocol):
 def model_state(models: Mapping[str, nn.Module], *, to_save: bool, trainable_only: bool = False) -> State:
     """The tensors of all models, themselves, by name; models: prefix -> module.
 
-    to_save: leave out what another rank stores for this one. trainable_only: parameters that require gradients, and
-    buffers of modules that have such parameters of their own.
+    to_save: leave out what another rank stores for this one. trainable_only: parameters that require gradients,
+    buffers of modules that have such parameters of their own, and batch statistics, which change where all is frozen.
     """
     state: State = {}
     for prefix, model in models.items():
@@ -42,22 +42,23 @@ def model_state(models: Mapping[str, nn.Module], *, to_save: bool, trainable_onl
             state |= {joined(prefix, name): value for name, value in model.sharded_state_dict().items()}
             continue
         left_out = buffers_of_others(model) if to_save else set()
-        kept = _trainable_names(model) if trainable_only else None
+        kept = _trainable(model) if trainable_only else None
         author_name = author_names(model)
         for name, value in model.state_dict(keep_vars=True).items():
-            if id(value) not in left_out and (kept is None or name in kept):
+            if id(value) not in left_out and (kept is None or id(value) in kept):
                 state[joined(prefix, author_name(name))] = value
     return state
 
 
-def _trainable_names(model: nn.Module) -> set[str]:
-    names: set[str] = set()
-    for path, module in model.named_modules(remove_duplicate=False):
-        own = {name for name, parameter in module.named_parameters(recurse=False) if parameter.requires_grad}
-        if own:
-            own |= {name for name, _ in module.named_buffers(recurse=False)}
-        names |= {joined(path, name) for name in own}
-    return names
+def _trainable(model: nn.Module) -> set[int]:
+    """Ids: some wrappers leave themselves out of the names in a state_dict(), and not out of those of modules."""
+    kept: set[int] = set()
+    for module in model.modules():
+        own = {id(parameter) for parameter in module.parameters(recurse=False) if parameter.requires_grad}
+        if own or isinstance(module, nn.modules.batchnorm._NormBase):
+            own |= {id(buffer) for buffer in module.buffers(recurse=False)}
+        kept |= own
+    return kept
 
 
 def put_back(models: Mapping[str, nn.Module], state: Mapping[str, object]) -> None:
@@ -68,9 +69,11 @@ def put_back(models: Mapping[str, nn.Module], state: Mapping[str, object]) -> No
         values: dict[str, object] = {}
         author_name = author_names(model)
         for name, present in model.state_dict(keep_vars=True).items():
-            loaded = state.get(joined(prefix, author_name(name)))
+            key = joined(prefix, author_name(name))
+            loaded = state.get(key)
             if not isinstance(present, Tensor):
-                values[name] = loaded
+                if key in state:
+                    values[name] = loaded
             elif isinstance(loaded, Tensor) and present.is_meta:
                 path, _, own_name = name.rpartition(".")
                 setattr(model.get_submodule(path), own_name, loaded)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from distckpt import BaseCheckpoint, Checkpointer, CheckpointNotFoundError, MismatchError, TrainState
 from distckpt.testing import MemoryStorage
@@ -132,6 +133,9 @@ def test_moments_of_a_type_of_their_own_keep_it() -> None:
 # Adapters
 
 
+STATISTICS = ("base.1.running_mean", "base.1.running_var", "base.1.num_batches_tracked")
+
+
 class Adapted(nn.Module):
     """A frozen base and a low-rank adapter of its first layer."""
 
@@ -157,8 +161,55 @@ def test_checkpoint_of_an_adapter_holds_the_adapter_and_names_its_base(base: Pat
     state = adapter_state(base)
     with Checkpointer(tmp_path / "adapter") as checkpointer:
         state.save(checkpointer)
-        assert set(checkpointer.read(keys=["model"])["model"]) == {"down.weight", "up.weight"}  # type: ignore[call-overload]
+        assert stored_names(checkpointer) == {"down.weight", "up.weight", *STATISTICS}
         assert adapter_state(base).load(checkpointer).step == 0
+
+
+def stored_names(checkpointer: Checkpointer) -> set[str]:
+    return set(checkpointer.read(keys=["model"])["model"])  # type: ignore[call-overload]
+
+
+def test_batch_statistics_of_a_frozen_base_come_back_too(base: Path, tmp_path: Path) -> None:
+    """In training they change, though nothing of the module is trained."""
+    module = model(0.0)
+    adapted = Adapted(module)
+    state = TrainState(adapted, base=TrainState(module).load_weights(base))
+    module[1](torch.rand(4, 4))
+    with Checkpointer(tmp_path / "adapter") as checkpointer:
+        state.save(checkpointer)
+        expected = module[1].running_mean.clone()
+        TrainState(module).load_weights(base)
+        assert not torch.equal(module[1].running_mean, expected)
+        state.load(checkpointer)
+    assert torch.equal(module[1].running_mean, expected)
+
+
+def test_adapter_in_a_checkpoint_wrapper_is_stored(base: Path, tmp_path: Path) -> None:
+    """Activation checkpointing leaves itself out of the names of a state_dict(), and not out of those of modules."""
+    module = model(0.0)
+    adapted = Adapted(module)
+    adapted.down = checkpoint_wrapper(adapted.down)  # type: ignore[no-untyped-call]
+    with Checkpointer(tmp_path / "adapter") as checkpointer:
+        TrainState(adapted, base=TrainState(module).load_weights(base)).save(checkpointer)
+        assert stored_names(checkpointer) == {"down.weight", "up.weight", *STATISTICS}
+
+
+def test_extra_state_of_a_frozen_module_is_left_alone(base: Path, tmp_path: Path) -> None:
+    class Scaled(nn.Linear):
+        def get_extra_state(self) -> object:
+            return {"scale": 2}
+
+        def set_extra_state(self, state: Any) -> None:
+            raise AssertionError
+
+    module = model(0.0)
+    loaded = TrainState(module).load_weights(base)
+    adapted = Adapted(module)
+    module[2] = Scaled(4, 2).requires_grad_(False)
+    state = TrainState(adapted, base=loaded)
+    with Checkpointer(tmp_path / "adapter") as checkpointer:
+        state.save(checkpointer)
+        state.load(checkpointer)
 
 
 def test_adapter_on_another_base_is_an_error(base: Path, tmp_path: Path) -> None:
