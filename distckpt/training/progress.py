@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal, TypeAlias
 
 import msgspec
@@ -105,6 +106,9 @@ class Progress:
             self._check = None
         if self._check is not None and self._coordinator is None:
             self._coordinator = default_coordinator()  # One of its own: a save may be agreed on at the same time.
+        if self._check is not None and self._coordinator is not None and self._coordinator.rank > 0:
+            # What is stored of losses is rank 0's, and this rank may be shown more difficult data.
+            self._check.recorded = [replace(step, loss=None, grad_norm=None) for step in self._check.recorded]
         self._unsettled_steps = COMPARED_STEPS
 
     def _settle(self) -> None:
