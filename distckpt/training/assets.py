@@ -1,6 +1,6 @@
 """Assets: the files that a model is of no use without (tokenizer, configs), kept byte for byte in its checkpoints.
 
-Reads them into tensors, tells their digests and what changed, writes them out again. Stored names are hostile input:
+Reads them into tensors, tells their digests, writes them out again. Stored names are hostile input:
 none of them leads out of the directory that is written to.
 """
 
@@ -10,12 +10,10 @@ import hashlib
 import os
 import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias, cast
+from typing import TypeAlias, cast
 
-import msgspec
 import torch
 
 from distckpt import Checkpointer
@@ -27,24 +25,6 @@ Digests: TypeAlias = dict[str, dict[str, dict[str, str | int]]]
 
 MAX_ASSET_BYTES = 1 << 30
 MAX_ASSET_FILES = 10_000
-
-
-class _Digest(msgspec.Struct, frozen=True):
-    sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
-    size_bytes: Annotated[int, msgspec.Meta(ge=0)]
-
-
-@dataclass(frozen=True, slots=True)
-class AssetChange:
-    """One file of an asset that is not what it was."""
-
-    asset: str
-    path: str
-    kind: Literal["changed", "missing", "added"]
-    detail: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.asset}/{self.path}: {self.kind}" + (f" ({self.detail})" if self.detail else "")
 
 
 def read_assets(
@@ -125,27 +105,6 @@ def digest_assets(assets: Mapping[str, Mapping[str, torch.Tensor]]) -> Digests:
 
 def _digest(content: torch.Tensor) -> dict[str, str | int]:
     return {"sha256": hashlib.sha256(content.cpu().numpy().data).hexdigest(), "size_bytes": content.numel()}
-
-
-def compare_assets(stored: Mapping[str, object], now: Mapping[str, object]) -> tuple[AssetChange, ...]:
-    """What differs between two results of digest_assets, file by file. Raises CorruptionError for what is none."""
-    old, new = _decode(stored), _decode(now)
-    changes = []
-    for asset, path in sorted({(asset, path) for one in (old, new) for asset, files in one.items() for path in files}):
-        was, is_ = old.get(asset, {}).get(path), new.get(asset, {}).get(path)
-        if was is None or is_ is None:
-            changes.append(AssetChange(asset, path, "added" if was is None else "missing"))
-        elif was != is_:
-            detail = f"{was.size_bytes} bytes, sha256 {was.sha256[:12]} -> {is_.size_bytes} bytes, {is_.sha256[:12]}"
-            changes.append(AssetChange(asset, path, "changed", detail))
-    return tuple(changes)
-
-
-def _decode(digests: Mapping[str, object]) -> dict[str, dict[str, _Digest]]:
-    try:
-        return msgspec.convert(digests, dict[str, dict[str, _Digest]])
-    except msgspec.ValidationError as error:
-        raise CorruptionError(f"these are no digests of assets: {error}") from error
 
 
 def extract_assets(
