@@ -95,7 +95,7 @@ class TrainState:
             trainable_only=base is not None,
         )
         self._loader = dataloader
-        self._loads = 0
+        self._loads = self._begun_loads = 0  # made, and made when the dataloader was iterated last
         position = self._parts.position
         self._position = 0, None if position is None else position.counted()  # step, data: at the last save or load
         self._record = RunRecord(
@@ -127,8 +127,10 @@ class TrainState:
         """
         sampler = None if self._parts.position is None else self._parts.position.sampler
         while True:
-            loads, is_empty = self._loads, True
-            for batch in self._begin_epoch():
+            loads = self._loads
+            goes_on = self._goes_on_with_an_epoch()
+            is_empty = not goes_on  # The rest of an epoch may be.
+            for batch in self._begin(goes_on):
                 if self._loads != loads:
                     break  # The position is another one since.
                 is_empty = False
@@ -139,13 +141,22 @@ class TrainState:
             if is_empty and self._loads == loads:
                 raise CheckpointError("batches(): the dataloader has no batch at all")
 
-    def _begin_epoch(self) -> Iterator[object]:
-        """Batches to the end of an epoch, begun without a trace in the process's random stream.
+    def _goes_on_with_an_epoch(self) -> bool:
+        """Whether iterating gives the rest of an epoch, which was begun before."""
+        sampler = None if self._parts.position is None else self._parts.position.sampler
+        is_first, self._begun_loads = self._begun_loads != self._loads, self._loads
+        return is_first if sampler is None else sampler.consumed_samples > 0
 
-        A DataLoader draws from it whenever it is iterated, and a run that was resumed in mid-epoch does that once more.
+    def _begin(self, goes_on: bool) -> Iterator[object]:
+        """Batches to the end of an epoch.
+
+        A DataLoader draws from the process's random stream whenever it is iterated. A new epoch is to have numbers of
+        its own; the rest of one leaves no trace in the stream, as a run that is not interrupted does not draw then.
         """
         if not isinstance(self._loader, Iterable):
             raise CheckpointError("batches(): this TrainState was given no dataloader that can be iterated")
+        if not goes_on:
+            return iter(self._loader)
         random_state = torch.get_rng_state()
         try:
             return iter(self._loader)

@@ -655,6 +655,53 @@ def test_position_of_one_rank_means_nothing_on_others() -> None:
         assert at == 0
 
 
+class DrawingLoader(OwnLoader):
+    """Draws the order of an epoch from the process's stream, as a shuffling DataLoader does."""
+
+    def __iter__(self) -> Iterator[int]:  # type: ignore[override]
+        return self._rest(torch.randint(1000, ()).item())
+
+    def _rest(self, drawn: float) -> Iterator[int]:
+        while self.at < 3:
+            self.at += 1
+            yield int(drawn)
+        self.at = 0
+
+
+def test_every_epoch_is_begun_with_other_random_numbers() -> None:
+    """Also where the loop itself draws none in between."""
+    torch.manual_seed(1)
+    batches = TrainState(nn.Linear(2, 2), dataloader=DrawingLoader()).batches()
+    assert len({next(batches) for _ in range(9)}) == 3
+
+
+def test_resume_at_the_last_batch_of_an_epoch_goes_on_with_the_next() -> None:
+    storage = MemoryStorage()
+    train = TrainState(nn.Linear(2, 2), dataloader=DrawingLoader())
+    batches = train.batches()
+    with Checkpointer(storage) as checkpointer:
+        for _ in range(3):
+            next(batches)
+        train.save(checkpointer)
+        expected = [next(batches) for _ in range(6)], torch.rand(1)
+        resumed = TrainState(nn.Linear(2, 2), dataloader=DrawingLoader())
+        resumed.load(checkpointer)
+    again = resumed.batches()
+    assert ([next(again) for _ in range(6)], torch.rand(1)) == expected
+
+
+@pytest.mark.parametrize("saved_at", [9, 10, 11])
+def test_losses_are_bit_equal_around_the_end_of_an_epoch(saved_at: int) -> None:
+    job = Job(1, OPTIMIZERS["adamw"])
+    with Checkpointer(MemoryStorage()) as checkpointer:
+        job.run(saved_at)
+        job.train.save(checkpointer)
+        expected = job.run(22)
+        resumed = Job(2, OPTIMIZERS["adamw"])
+        resumed.train.load(checkpointer)
+    assert resumed.run(22) == expected
+
+
 # Accumulation
 
 
