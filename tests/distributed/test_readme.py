@@ -11,14 +11,14 @@ README = Path(__file__).parents[2] / "README.md"
 PROGRAMS = re.findall(r"```python\n(# torchrun --nproc-per-node (\d).*?)```", README.read_text(), re.DOTALL)
 
 
-def test_readme_has_two_programs():
-    assert len(PROGRAMS) == 2
+def test_readme_has_three_programs():
+    assert len(PROGRAMS) == 3
 
 
-@pytest.mark.parametrize(("program", "world_size"), PROGRAMS, ids=["ddp", "tp_pp"])
+@pytest.mark.parametrize(("program", "world_size"), PROGRAMS, ids=["ddp", "plain", "tp_pp"])
 def test_readme_program_runs_and_resumes(program, world_size, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
-        launch(program, int(world_size), timeout_s=120)
-    (root,) = [path for path in tmp_path.iterdir() if path.name in ("checkpoints", "sharded")]
+        launch(program, int(world_size), launcher="forked", timeout_s=120)
+    (root,) = [path for path in tmp_path.iterdir() if path.name in ("checkpoints", "plain", "sharded")]
     assert (root / "latest_checkpointed_iteration.txt").read_text() == "100"
