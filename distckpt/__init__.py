@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from distckpt.errors import InvalidShardingError as InvalidShardingError
     from distckpt.errors import MismatchError as MismatchError
     from distckpt.errors import UnsupportedTypeError as UnsupportedTypeError
+    from distckpt.history_log import HistoryLine as HistoryLine
+    from distckpt.history_log import history as history
     from distckpt.one_directory import async_save as async_save
     from distckpt.one_directory import load as load
     from distckpt.one_directory import read as read
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from distckpt.per_rank import PerRank as PerRank
     from distckpt.repairing import RepairReport as RepairReport
     from distckpt.repairing import repair as repair
+    from distckpt.report import CopyReport as CopyReport
     from distckpt.report import LoadReport as LoadReport
     from distckpt.report import SaveReport as SaveReport
     from distckpt.sharded_tensor import ShardedTensor as ShardedTensor
@@ -53,11 +56,14 @@ _HOMES = {
     "InvalidShardingError": "errors",
     "MismatchError": "errors",
     "UnsupportedTypeError": "errors",
+    "HistoryLine": "history_log",
+    "history": "history_log",
     "async_save": "one_directory",
     "load": "one_directory",
     "read": "one_directory",
     "save": "one_directory",
     "PerRank": "per_rank",
+    "CopyReport": "report",
     "LoadReport": "report",
     "SaveReport": "report",
     "ShardedTensor": "sharded_tensor",

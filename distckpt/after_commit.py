@@ -13,6 +13,7 @@ from functools import partial
 
 from distckpt.commit import Commit, Writer, by_lineage, list_commits, read_tracker, unsound_commits
 from distckpt.errors import FencedError
+from distckpt.history_log import HistoryLine, append_line
 from distckpt.removing import retire, sweep
 from distckpt.retention import superfluous
 from distckpt.storage import Storage
@@ -38,9 +39,15 @@ class AfterCommit:
     def __post_init__(self) -> None:
         self._worker = Worker("distckpt-clean-up", self.timeout_s)
 
-    def begin(self, writer: Writer, *, first_epoch: int, unsound: Collection[Commit]) -> None:
-        """A checkpoint was committed, and what protects it is there. first_epoch, unsound: as of `superfluous`."""
+    def begin(self, writer: Writer, line: HistoryLine, *, first_epoch: int, unsound: Collection[Commit]) -> None:
+        """A checkpoint was committed, and what protects it is there. line: the history's. first_epoch, unsound: as of
+        `superfluous`."""
         self._worker.submit(partial(self._clean_up, writer, first_epoch, frozenset(unsound)))
+        self.log(line, writer)
+
+    def log(self, line: HistoryLine, writer: Writer | None) -> None:
+        """Have a line added to the history of the root, unless the writer has been fenced by then."""
+        self._worker.submit(partial(self._log, line, writer))
 
     def wait(self, timeout_s: float) -> bool:
         """Wait until it is done; False if it goes on after timeout_s."""
@@ -81,3 +88,21 @@ class AfterCommit:
             return  # What lies here is a newer job's business now.
         except OSError as error:
             logger.warning("removing old checkpoints failed, the new one is safe: %s", error)
+
+    def _log(self, line: HistoryLine, writer: Writer | None) -> None:
+        try:
+            if writer is not None:
+                writer.check_fence()
+            append_line(self.storage, line)
+        except FencedError:
+            return
+        except OSError as error:
+            logger.warning("the history of %s has no line of this %s: %s", self.storage.location, line.kind, error)
+
+
+def log_load(storage: Storage, line: HistoryLine) -> None:
+    """Add the line of a load, if there is a log: who only reads leaves nothing here that belongs to somebody else."""
+    try:
+        append_line(storage, line, make=False)
+    except OSError as error:  # As on a file system that is mounted for reading.
+        logger.debug("the history of %s has no line of this load: %s", storage.location, error)

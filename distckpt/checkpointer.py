@@ -6,7 +6,8 @@ import logging
 import operator
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from os import PathLike, fspath
 from typing import Literal, TypeVar
@@ -14,7 +15,7 @@ from typing import Literal, TypeVar
 import msgspec
 import torch
 
-from distckpt.after_commit import AfterCommit
+from distckpt.after_commit import AfterCommit, log_load
 from distckpt.arena import Arena
 from distckpt.commit import Commit, list_commits, newest_iteration, newest_verified_iteration
 from distckpt.contents import Contents
@@ -22,6 +23,7 @@ from distckpt.coordinator import Coordinator, agree, default_coordinator
 from distckpt.errors import CheckpointError, DistributedError, FencedError
 from distckpt.filling import DeviceOf
 from distckpt.guarding import Guards
+from distckpt.history_log import line_of, line_of_failure
 from distckpt.host import host_id
 from distckpt.index import Mesh
 from distckpt.loading import Load, LoadContext, State, read_all
@@ -156,9 +158,10 @@ class Checkpointer:
         """
         started = time.perf_counter()
         save = self._look(state, iteration, metadata, metrics)
-        save.plan()
-        save.hold()
-        return self._finish(save, started)
+        with self._logging_failure(save):
+            save.plan()
+            save.hold()
+            return self._finish(save, started)
 
     def async_save(
         self,
@@ -180,7 +183,8 @@ class Checkpointer:
         started = time.perf_counter()
         save = self._look(state, iteration, metadata, metrics)
         try:
-            save.stage(self._guards.memory if snapshot == "lazy" else frozenset)
+            with self._logging_failure(save):
+                save.stage(self._guards.memory if snapshot == "lazy" else frozenset)
         except (CheckpointError, OSError) as error:
             self._note_failure(error)
             if self._must_raise(error):
@@ -208,9 +212,21 @@ class Checkpointer:
     def _finish_async(self, save: Save) -> SaveReport:
         """In the background. Failures are counted here: whether anybody waits for them differs between ranks."""
         try:
-            return self._finish(save)
+            with self._logging_failure(save):
+                return self._finish(save)
         except (CheckpointError, OSError) as error:
             self._note_failure(error)
+            raise
+
+    @contextmanager
+    def _logging_failure(self, save: Save) -> Iterator[None]:
+        """Have rank 0 say in the history that a save fails in the body."""
+        try:
+            yield
+        except Exception as error:
+            if self._coordinator.rank == 0:
+                line = line_of_failure("failed save", save.iteration, error, self._coordinator.world_size)
+                self._after_commit.log(line, self._save_context.writer)
             raise
 
     def _note_failure(self, error: BaseException) -> None:
@@ -237,7 +253,7 @@ class Checkpointer:
         self._save_context.parent = report.save_id
         self._failures = 0
         if self._coordinator.rank == 0:
-            self._begin_after_commit()
+            self._begin_after_commit(report)
             logger.info(
                 "saved iteration %d: %.1f MB in %.2f s, training stood still for %.3f s",
                 report.iteration,
@@ -277,11 +293,16 @@ class Checkpointer:
             degraded=(*report.degraded, *([] if done.problem is None else [f"no parity: {done.problem}"])),
         )
 
-    def _begin_after_commit(self) -> None:
+    def _begin_after_commit(self, report: SaveReport) -> None:
         """Rank 0: have done in the background what follows a commit."""
         writer = self._save_context.writer
         assert writer is not None
-        self._after_commit.begin(writer, first_epoch=0 if self._has_resumed else writer.epoch, unsound=self._unsound)
+        self._after_commit.begin(
+            writer,
+            line_of(report, self._coordinator.world_size),
+            first_epoch=0 if self._has_resumed else writer.epoch,
+            unsound=self._unsound,
+        )
 
     def _wait_for_clean_up(self) -> None:
         """Rank 0, before it looks at what there is; in half of the time that the others wait for it."""
@@ -326,6 +347,7 @@ class Checkpointer:
                 report.bytes / 1e6,
                 report.total_s,
             )
+            log_load(self._storage, line_of(report, self._coordinator.world_size))
         return report
 
     def read(self, iteration: int | None = None, keys: Iterable[str] | None = None) -> State:

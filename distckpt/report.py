@@ -1,4 +1,4 @@
-"""What a save or a load did, in numbers. Plain records."""
+"""What a save, a load or a copy did, in numbers. Plain records."""
 
 from __future__ import annotations
 
@@ -70,6 +70,24 @@ class LoadReport:
     slowest: Mapping[str, tuple[int, float]] = field(default_factory=dict)
     peak_rss_bytes: int = 0
     device_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopyReport:
+    """One checkpoint that was copied to another root.
+
+    source, target: where the roots are. bytes: of all its files; bytes_copied: of those, what was not there already.
+    seconds: of the try that succeeded. tries: how many there were.
+    """
+
+    iteration: int
+    save_id: str
+    source: str
+    target: str
+    bytes: int
+    bytes_copied: int
+    seconds: float
+    tries: int = 1
 
 
 def slowest_ranks(phases: Iterable[str], seconds: Sequence[Mapping[str, float]]) -> dict[str, tuple[int, float]]:

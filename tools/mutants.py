@@ -51,6 +51,7 @@ RING = ("tests/unit/test_ring.py",)
 VERIFYING = ("tests/unit/test_verifying.py",)
 REPAIRING = ("tests/unit/test_repairing.py",)
 PARITY = ("tests/unit/test_parity.py",)
+HISTORY = ("tests/unit/test_history.py",)
 AFTER_COMMIT = ("tests/unit/test_after_commit.py",)
 READ_BACK = ("tests/unit/test_read_back.py",)
 IN_TRAINING = ("tests/unit/test_failures_in_training.py",)
@@ -224,8 +225,8 @@ MUTANTS = (
     Mutant(
         "no fence before cleaning up",
         "distckpt/after_commit.py",
-        "writer.check_fence()",
-        "pass",
+        "            writer.check_fence()\n            free =",
+        "            free =",
         REMOVAL,
     ),
     Mutant(
@@ -353,6 +354,49 @@ MUTANTS = (
         "unsound | unsound_commits(storage, commits)",
         "set[Commit]()",
         READ_BACK,
+    ),
+    Mutant(
+        "history: a torn line takes the next one with it",
+        POSIX,
+        'line = b"\\n" + data if is_torn else data',
+        "line = data",
+        STORAGE,
+    ),
+    Mutant("history: a cut line counts as written", POSIX, "if written != len(line):", "if False:", STORAGE),
+    Mutant(
+        "history: it grows without end",
+        "distckpt/history_log.py",
+        "if size_bytes + len(data) > MAX_FILE_BYTES:",
+        "if False:",
+        HISTORY,
+    ),
+    Mutant(
+        "history: lines have any length",
+        "distckpt/history_log.py",
+        "if len(data) <= MAX_LINE_BYTES or line.report is None:",
+        "if True:",
+        HISTORY,
+    ),
+    Mutant(
+        "history: a job that was fenced writes on",
+        "distckpt/after_commit.py",
+        "            if writer is not None:\n                writer.check_fence()\n",
+        "",
+        HISTORY,
+    ),
+    Mutant(
+        "history: who only reads begins one",
+        "distckpt/after_commit.py",
+        "line, make=False)",
+        "line)",
+        HISTORY,
+    ),
+    Mutant(
+        "history: what is no line ends the reading",
+        "distckpt/history_log.py",
+        "except (msgspec.DecodeError, RecursionError, ValueError):",
+        "except ZeroDivisionError:",
+        HISTORY,
     ),
     # What follows a commit
     Mutant(

@@ -10,8 +10,10 @@ import msgspec
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
 
 DAMAGED = 1  # exit code
+_NARROWEST, _WIDE = 120, 1000
 
 # Paths and keys are printed as they are: no markup, no colours in them, no line breaks.
 console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
@@ -21,6 +23,17 @@ def print_json(value: object) -> None:
     """One line of JSON on standard output."""
     sys.stdout.buffer.write(msgspec.json.encode(value) + b"\n")
     sys.stdout.buffer.flush()
+
+
+def print_table(table: Table) -> None:
+    """As wide as the terminal, but never so narrow that columns are cut; where there is none nothing is folded."""
+    width = max(console.width, _NARROWEST) if console.is_terminal else _WIDE
+    Console(width=width, highlight=False, markup=False, emoji=False).print(table, crop=False)
+
+
+def plain_text(text: str) -> str:
+    """One line of what was read from a file, without what a terminal would take for orders."""
+    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def size_text(size_bytes: int) -> str:

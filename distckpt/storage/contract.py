@@ -26,6 +26,7 @@ NAMED_CALLS: list[Callable[[Storage, str], object]] = [
     lambda storage, name: storage.open(name),
     lambda storage, name: storage.put_if_absent(name, b"x"),
     lambda storage, name: storage.replace(name, b"x"),
+    lambda storage, name: storage.append(name, b"x"),
     lambda storage, name: storage.move(name, "x"),
     lambda storage, name: storage.move("x", name),
     lambda storage, name: storage.remove(name),
@@ -337,6 +338,39 @@ class StorageContract:
         with pytest.raises(OSError, match="d"):
             storage.replace("d", b"x")
         assert list(storage.list("")) == ["d"]
+
+    def test_append_makes_the_file_and_adds_to_its_end(self, storage: Storage) -> None:
+        storage.make_directory("d")
+        for line in (b"first\n", b"second\n", b"third\nfourth\n"):
+            storage.append("d/log", line)
+        assert read_all(storage, "d/log") == b"first\nsecond\nthird\nfourth\n"
+        assert list(storage.list("d")) == ["log"]
+
+    def test_append_begins_a_line_where_the_last_one_is_torn(self, storage: Storage) -> None:
+        storage.replace("log", b"whole\nto")
+        storage.append("log", b"new\n")
+        assert read_all(storage, "log") == b"whole\nto\nnew\n"
+
+    def test_append_where_no_file_can_be_fails(self, storage: Storage) -> None:
+        storage.make_directory("d")
+        with pytest.raises(OSError, match="d"):
+            storage.append("d", b"x\n")
+        with pytest.raises(FileNotFoundError):
+            storage.append("missing/log", b"x\n")
+        assert list(storage.list("")) == ["d"]
+
+    def test_lines_of_several_threads_are_never_mixed(self, storage: Storage) -> None:
+        def append(thread: int) -> None:
+            for number in range(30):
+                storage.append("log", b"%d %d " % (thread, number) + b"x" * 3000 + b"\n")
+
+        _run_in_threads(append, 6)
+        lines = read_all(storage, "log").splitlines()
+        assert {len(line.rpartition(b" ")[2]) for line in lines if line} == {3000}
+        found = [tuple(map(int, line.split(b" ")[:2])) for line in lines if line]
+        assert sorted(found) == [(thread, number) for thread in range(6) for number in range(30)]
+        for thread in range(6):
+            assert [number for of, number in found if of == thread] == list(range(30))
 
     def test_remove_frees_the_name(self, storage: Storage) -> None:
         write_all(storage, "a", b"1")

@@ -91,6 +91,10 @@ class CrashingStorage:
     def replace(self, name: str, data: bytes) -> None:
         self.run("replace", name, lambda: self._inner.replace(name, data))
 
+    def append(self, name: str, data: bytes) -> None:
+        half = data[: len(data) // 2]
+        self.run("append", name, lambda: self._inner.append(name, data), lambda: self._inner.append(name, half))
+
     def move(self, name: str, new_name: str) -> None:
         self.run("move", name, lambda: self._inner.move(name, new_name))
 

@@ -146,6 +146,20 @@ class MemoryStorage:
                 raise _os_error(errno.EISDIR, name)
             self._put(name, data)
 
+    def append(self, name: str, data: bytes) -> None:
+        with self._lock:
+            self._require_parent(name)
+            if not self._is_taken(name):
+                self._change_name(name, _File(self._clock()))
+            file = self._lookup(name)
+            is_torn = bool(file.content) and not file.content.endswith(b"\n")
+            line = b"\n" + data if is_torn else data
+            if self._capacity_bytes is not None and len(line) > self._free_bytes():
+                raise _os_error(errno.ENOSPC, name)
+            file.unsynced.append((len(file.content), line))
+            file.content += line
+            file.modified_s = self._clock()
+
     def move(self, name: str, new_name: str) -> None:
         with self._lock:
             self._require_parent(new_name)

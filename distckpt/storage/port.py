@@ -90,6 +90,13 @@ class Storage(Protocol):
     def replace(self, name: str, data: bytes) -> None:
         """Store a small file durably over whatever the name held; readers see the old or the new content."""
 
+    def append(self, name: str, data: bytes) -> None:
+        """Add lines to the end of a small file, made if it is missing. Promises little: it is for logs.
+
+        What one call adds is never mixed with what another does, and begins a line of its own, even where an earlier
+        call was torn. It may be lost in a power cut; what fails, or a power cut, may leave a torn last line.
+        """
+
     def move(self, name: str, new_name: str) -> None:
         """Give a finished file another name in its directory, over whatever file held that; readers see the old file or
         the new one. Durable with the next `sync_directory`."""

@@ -25,7 +25,10 @@ The protocol. A power cut may come between any two steps; POSIX then promises on
 6. The temporary name is unlinked *before* the directory is fsynced, so one fsync makes both changes durable
    and a crash after success leaves no litter. A crash before it may leave `.tmp-*` names; `list` shows
    them, so that they can be swept.
-7. Only the fsync of the directory makes a name, or its absence, durable. Therefore it comes last, and
+7. append is one write() to a file opened with O_APPEND, which the kernel places at the end as of that moment. It is
+   not fsynced: a line of a log is not worth what that costs. (NFS has no such write; there, of two clients that
+   append at once, one may overwrite the other's line.)
+8. Only the fsync of the directory makes a name, or its absence, durable. Therefore it comes last, and
    success is reported after it. A failure there means that it is unknown whether the name will survive.
 """
 
@@ -145,6 +148,28 @@ class PosixStorage:
             _remove_temporary(temporary)
             raise
         _sync_directory(os.path.dirname(path))
+
+    def append(self, name: str, data: bytes) -> None:
+        path = self._path(name)
+        # O_NONBLOCK and O_RDWR: opening a named pipe must not wait for a reader.
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
+        descriptor = os.open(path, flags, 0o666)
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(errno.EINVAL, "not a regular file", path)
+            is_torn = status.st_size > 0 and os.pread(descriptor, 1, status.st_size - 1) != b"\n"
+            line = b"\n" + data if is_torn else data
+            # Not in a loop: a second write might land behind another's line.
+            written = os.write(descriptor, line)
+            if written != len(line):
+                raise OSError(errno.ENOSPC, f"only {written} of {len(line)} bytes were written", path)
+        except OSError as error:
+            if error.filename is None:
+                raise OSError(error.errno, error.strerror, path) from error
+            raise
+        finally:
+            os.close(descriptor)
 
     def move(self, name: str, new_name: str) -> None:
         os.rename(self._path(name), self._path(new_name))

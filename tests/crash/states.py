@@ -123,6 +123,7 @@ def unexplained(storage: Storage) -> set[str]:
     commits = list_commits(storage)
     expected = {
         "latest_checkpointed_iteration.txt",
+        "history.jsonl",
         max((n for n in storage.list("") if n[:7] == "writer-"), default=""),
     }
     found = set(storage.list("")) - expected

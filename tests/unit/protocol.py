@@ -9,6 +9,7 @@ from collections.abc import Callable
 import msgspec
 
 from distckpt.commit import Writer, iteration_directory, list_commits, new_save_id, read_tracker
+from distckpt.history_log import FILE as HISTORY
 from distckpt.index import ChunkTable, Index
 from distckpt.removing import retire, sweep
 from distckpt.retention import superfluous
@@ -109,9 +110,11 @@ def clean_up(storage: Storage, keep_last: int | None = None, grace_s: float = GR
 
 
 def tree(storage: Storage, directory: str = "") -> dict[str, bytes]:
-    """Every file below the directory, with its content."""
+    """Every file below the directory, with its content; without the history, which every save and load adds to."""
     found: dict[str, bytes] = {}
     for name in storage.list(directory):
+        if name == HISTORY:
+            continue
         path = f"{directory}/{name}" if directory else name
         try:
             found[path] = read_all(storage, path)

@@ -97,7 +97,7 @@ def test_save_finds_the_room_that_cleaning_up_under_way_gives() -> None:
 
 
 def offer(filesystem_id: str, free_bytes: int) -> Offer:
-    return Offer(1, b"null", None, RankValues(b"", {}), filesystem_id, free_bytes)
+    return Offer(1, b"null", {}, None, RankValues(b"", {}), filesystem_id, free_bytes)
 
 
 def plan_of(*bytes_by_rank: int) -> SavePlan:

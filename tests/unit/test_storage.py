@@ -207,6 +207,25 @@ def test_short_writes_of_small_files_are_continued(
     assert read_all(posix_storage, "a") == b"more than seven bytes"
 
 
+def test_append_that_is_cut_short_fails_and_the_next_begins_a_line(
+    posix_storage: PosixStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real_write = os.write
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda descriptor, data: real_write(descriptor, data[:7]))
+        with pytest.raises(OSError, match="only 7 of 13 bytes were written") as caught:
+            posix_storage.append("log", b"a whole line\n")
+    assert str(caught.value.filename).endswith("/root/log")
+    posix_storage.append("log", b"another\n")
+    assert read_all(posix_storage, "log") == b"a whole\nanother\n"
+
+
+def test_append_to_a_named_pipe_fails_and_does_not_wait(posix_storage: PosixStorage, tmp_path: Path) -> None:
+    os.mkfifo(os.path.join(posix_storage.location, "log"))
+    with pytest.raises(OSError, match="not a regular file"):
+        posix_storage.append("log", b"line\n")
+
+
 def test_put_if_absent_succeeds_when_only_the_reply_to_link_was_lost(
     posix_storage: PosixStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -370,6 +389,16 @@ def test_power_cut_tears_content_that_was_not_finished() -> None:
     seen = {read_all(after, "d/a") for after in every_power_cut(storage)}
     assert {b"", content} < seen
     assert any(len(torn) == 16_384 and torn != content for torn in seen)
+
+
+def test_power_cut_may_lose_or_tear_what_was_appended() -> None:
+    storage = memory_storage()
+    storage.append("d/log", b"1" * 2000 + b"\n")
+    assert storage.power_cut().list("d") == []
+    storage.sync_directory("d")
+    assert read_all(storage.power_cut(), "d/log") == b""
+    seen = {len(read_all(after, "d/log")) for after in every_power_cut(storage)}
+    assert {0, 2001} < seen
 
 
 def test_power_cut_may_bring_back_a_removed_file() -> None:

@@ -1,0 +1,88 @@
+"""distckpt history: what was saved, loaded and copied under a root, and how long that took."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from distckpt.cli.history_plot import plot_history
+from distckpt.cli.output import console, plain_text, print_json, print_table, size_text
+from distckpt.history_log import HistoryLine, read_history
+from distckpt.report import CopyReport, SaveReport
+from distckpt.storage import PosixStorage
+
+
+def history(
+    root: Annotated[Path, typer.Argument(help="The directory that holds latest_checkpointed_iteration.txt.")],
+    last: Annotated[int | None, typer.Option(min=1, help="Only the last so many lines.", show_default=False)] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw stall, seconds and bytes over time into this PNG.", show_default=False)
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="One line of JSON for each.")] = False,
+) -> None:
+    """Show the saves, loads and copies of a root, oldest first, from its history.jsonl.
+
+    Seconds are rank 0's; "slowest" is the phase that kept any rank busy for longest, and that rank.
+
+    Example: distckpt history /checkpoints/run7 --last 50 --plot history.png
+    """
+    if not root.is_dir():
+        raise NotADirectoryError(f"{root} is no directory")
+    found = read_history(PosixStorage(root), last=last)
+    if json:
+        for line in found.lines:
+            print_json(line)
+    elif found.lines:
+        print_table(_table(found.lines))
+    else:
+        console.print(f"{root}: nothing was logged")
+    if found.skipped and not json:
+        console.print(f"lines that could not be read: {found.skipped}")
+    if plot is not None:
+        plot_history(found.lines, plot, title=str(root.resolve()))
+        if not json:
+            console.print(f"drawn: {plot}")
+
+
+def _table(lines: list[HistoryLine]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in ("time", "what"):
+        table.add_column(name, no_wrap=True)
+    for name in ("iteration", "size", "seconds", "stall"):
+        table.add_column(name, no_wrap=True, justify="right")
+    table.add_column("slowest", no_wrap=True)
+    table.add_column("peak memory", no_wrap=True, justify="right")
+    table.add_column("", overflow="fold")
+    for line in lines:
+        table.add_row(*_row(line))
+    return table
+
+
+def _row(line: HistoryLine) -> tuple[str, ...]:
+    when = datetime.fromtimestamp(line.time_unix_s).strftime("%Y-%m-%d %H:%M:%S")
+    iteration = "" if line.iteration is None else str(line.iteration)
+    report = line.report
+    if report is None:
+        return when, line.kind, iteration, "", "", "", "", "", plain_text(line.error or "")
+    size = size_text(report.bytes)
+    if isinstance(report, CopyReport):
+        return when, line.kind, iteration, size, f"{report.seconds:.2f}", "", "", "", plain_text(f"to {report.target}")
+    stall = f"{report.stall_s:.3f}" if isinstance(report, SaveReport) else ""
+    memory = size_text(report.peak_rss_bytes) if report.peak_rss_bytes else ""
+    remarks = report.degraded if isinstance(report, SaveReport) else report.warnings
+    return (
+        *(when, line.kind, iteration, size, f"{report.total_s:.2f}", stall, _slowest(report.slowest), memory),
+        plain_text("; ".join(remarks)),
+    )
+
+
+def _slowest(phases: Mapping[str, tuple[int, float]]) -> str:
+    if not phases:
+        return ""
+    phase, (rank, seconds) = max(phases.items(), key=lambda item: item[1][1])
+    return plain_text(f"{phase} {seconds:.2f} s, rank {rank}")
