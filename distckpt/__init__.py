@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from distckpt.checkpointer import Checkpointer as Checkpointer
+    from distckpt.copying import copy_checkpoint as copy_checkpoint
     from distckpt.errors import CheckpointError as CheckpointError
     from distckpt.errors import CheckpointNotFoundError as CheckpointNotFoundError
     from distckpt.errors import CorruptionError as CorruptionError
@@ -56,6 +57,7 @@ _HOMES = {
     "InvalidShardingError": "errors",
     "MismatchError": "errors",
     "UnsupportedTypeError": "errors",
+    "copy_checkpoint": "copying",
     "HistoryLine": "history_log",
     "history": "history_log",
     "async_save": "one_directory",

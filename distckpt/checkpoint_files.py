@@ -141,6 +141,19 @@ class BlockFile:
             self.copy([(begin, begin + size)], [(begin, window, 0, (size,), (1,), (1,), 1)])
         return size
 
+    def read_stored(self, begin: int, window: memoryview) -> int:
+        """The same of the whole file: the checksum table, which has been checked, is among its bytes."""
+        data = BlockFile.read_window(self, begin, window)
+        rest = self.table.tobytes()[max(0, begin - self._end) :] if begin + len(window) > self._end else b""
+        size = min(len(window), data + len(rest))
+        window[data:size] = rest[: size - data]
+        return size
+
+    @property
+    def data_bytes(self) -> int:
+        """How many there are before the checksum table."""
+        return self._end
+
 
 class CheckedFile(BlockFile):
     """A shard file whose header and checksum table agree with the index. Raises as a BlockFile does."""
@@ -188,12 +201,8 @@ class CheckedFile(BlockFile):
                 )
 
     def read_window(self, begin: int, window: memoryview) -> int:
-        """The same of the whole file: the checksum table, for which the index vouches, is among its bytes."""
-        data = super().read_window(begin, window)
-        rest = self.table.tobytes()[max(0, begin - self._end) :] if begin + len(window) > self._end else b""
-        size = min(len(window), data + len(rest))
-        window[data:size] = rest[: size - data]
-        return size
+        """Of the whole file, as read_stored: the index vouches for its checksum table."""
+        return self.read_stored(begin, window)
 
     def read(self, start: int, size: int) -> bytes:
         """Any bytes before the checksum table, checked."""

@@ -116,7 +116,7 @@ def _record_name(save_id: str) -> str:
 
 def parity_faults(storage: Storage, directory: str, group: ParityGroup) -> Iterator[str]:
     """What is wrong with each damaged block of a parity file. Raises CorruptionError or OSError."""
-    with _open_parity(storage, directory, group) as file:
+    with open_parity(storage, directory, group) as file:
         yield from file.faults([(0, group.data_bytes)])
 
 
@@ -149,7 +149,7 @@ def rebuild_file(
     temporary = msgspec.structs.replace(lost, name=f"{_TEMPORARY}{secrets.token_hex(16)}")
     try:
         with ExitStack() as stack:
-            opened = [stack.enter_context(_open_parity(storage, directory, group))]
+            opened = [stack.enter_context(open_parity(storage, directory, group))]
             opened += [stack.enter_context(CheckedFile(storage, directory, file)) for file in others]
             with new_file(storage, f"{directory}/{temporary.name}", lost.size_bytes) as out:
                 position = 0
@@ -189,7 +189,8 @@ def _window() -> memoryview:
     return memoryview(Memory(_WINDOW_BYTES))
 
 
-def _open_parity(storage: Storage, directory: str, group: ParityGroup) -> BlockFile:
+def open_parity(storage: Storage, directory: str, group: ParityGroup) -> BlockFile:
+    """A parity file, checked against its record. Raises as BlockFile does."""
     name = f"{directory}/{group.name}"
     size = group.size_bytes
     return BlockFile(storage, name, size, group.data_bytes, group.table_crc, "its record", past_cache=True)

@@ -7,6 +7,7 @@ import traceback
 
 import typer
 
+from distckpt.cli.copy import copy
 from distckpt.cli.history import history
 from distckpt.cli.repair import repair
 from distckpt.cli.verify import verify
@@ -18,8 +19,9 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Look after sharded checkpoints: what was saved, whether it is sound, and repair of what can be repaired.",
+    help="Look after sharded checkpoints: what was saved, whether it is sound, copies, repair.",
 )
+app.command()(copy)
 app.command()(history)
 app.command()(verify)
 app.command()(repair)

@@ -120,6 +120,7 @@ def save_and_recover(
         error = None
         with Checkpointer(storage, coordinator=coordinator, timeout_s=20.0) as checkpointer:
             checkpointer.save(make_state(OLD, coordinator, columns), iteration=OLD)
+            checkpointer._after_commit.wait(20)
             if coordinator.rank == 0:
                 harm()
             checkpointer.iterations()  # The other rank waits for rank 0.
@@ -127,6 +128,7 @@ def save_and_recover(
                 checkpointer.save(make_state(NEW, coordinator, columns), iteration=NEW)
             except CheckpointError as raised:
                 error = raised
+            checkpointer._after_commit.wait(20)
             if coordinator.rank == 0:
                 heal()
                 check_root(storage, 2, error, columns)

@@ -51,6 +51,7 @@ def save_under(fault: Fault, storage: Storage) -> tuple[CheckpointError | None, 
                 checkpointer.save(make_state(NEW, coordinator), iteration=NEW)
             except CheckpointError as raised:
                 error = raised
+            checkpointer._after_commit.wait(20)  # The fault may be in what follows the commit.
             end.wait()
             if coordinator.rank == 0:
                 failing_saves.check_root(storage, 2, error)

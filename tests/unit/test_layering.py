@@ -63,6 +63,9 @@ ALLOWED: dict[str, set[str]] = {
     "worker": set(),
     "history_log": {"errors", "index", "storage", "report"},
     "after_commit": {"errors", "storage", "commit", "removing", "retention", "worker", "history_log"},
+    "copying": VALUES
+    | FORMAT
+    | {"_C", "storage", "checkpoint_files", "commit", "heartbeat", "parity", "removing", "report"},
     "verifying": VALUES | FORMAT | {"storage", "commit", "checkpoint_files", "planner", "parity"},
     "parity": VALUES | FORMAT | {"_C", "storage", "commit", "checkpoint_files"},
     "rebuilding": VALUES | FORMAT | {"_C", "storage", "assembling", "commit", "checkpoint_files"},
@@ -103,10 +106,10 @@ ALLOWED: dict[str, set[str]] = {
     | PORTS
     | TENSORS
     | {"checkpointer", "pending", "one_directory", "report", "verifying", "repairing", "termination", "history_log"}
-    | {"training"},
+    | {"training", "copying"},
     "cli": {
         *VALUES | FORMAT | PORTS,
-        *("commit", "retention", "reshard", "verifying", "repairing", "report", "history_log", "__init__"),
+        *("commit", "retention", "reshard", "verifying", "repairing", "report", "history_log", "copying", "__init__"),
     },
     "testing": VALUES | PORTS | {"transport", "__init__"},
 }

@@ -1,0 +1,49 @@
+"""distckpt copy: a checkpoint to another root, every byte checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from distckpt.cli.output import console, print_json, progress_bar, size_text
+from distckpt.commit import find_commits
+from distckpt.copying import OFFLINE, copy_commit
+from distckpt.storage import PosixStorage
+from distckpt.verifying import stored_bytes
+
+
+def copy(
+    source: Annotated[Path, typer.Argument(help="The root to copy from.")],
+    target: Annotated[Path, typer.Argument(help="The root to copy to; made if it is missing.")],
+    iteration: Annotated[int | None, typer.Option(help="Which; the newest if not given.", show_default=False)] = None,
+    limit: Annotated[
+        float | None, typer.Option(help="MB (of 1000 kB) per second at the most.", min=0.001, show_default=False)
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
+) -> None:
+    """Copy one checkpoint to another root. What was cut short goes on where it stopped.
+
+    The copy keeps its place in the order of commits: a root of copies should be of one run.
+
+    Example: distckpt copy /local/run7 /shared/run7
+    """
+    storage = PosixStorage(source)
+    commit = find_commits(storage, iteration)[0]
+    with progress_bar(f"iteration {commit.iteration}", stored_bytes(storage, commit)) as on_bytes:
+        report = copy_commit(
+            storage,
+            PosixStorage(target),
+            commit,
+            marker=OFFLINE,
+            max_bytes_per_s=1e6 * (limit or 0.0),
+            on_bytes=on_bytes,
+        )
+    if json:
+        print_json(report)
+    else:
+        console.print(
+            f"iteration {report.iteration}: {size_text(report.bytes_copied)} of {size_text(report.bytes)} copied in "
+            f"{report.seconds:.1f} s"
+        )

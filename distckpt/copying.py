@@ -1,0 +1,287 @@
+"""Copying: a committed checkpoint, whole and checked, from one root to another. No torch.
+
+It is a save in the target, by the same rules: a marker first; files, each made durable under a temporary name before
+it gets its own; the directory synced; the index last, byte for byte, under the name that it has in the source, which
+keeps its place in the order of commits; then the tracker. Every byte is checked against the index as it is read, so
+that damage is found and never copied. What is there already under its name was whole when it got that: it is checked,
+and not copied again, so that a copy that was cut short goes on where it stopped.
+
+The order of commits goes by (epoch, commit_seq): a target should hold copies of one root only, whose jobs look at both
+before they claim an epoch (Writer.claim).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeAlias
+
+from distckpt._C import Memory, crc32c
+from distckpt.checkpoint_files import BlockFile, CheckedFile, OnBytes, is_damage
+from distckpt.chunk_table import PAGE_BYTES, check_pages
+from distckpt.commit import (
+    TRACKER,
+    Commit,
+    find_commits,
+    list_commits,
+    pending_marker,
+    read_file,
+    read_index,
+    read_tracker,
+    verified_marker,
+)
+from distckpt.errors import CheckpointError, CorruptionError
+from distckpt.heartbeat import Heartbeat
+from distckpt.index import MAX_INDEX_BYTES, Index
+from distckpt.parity import ParityRecord, open_parity, put_record, read_record
+from distckpt.report import CopyReport
+from distckpt.storage import PosixStorage, Storage, WriteFile, new_file
+
+logger = logging.getLogger("distckpt")
+_WINDOW_BYTES = 8 << 20
+_STEP_S = 0.2
+_MAX_LABELS_BYTES = 16 << 20
+_LABELS = re.compile(r"labels-\d+-([0-9a-f]{32})\.json")
+_OpenFile: TypeAlias = Callable[[Storage], BlockFile]
+OFFLINE = b"copy"  # content of the marker of a copy that no job makes: it dies of age alone
+
+
+def copy_checkpoint(
+    source: str | os.PathLike[str] | Storage,
+    target: str | os.PathLike[str] | Storage,
+    iteration: int | None = None,
+    *,
+    max_bytes_per_s: float | None = None,
+    on_bytes: OnBytes = lambda _: None,
+) -> CopyReport:
+    """Copy the newest checkpoint under a root, or that of one iteration, to another root, which is made if missing.
+
+    Called again after it was cut short, it goes on; of a checkpoint that is there already nothing is copied. Parity,
+    labels and the marker of a checkpoint that was read back go with it. on_bytes: told how many bytes were copied, or
+    found there, since it was told last.
+
+    Raises CheckpointNotFoundError; CorruptionError if what is to be copied is damaged; CheckpointError if another
+    checkpoint has its place in the target; OSError.
+    """
+    if max_bytes_per_s is not None and not max_bytes_per_s > 0:
+        raise ValueError(f"max_bytes_per_s={max_bytes_per_s}: expected more than 0, or None")
+    source, target = (PosixStorage(root) if isinstance(root, (str, os.PathLike)) else root for root in (source, target))
+    commit = find_commits(source, iteration)[0]
+    limit = max_bytes_per_s or 0.0
+    return copy_commit(source, target, commit, marker=OFFLINE, max_bytes_per_s=limit, on_bytes=on_bytes)
+
+
+def copy_commit(
+    source: Storage,
+    target: Storage,
+    commit: Commit,
+    *,
+    marker: bytes,
+    max_bytes_per_s: float = 0.0,
+    may_publish: Callable[[], None] = lambda: None,
+    on_bytes: OnBytes = lambda _: None,
+) -> CopyReport:
+    """The same of one commit. marker: what the pending marker says: the epoch of the job that copies. may_publish:
+    raises if the copy must not become a checkpoint any more. on_bytes may raise, to give up. max_bytes_per_s: 0 is no
+    limit."""
+    started = time.perf_counter()
+    index, data = read_index(source, commit)
+    copy = _Copy(source, target, commit, index, _throttled(on_bytes, max_bytes_per_s))
+    total = sum(file.size_bytes for file in index.files) + index.chunk_table.size_bytes
+    if not copy.is_there(data):
+        pending = pending_marker(commit.iteration, index.save_id)
+        target.make_directory(commit.directory)
+        target.replace(pending, marker)  # Whoever began this copy before, it is ours now.
+        with Heartbeat(target, pending, active=True):
+            copy.copy_files()
+            # Directory first: the index must not name a file that a crash can lose.
+            target.sync_directory(commit.directory)
+            may_publish()
+            if not target.put_if_absent(commit.name, data) and not copy.is_there(data):
+                raise CheckpointError(f"{commit.name} was put into {target.location} meanwhile, of another save")
+        target.remove(pending)
+    if list_commits(target)[0] == commit and read_tracker(target) != commit.iteration:
+        target.replace(TRACKER, str(commit.iteration).encode())
+    copy_labels(source, target, commit, index.save_id)
+    return CopyReport(
+        iteration=commit.iteration,
+        save_id=index.save_id,
+        source=source.location,
+        target=target.location,
+        bytes=total,
+        bytes_copied=copy.bytes_copied,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def copy_labels(source: Storage, target: Storage, commit: Commit, save_id: str) -> None:
+    """Put the labels of a checkpoint beside its copy that are not there yet: each change of them is a new file."""
+    there = set(target.list(commit.directory))
+    for name in source.list(commit.directory):
+        match = _LABELS.fullmatch(name)
+        if match is not None and match[1] == save_id and name not in there:
+            with suppress(FileNotFoundError, CorruptionError):  # Changed again since; or too long for labels.
+                data = read_file(source, f"{commit.directory}/{name}", _MAX_LABELS_BYTES)
+                target.put_if_absent(f"{commit.directory}/{name}", data)
+
+
+@dataclass(slots=True)
+class _Copy:
+    """One copy under way."""
+
+    source: Storage
+    target: Storage
+    commit: Commit
+    index: Index
+    on_bytes: OnBytes
+    bytes_copied: int = 0
+    _window: memoryview = field(default_factory=lambda: memoryview(Memory(_WINDOW_BYTES)))
+
+    def is_there(self, data: bytes) -> bool:
+        """Whether the target has this very index. Raises CheckpointError if another one has its name."""
+        try:
+            found = read_file(self.target, self.commit.name, MAX_INDEX_BYTES)
+        except FileNotFoundError:
+            return False
+        if found != data:
+            raise CheckpointError(
+                f"{self.target.location} has another {self.commit.name} than {self.source.location}: it holds "
+                f"checkpoints of another job. Copy to a root of its own."
+            )
+        self.target.sync_directory(self.commit.directory)  # What can be seen can still be lost.
+        return True
+
+    def copy_files(self) -> None:
+        """All that belongs to the checkpoint but its index. Raises CorruptionError or OSError."""
+        directory, index = self.commit.directory, self.index
+        there = set(self.target.list(directory))
+        parity = self._parity()
+        self._check_room(there, parity)
+        for file in index.files:
+            open_file = partial(CheckedFile, directory=directory, expected=file)
+            self._copy_file(file.name, file.size_bytes, open_file, there)
+        self._copy_table(there)
+        if parity is not None:
+            self._copy_parity(parity, there)
+        verified = verified_marker(self.commit.iteration, index.save_id)
+        if verified.rpartition("/")[2] in self.source.list(directory):
+            self.target.put_if_absent(verified, b"")
+
+    def _parity(self) -> ParityRecord | None:
+        """A checkpoint whose parity is damaged is copied without it."""
+        try:
+            return read_record(self.source, self.commit.directory, self.index)
+        except CorruptionError as error:
+            logger.warning("iteration %d is copied without its parity: %s", self.commit.iteration, error)
+            return None
+
+    def _copy_parity(self, parity: ParityRecord, there: set[str]) -> None:
+        directory = self.commit.directory
+        try:
+            for group in parity.groups:
+                open_group = partial(open_parity, directory=directory, group=group)
+                self._copy_file(group.name, group.size_bytes, open_group, there)
+        except (CorruptionError, FileNotFoundError) as error:
+            logger.warning("iteration %d is copied without its parity: %s", self.commit.iteration, error)
+            for group in parity.groups:
+                self.target.remove(f"{directory}/{group.name}")
+        else:
+            put_record(self.target, directory, self.index.save_id, parity.groups)
+
+    def _check_room(self, there: set[str], parity: ParityRecord | None) -> None:
+        free = self.target.free_space()
+        table = self.index.chunk_table
+        sizes = {table.name: table.size_bytes} | {file.name: file.size_bytes for file in self.index.files}
+        sizes |= {group.name: group.size_bytes for group in (parity.groups if parity else ())}
+        needed = sum(size for name, size in sizes.items() if name not in there)
+        if free is not None and needed > free.size_bytes:
+            raise CheckpointError(
+                f"not enough space: the copy of iteration {self.commit.iteration} takes {needed} bytes more in "
+                f"{self.target.location}, which has {free.size_bytes} bytes free"
+            )
+
+    def _copy_file(
+        self, name: str, size_bytes: int, open_file: Callable[[Storage], BlockFile], there: set[str]
+    ) -> None:
+        if name in there and self._is_whole(open_file):
+            self.on_bytes(size_bytes)
+            return
+        with open_file(self.source) as file, self._put(name, size_bytes) as out:
+            for begin in range(0, size_bytes, _WINDOW_BYTES):
+                got = file.read_stored(begin, self._window)
+                out.write(begin, self._window[:got])
+                self.bytes_copied += got
+                self.on_bytes(got)
+
+    def _is_whole(self, open_file: _OpenFile) -> bool:
+        """Whether what the target has under a name is what the index says."""
+        try:
+            with open_file(self.target) as file:
+                return not any(True for _ in file.faults([(0, file.data_bytes)]))
+        except (CorruptionError, OSError) as error:
+            if not is_damage(error):
+                raise
+            return False
+
+    def _copy_table(self, there: set[str]) -> None:
+        table = self.index.chunk_table
+        if table.name in there:
+            with suppress(CorruptionError):
+                _read_table(self.target, self.commit.directory, self.index)
+                self.on_bytes(table.size_bytes)
+                return
+        content = _read_table(self.source, self.commit.directory, self.index)
+        with self._put(table.name, table.size_bytes) as out:
+            out.write(0, content)
+        self.bytes_copied += len(content)
+        self.on_bytes(len(content))
+
+    @contextmanager
+    def _put(self, name: str, size_bytes: int) -> Iterator[WriteFile]:
+        """A file of the target that the body writes. It gets its name when it is whole and durable, not before."""
+        directory = self.commit.directory
+        temporary = f"{directory}/.tmp-{secrets.token_hex(16)}"
+        try:
+            with new_file(self.target, temporary, size_bytes) as out:
+                yield out
+            self.target.move(temporary, f"{directory}/{name}")
+        except BaseException:
+            with suppress(OSError):
+                self.target.remove(temporary)
+            raise
+
+
+def _read_table(storage: Storage, directory: str, index: Index) -> bytes:
+    """The chunk table, checked. Raises CorruptionError or OSError."""
+    table = index.chunk_table
+    name = f"{directory}/{table.name}"
+    data = read_file(storage, name, table.size_bytes)
+    trailer = data[table.records_bytes :]
+    if len(data) != table.size_bytes or crc32c(trailer) != table.trailer_crc:
+        raise CorruptionError(f"{name}: its length, or the checksum of its trailer, is not what the index says")
+    if len(trailer) != 4 * -(-table.records_bytes // PAGE_BYTES):
+        raise CorruptionError(f"{name}: the index gives it a trailer of impossible size")
+    check_pages(data[: table.records_bytes], 0, trailer, where=name)
+    return data
+
+
+def _throttled(on_bytes: OnBytes, max_bytes_per_s: float) -> OnBytes:
+    """Take so long between words that no more bytes go by in a second; 0 is no limit."""
+    started, total = time.monotonic(), 0
+
+    def tell(step: int) -> None:
+        nonlocal total
+        total += step
+        on_bytes(step)
+        while max_bytes_per_s and (left := started + total / max_bytes_per_s - time.monotonic()) > 0:
+            time.sleep(min(left, _STEP_S))
+            on_bytes(0)  # It may want to give up.
+
+    return tell

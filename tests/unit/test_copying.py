@@ -1,0 +1,271 @@
+"""A checkpoint copied to another root is there whole or not at all, and every byte of it was checked."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+import distckpt
+from distckpt import CheckpointError, CheckpointNotFoundError, CorruptionError
+from distckpt.commit import find_commits, list_commits, pending_marker, read_head, read_tracker
+from distckpt.copying import copy_checkpoint
+from distckpt.removing import STALE_AFTER_S, sweep
+from distckpt.storage import PosixStorage
+from distckpt.storage.contract import read_all
+from distckpt.testing import Crash, CrashingStorage, MemoryStorage
+from tests.unit.damage import change, flip
+from tests.unit.protocol import Clock, io_error, tree
+from tests.unit.saved_roots import RANKS, check_loads, save, saved_root
+
+
+@pytest.fixture(scope="module")
+def saved() -> MemoryStorage:
+    """Iterations 10 and 20, with parity, read back. Not to be changed."""
+    return saved_root(10, 20, parity=2, verify_after_save=True)
+
+
+def files_of(storage: MemoryStorage, iteration: int) -> dict[str, bytes]:
+    return {name: data for name, data in tree(storage).items() if name.startswith(f"iter_{iteration:07d}/")}
+
+
+def shard_names(storage: MemoryStorage, iteration: int) -> list[str]:
+    return [name for name in files_of(storage, iteration) if "/shard-" in name]
+
+
+# What a copy is
+
+
+def test_copy_is_equal_byte_by_byte_and_loads(saved: MemoryStorage) -> None:
+    target = MemoryStorage()
+    report = copy_checkpoint(saved, target)
+    assert files_of(target, 20) == files_of(saved, 20)
+    assert set(tree(target)) == {*files_of(saved, 20), "latest_checkpointed_iteration.txt"}
+    assert (report.iteration, report.save_id) == (20, read_head(saved, find_commits(saved, 20)[0]).save_id)
+    assert report.bytes == sum(
+        len(data) for name, data in files_of(saved, 20).items() if "shard-" in name or "chunks-" in name
+    )
+    assert report.bytes_copied > report.bytes  # Parity too.
+    check_loads(target.power_cut(), 20)
+    assert distckpt.verify(target).is_sound
+
+
+def test_copy_on_real_files(tmp_path: Path) -> None:
+    source = PosixStorage(tmp_path / "a", io_backend="threads")
+    save(source, 10, parity=2)
+    told: list[int] = []
+    report = distckpt.copy_checkpoint(tmp_path / "a", tmp_path / "b" / "c", on_bytes=told.append)
+    assert sum(told) == report.bytes_copied
+    check_loads(PosixStorage(tmp_path / "b" / "c", io_backend="threads"), 10)
+    assert distckpt.verify(tmp_path / "b" / "c").is_sound
+
+
+def test_older_iteration_takes_its_place_behind_newer_ones(saved: MemoryStorage) -> None:
+    target = MemoryStorage()
+    copy_checkpoint(saved, target, 20)
+    copy_checkpoint(saved, target, 10)
+    assert list_commits(target) == list_commits(saved)
+    assert read_tracker(target) == 20
+    check_loads(target, 20)
+
+
+def test_copying_again_copies_nothing(saved: MemoryStorage) -> None:
+    target = MemoryStorage()
+    copy_checkpoint(saved, target)
+    before = tree(target)
+    counting = CrashingStorage(target)
+    assert copy_checkpoint(saved, counting).bytes_copied == 0
+    assert tree(target) == before
+    assert not [call for call in counting.calls if call.startswith(("create", "write", "replace", "put_if_absent"))]
+
+
+def test_labels_that_came_since_are_copied_to_a_copy_that_is_there() -> None:
+    source, target = saved_root(10), MemoryStorage()
+    copy_checkpoint(source, target)
+    [commit] = list_commits(source)
+    name = f"{commit.directory}/labels-000001-{read_head(source, commit).save_id}.json"
+    source.put_if_absent(name, b"{}")
+    foreign = name.replace("/labels-000001", "/labels-000002").replace(name[-10:], "0000.json")
+    source.put_if_absent(foreign, b"{}")
+    copy_checkpoint(source, target)
+    assert read_all(target, name) == b"{}"
+    assert foreign not in tree(target)
+
+
+def test_other_checkpoint_of_the_same_place_is_never_replaced(saved: MemoryStorage) -> None:
+    target = saved_root(10, 20)
+    before = tree(target)
+    with pytest.raises(CheckpointError, match=r"another iter_0000020/index-000001-000002.json .*root of its own"):
+        copy_checkpoint(saved, target)
+    assert tree(target) == before
+
+
+def test_what_is_not_there_is_not_found(saved: MemoryStorage) -> None:
+    target = MemoryStorage()
+    with pytest.raises(CheckpointNotFoundError):
+        copy_checkpoint(saved, target, 30)
+    with pytest.raises(ValueError, match="max_bytes_per_s=0"):
+        copy_checkpoint(saved, target, max_bytes_per_s=0)
+    assert target.list("") == []
+
+
+def test_target_without_room_is_told_before_anything_is_written(saved: MemoryStorage) -> None:
+    target = MemoryStorage(capacity_bytes=5 << 20)
+    with pytest.raises(CheckpointError, match=r"not enough space: the copy of iteration 20 takes \d+ bytes more"):
+        copy_checkpoint(saved, target)
+    assert shard_names(target, 20) == []
+
+
+# Damage
+
+
+def test_damage_in_the_source_is_found_and_never_copied_as_good(saved: MemoryStorage) -> None:
+    for name in [name for name in files_of(saved, 20) if "/shard-" in name or "/chunks-" in name]:
+        source, target = saved.power_cut(), MemoryStorage()
+        change(source, name, flip(len(read_all(source, name)) // 2))
+        with pytest.raises(CorruptionError, match=name.rpartition("/")[2]):
+            copy_checkpoint(source, target)
+        assert list_commits(target) == []
+        assert name not in files_of(target, 20)
+
+
+def test_checkpoint_whose_parity_is_damaged_is_copied_without_it(
+    saved: MemoryStorage, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in [name for name in files_of(saved, 20) if "/parity-" in name]:
+        for harm in (lambda content: flip(len(content) // 2)(content), None):
+            source, target = saved.power_cut(), MemoryStorage()
+            if harm is None and not name.endswith(".bin"):
+                continue  # Without its record there is no parity.
+            if harm is None:
+                source.remove(name)
+            else:
+                change(source, name, harm)
+            caplog.clear()
+            copy_checkpoint(source, target)
+            assert "iteration 20 is copied without its parity" in caplog.text
+            assert not [name for name in files_of(target, 20) if "/parity-" in name]
+            check_loads(target, 20)
+
+
+def test_file_in_the_target_that_is_damaged_is_copied_again(saved: MemoryStorage) -> None:
+    target = MemoryStorage()
+    copy_checkpoint(saved, target)
+    [commit] = list_commits(target)
+    target.remove(commit.name)
+    damaged = shard_names(target, 20)[1]
+    change(target, damaged, flip(3 << 20))
+    report = copy_checkpoint(saved, target)
+    assert files_of(target, 20) == files_of(saved, 20)
+    assert report.bytes_copied == len(read_all(saved, damaged))
+
+
+# Crashes
+
+
+def count_calls(saved: MemoryStorage) -> int:
+    counting = CrashingStorage(MemoryStorage())
+    copy_checkpoint(saved, counting)
+    return len(counting.calls)
+
+
+@pytest.mark.parametrize("moment", ["before", "half", "after"])
+def test_crash_at_any_call_to_the_target_leaves_no_half_and_a_second_try_goes_on(moment: str) -> None:
+    saved = saved_root(10)
+    whole = files_of(saved, 10)
+    calls = count_calls(saved)
+    assert calls > 25
+    most = 0
+    for number in range(1, calls + 1):
+        clock = Clock()
+        target = MemoryStorage(clock=clock)
+        with pytest.raises(Crash):
+            copy_checkpoint(saved, CrashingStorage(target, fail_at=number, error=Crash(), moment=moment))  # type: ignore[arg-type]
+        finished = {name for name in files_of(target, 10) if name in whole and "index-" not in name}
+        for left in (target, target.power_cut(), *(target.power_cut(seed) for seed in range(3))):
+            if list_commits(left):
+                assert files_of(left, 10).items() >= whole.items()
+                assert distckpt.verify(left).is_sound
+            copied = {name for name in files_of(left, 10) if name in whole}
+            report = copy_checkpoint(saved, left)
+            assert report.bytes_copied == sum(len(whole[name]) for name in whole.keys() - copied if _is_large(name))
+            most = max(most, len(copied & finished))
+            assert read_tracker(left) == 10
+            clock.now_s += STALE_AFTER_S
+            sweep(left, grace_s=0)
+            assert files_of(left, 10) == whole
+            assert files_of(left.power_cut(), 10).items() >= whole.items()  # The marker may come back.
+    assert most > RANKS  # Some were left, and not copied again.
+
+
+def _is_large(name: str) -> bool:
+    return "/shard-" in name or "/chunks-" in name
+
+
+def test_failure_of_any_call_to_the_target_is_raised_and_leaves_no_half(saved: MemoryStorage) -> None:
+    for number in range(1, count_calls(saved) + 1):
+        target = MemoryStorage()
+        with pytest.raises(OSError, match="injected"):
+            copy_checkpoint(saved, CrashingStorage(target, fail_at=number, error=io_error(errno.ENOSPC)))
+        if list_commits(target):
+            assert distckpt.verify(target).is_sound
+        copy_checkpoint(saved, target)
+        assert files_of(target, 20).items() >= files_of(saved, 20).items()
+
+
+def test_leftovers_of_a_copy_that_died_are_swept_when_they_are_old(saved: MemoryStorage) -> None:
+    clock = Clock()
+    target = MemoryStorage(clock=clock)
+    with pytest.raises(Crash):
+        copy_checkpoint(saved, CrashingStorage(target, fail_at=20, error=Crash()))
+    assert shard_names(target, 20)
+    clock.now_s += STALE_AFTER_S - 1
+    assert sweep(target, grace_s=0) == []
+    clock.now_s += 1
+    sweep(target, grace_s=0)
+    assert tree(target) == {}
+
+
+def test_copy_is_announced_before_its_files_and_the_marker_goes_last(saved: MemoryStorage) -> None:
+    target = CrashingStorage(MemoryStorage())
+    copy_checkpoint(saved, target)
+    marker = pending_marker(20, read_head(saved, find_commits(saved, 20)[0]).save_id)
+    changes = [
+        c for c in target.calls if c.partition(" ")[0] in ("replace", "create", "move", "put_if_absent", "remove")
+    ]
+    [announced] = [i for i, call in enumerate(changes) if call == f"replace {marker}"]
+    [committed] = [i for i, call in enumerate(changes) if call.startswith("put_if_absent") and "/index-" in call]
+    [removed] = [i for i, call in enumerate(changes) if call == f"remove {marker}"]
+    moved = [i for i, call in enumerate(changes) if call.startswith("move")]
+    assert announced < min(moved) < max(moved) < committed < removed
+
+
+# Bandwidth
+
+
+def test_bytes_go_by_no_faster_than_is_allowed(saved: MemoryStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr("distckpt.copying.time.monotonic", clock)
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        clock.now_s += seconds
+
+    monkeypatch.setattr("distckpt.copying.time.sleep", sleep)
+    report = copy_checkpoint(saved, MemoryStorage(), max_bytes_per_s=1e6)
+    assert sum(slept) == pytest.approx(report.bytes_copied / 1e6)
+    assert max(slept) <= 0.2
+
+
+def test_copy_can_be_given_up_between_two_words(saved: MemoryStorage) -> None:
+    target = MemoryStorage()
+
+    def give_up(_: int) -> None:
+        raise TimeoutError("no time")
+
+    with pytest.raises(TimeoutError):
+        copy_checkpoint(saved, target, on_bytes=give_up)
+    assert list_commits(target) == []
+    assert not [name for name in tree(target) if ".tmp-" in name]
