@@ -9,7 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from distckpt.after_commit import CommittedSave as CommittedSave
     from distckpt.checkpointer import Checkpointer as Checkpointer
+    from distckpt.copier import Copy as Copy
     from distckpt.copying import copy_checkpoint as copy_checkpoint
     from distckpt.errors import CheckpointError as CheckpointError
     from distckpt.errors import CheckpointNotFoundError as CheckpointNotFoundError
@@ -57,6 +59,8 @@ _HOMES = {
     "InvalidShardingError": "errors",
     "MismatchError": "errors",
     "UnsupportedTypeError": "errors",
+    "CommittedSave": "after_commit",
+    "Copy": "copier",
     "copy_checkpoint": "copying",
     "HistoryLine": "history_log",
     "history": "history_log",

@@ -3,51 +3,40 @@
 from __future__ import annotations
 
 import logging
-import operator
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from os import PathLike, fspath
+from os import PathLike
 from typing import Literal, TypeVar
 
-import msgspec
 import torch
 
-from distckpt.after_commit import AfterCommit, log_load
+from distckpt.after_commit import AfterCommit, CommittedSave, log_load
 from distckpt.arena import Arena
+from distckpt.candidates import newest_in
 from distckpt.commit import Commit, list_commits, newest_iteration, newest_verified_iteration
 from distckpt.contents import Contents
 from distckpt.coordinator import Coordinator, agree, default_coordinator
+from distckpt.copier import Copy
 from distckpt.errors import CheckpointError, DistributedError, FencedError
 from distckpt.filling import DeviceOf
 from distckpt.guarding import Guards
 from distckpt.history_log import line_of, line_of_failure
-from distckpt.host import host_id
-from distckpt.index import Mesh
 from distckpt.loading import Load, LoadContext, State, read_all
+from distckpt.opening import open_roots
 from distckpt.pending import PendingSave
-from distckpt.planner import check_places
 from distckpt.protecting import Protection, protect
 from distckpt.report import LoadReport, SaveReport
 from distckpt.save_context import SaveContext
 from distckpt.saving import Save
-from distckpt.storage import PosixStorage, Storage
+from distckpt.storage import Storage
 from distckpt.transport import Transports
 
 logger = logging.getLogger("distckpt")
 T = TypeVar("T")
 TIMEOUT_S = 1800.0
 PARITY_GROUP = 8  # shard files
-
-
-class _Place(msgspec.Struct, frozen=True):
-    """A rank's coordinates, the host that it runs on, and what it was asked to do after commits."""
-
-    mesh: dict[str, tuple[int, int]]
-    host: str
-    protection: Protection
 
 
 class Checkpointer:
@@ -67,6 +56,9 @@ class Checkpointer:
     damaged or lost is made again. verify_after_save: read everything back, past the page cache, before the save
     counts as done. Both are done after the commit, in the background of an async save. on_error: "warn" logs an async
     save that failed, and lets training go on; the max_failures-th in a row is raised, and so is any FencedError.
+    after_commit: what rank 0 calls after each commit, in a background thread, with a CommittedSave; what it raises is
+    logged. copy_to: a second root, to which rank 0 copies what was committed, in the background, and from which loads
+    take what the first one does not have, or has damaged. close() waits for both, timeout_s at most.
     """
 
     def __init__(
@@ -85,6 +77,8 @@ class Checkpointer:
         verify_after_save: bool = False,
         on_error: Literal["raise", "warn"] = "raise",
         max_failures: int = 3,
+        after_commit: Sequence[Callable[[CommittedSave], object]] = (),
+        copy_to: Copy | None = None,
     ) -> None:
         if max_staging_bytes is not None and max_staging_bytes < 0:
             raise ValueError(f"max_staging_bytes={max_staging_bytes}: expected at least 0, or None")
@@ -102,25 +96,37 @@ class Checkpointer:
         self._coordinator = default_coordinator() if coordinator is None else coordinator
         own_place = {"rank": (self._coordinator.rank, self._coordinator.world_size)} if mesh is None else mesh
         self._protection = Protection(PARITY_GROUP if parity is True else int(parity), bool(verify_after_save))
-        self._mesh, storage, neighbours = agree_on_place(
-            self._coordinator, root, own_place, self._protection, io_backend, timeout_s
+        opened = open_roots(
+            self._coordinator,
+            root,
+            None if copy_to is None else copy_to.root,
+            mesh=own_place,
+            protection=self._protection,
+            io_backend=io_backend,
+            timeout_s=timeout_s,
         )
-        self._storage = storage
-        self._after_commit = AfterCommit(storage, keep_last, removal_grace_s, timeout_s)
+        self._mesh, self._storages = opened.mesh, opened.storages
+        self._storage = storage = opened.storages[0]
+        self._after_commit = AfterCommit(
+            storage, keep_last, removal_grace_s, timeout_s, self._coordinator.world_size, tuple(after_commit)
+        )
+        if copy_to is not None:
+            self._after_commit.copy_to(opened.storages[1], copy_to)
         transports = Transports()
         self._save_context = SaveContext(
             storage=storage,
             coordinator=self._coordinator,
             mesh=self._mesh,
-            arena=Arena(max_staging_bytes, neighbours),
+            arena=Arena(max_staging_bytes, opened.neighbours),
             timeout_s=timeout_s,
             backend=getattr(storage, "io_backend", type(storage).__name__),
             removal_grace_s=removal_grace_s,
             max_write_bytes_per_s=max_write_bytes_per_s or 0.0,
             transports=transports,
             after_commit=self._after_commit,
+            second=opened.storages[1] if copy_to is not None else None,
         )
-        self._load_context = LoadContext(storage, self._coordinator, self._mesh, timeout_s, transports)
+        self._load_context = LoadContext(opened.storages, self._coordinator, self._mesh, timeout_s, transports)
         self._tolerated_failures = max_failures - 1 if on_error == "warn" else 0
         self._failures = 0  # of async saves, in a row
         self._is_fenced = False
@@ -299,7 +305,7 @@ class Checkpointer:
         assert writer is not None
         self._after_commit.begin(
             writer,
-            line_of(report, self._coordinator.world_size),
+            report,
             first_epoch=0 if self._has_resumed else writer.epoch,
             unsound=self._unsound,
         )
@@ -367,12 +373,13 @@ class Checkpointer:
         verified: the newest of those that were read back after they were saved (verify_after_save).
         """
         newest = newest_verified_iteration if verified else newest_iteration
-        found = self._ask_leader("latest", lambda: [newest(self._storage)])
-        return found[0]
+        return self._ask_leader("latest", lambda: [newest_in(self._storages, newest)])[0]
 
     def iterations(self) -> list[int]:
-        """Committed iterations, ascending. Collective."""
-        return self._ask_leader("iterations", lambda: sorted({c.iteration for c in list_commits(self._storage)}))
+        """Committed iterations of the root, and of copy_to, ascending. Collective."""
+        return self._ask_leader(
+            "iterations", lambda: sorted({c.iteration for root in self._storages for c in list_commits(root)})
+        )
 
     def _ask_leader(self, phase: str, question: Callable[[], list[T]]) -> list[T]:
         """Every rank gets rank 0's answer."""
@@ -466,38 +473,3 @@ class Checkpointer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def agree_on_place(
-    coordinator: Coordinator,
-    root: str | PathLike[str] | Storage,
-    mesh: Mapping[str, tuple[int, int]],
-    protection: Protection,
-    io_backend: str,
-    timeout_s: float,
-) -> tuple[Mesh, Storage, int]:
-    """Open the root and check the mesh, on all ranks or on none; with the number of ranks on this one's host."""
-    opened: list[Storage] = []
-
-    def local() -> _Place:
-        if isinstance(root, (str, PathLike)):
-            opened.append(PosixStorage(fspath(root), io_backend=io_backend))
-        else:
-            opened.append(root)
-        own = {axis: (operator.index(at), operator.index(size)) for axis, (at, size) in mesh.items()}
-        return _Place(own, host_id(), protection)
-
-    def decide(ranks: Sequence[_Place]) -> list[int]:
-        check_places([place.mesh for place in ranks])
-        for rank, place in enumerate(ranks):
-            if place.protection != ranks[0].protection:
-                raise CheckpointError(
-                    f"the ranks differ in parity and verify_after_save: rank 0 has {ranks[0].protection}, rank {rank} "
-                    f"{place.protection}"
-                )
-        count = Counter(place.host for place in ranks)
-        return [count[place.host] for place in ranks]
-
-    neighbours = agree(coordinator, "open", local, decide, message=_Place, decision=int, timeout_s=timeout_s)
-    own = {axis: (operator.index(at), operator.index(size)) for axis, (at, size) in mesh.items()}
-    return own, opened[0], neighbours

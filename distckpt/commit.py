@@ -43,7 +43,7 @@ import json
 import os
 import re
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -204,6 +204,11 @@ def by_lineage(storage: Storage, commits: Sequence[Commit]) -> list[Commit]:
     for commit in commits:
         with suppress(CheckpointError, OSError):  # Of one that cannot be read nothing is known but its name.
             heads[commit] = read_head(storage, commit)
+    return order_by_lineage(commits, heads)
+
+
+def order_by_lineage(commits: Sequence[Commit], heads: Mapping[Commit, IndexHead]) -> list[Commit]:
+    """The same, of heads that have been read."""
     of_save = {head.save_id: commit for commit, head in heads.items()}
     ordered: dict[Commit, None] = {}
     for newest in commits:
@@ -250,35 +255,53 @@ def tracker_warning(storage: Storage, newest: Commit) -> str | None:
 
 @dataclass(slots=True)
 class Writer:
-    """A job's right to write under a root: its epoch, and the number that its next commit gets."""
+    """A job's right to write under a root: its epoch, and the number that its next commit gets.
+
+    second: where its checkpoints are copied to.
+    """
 
     storage: Storage
     epoch: int
     commit_seq: int
     published: Commit | None = None  # the last one
+    second: Storage | None = None
 
     @classmethod
-    def claim(cls, storage: Storage) -> Writer:
-        """Step 1. Raises OSError."""
-        storage.make_directory("")
+    def claim(cls, storage: Storage, second: Storage | None = None) -> Writer:
+        """Step 1, in both roots: the order of commits must be one over them, although one of them may have been wiped.
+        Raises OSError."""
+        roots = [storage] if second is None else [storage, second]
+        for root in roots:
+            root.make_directory("")
         owner = json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode()
         while True:
-            claimed = writer_epochs(storage)
+            claimed = [writer_epochs(root) for root in roots]
             # Of commits too: a root may have been copied without its writer files.
-            epoch = max([*claimed, *(commit.epoch for commit in list_commits(storage))], default=0) + 1
-            if storage.put_if_absent(f"writer-{epoch:06d}", owner):
+            commits = [commit for root in roots for commit in list_commits(root)]
+            epoch = max([*(e for epochs in claimed for e in epochs), *(c.epoch for c in commits)], default=0) + 1
+            if all(root.put_if_absent(f"writer-{epoch:06d}", owner) for root in roots):
                 break
-        for old in claimed:
-            storage.remove(f"writer-{old:06d}")
-        commits = list_commits(storage)
-        return cls(storage, epoch, max((c.commit_seq for c in commits), default=0) + 1)
+        for root, epochs in zip(roots, claimed, strict=True):
+            for old in epochs:
+                root.remove(f"writer-{old:06d}")
+        commits = [commit for root in roots for commit in list_commits(root)]
+        return cls(storage, epoch, max((c.commit_seq for c in commits), default=0) + 1, second=second)
 
     def check_fence(self) -> None:
         """Step 5. Raises FencedError."""
-        newest = max(writer_epochs(self.storage), default=self.epoch)
+        self._check_fence_of(self.storage)
+
+    def check_fences(self) -> None:
+        """The same of both roots, before a copy becomes a checkpoint. Raises FencedError."""
+        self._check_fence_of(self.storage)
+        if self.second is not None:
+            self._check_fence_of(self.second)
+
+    def _check_fence_of(self, root: Storage) -> None:
+        newest = max(writer_epochs(root), default=self.epoch)
         if newest > self.epoch:
             raise FencedError(
-                f"{self.storage.location}: this job writes with epoch {self.epoch}, but a newer job has claimed epoch "
+                f"{root.location}: this job writes with epoch {self.epoch}, but a newer job has claimed epoch "
                 f"{newest}. Stop this job, or give it a root of its own."
             )
 

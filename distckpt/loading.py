@@ -18,8 +18,9 @@ import numpy as np
 
 from distckpt.adapters import ADAPTERS
 from distckpt.applying import apply_request
+from distckpt.candidates import Candidate, find_candidates
 from distckpt.checkpoint_files import check_files_hold, is_damage, read_per_rank
-from distckpt.commit import Commit, by_lineage, decode_index_of, find_commits, read_index, tracker_warning
+from distckpt.commit import Commit, decode_index_of, find_commits, read_index, tracker_warning
 from distckpt.contents import Contents
 from distckpt.coordinator import Coordinator, agree
 from distckpt.errors import CheckpointError, CorruptionError, MismatchError
@@ -67,14 +68,19 @@ class _ReadOutcome(msgspec.Struct, frozen=True):
 
 
 class _Resolved(msgspec.Struct, frozen=True):
-    """The checkpoint that all ranks are to load: its commit and the bytes of its index."""
+    """The checkpoint that all ranks are to load: its commit, in which of the roots, and the bytes of its index."""
 
     epoch: int
     commit_seq: int
     iteration: int
+    root: int
     index: bytes
     fell_back_from: dict[int, str]
     warning: str | None
+
+    @property
+    def candidate(self) -> Candidate:
+        return Candidate(Commit(self.epoch, self.commit_seq, self.iteration), self.root)
 
 
 class _Match(msgspec.Struct, frozen=True):
@@ -117,9 +123,9 @@ class _Selection(msgspec.Struct, frozen=True):
 
 @dataclass(slots=True)
 class LoadContext:
-    """What a load works with."""
+    """What a load works with. storages: the roots, the nearest first."""
 
-    storage: Storage
+    storages: Sequence[Storage]
     coordinator: Coordinator
     mesh: Mesh
     timeout_s: float
@@ -146,14 +152,14 @@ class Load:
     state: State = field(default_factory=dict)
     _flat: FlatState = field(default_factory=FlatState)
     _request: Request = field(default_factory=Request)
-    _failed: dict[Commit, str] = field(default_factory=dict)
+    _failed: dict[Candidate, str] = field(default_factory=dict)
     _decoded: Index | None = None  # rank 0's, which has decoded it to see whether it is sound
     _group: HostGroup = field(default_factory=HostGroup.alone)
     _not_shared: str | None = None
     _bytes_read: int = 0
     _size_bytes: int = 0
     _warning: str | None = None  # of this rank alone
-    _mended: set[Commit] = field(default_factory=set)  # of which it was tried
+    _mended: set[Candidate] = field(default_factory=set)  # of which it was tried
     _rebuilt: list[str] = field(default_factory=list)
     _seconds: dict[str, float] = field(default_factory=dict)  # by phase, of this rank without waiting for others
 
@@ -190,6 +196,7 @@ class Load:
             skipped=tuple(sorted(leaf.key for leaf in self._request.skip)),
             warnings=tuple(warning for warning in (resolved.warning, self._warning) if warning),
             rebuilt=tuple(self._rebuilt),
+            copy_used=self.context.storages[resolved.root].location if resolved.root else None,
             not_shared=self._not_shared,
             converted=tuple(
                 sorted(leaf.key for leaf, entry in self._request.tensors if leaf.spec.dtype != entry.dtype)
@@ -202,24 +209,25 @@ class Load:
 
     def pass_over(self, resolved: _Resolved, why: str) -> None:
         """Go on without a checkpoint that could not be read; or with it once more, if rank 0 can mend it by parity."""
-        commit = Commit(resolved.epoch, resolved.commit_seq, resolved.iteration)
+        candidate = resolved.candidate
         made: list[str] = []
-        if commit not in self._mended:
-            self._mended.add(commit)
+        if candidate not in self._mended:
+            self._mended.add(candidate)
             made = self._agree(
                 f"rebuild {len(self._mended)}",
                 lambda: None,
-                lambda ranks: [self._mend(commit)] * len(ranks),
+                lambda ranks: [self._mend(candidate)] * len(ranks),
                 type(None),
                 list,
             )
         if made:
             self._rebuilt += made
         else:
-            self._failed[commit] = why
+            self._failed[candidate] = why
 
-    def _mend(self, commit: Commit) -> list[str]:
+    def _mend(self, candidate: Candidate) -> list[str]:
         """Rank 0, in half of the time that the others wait for it; then all fall back, as without parity."""
+        commit, storage = candidate.commit, self.context.storages[candidate.root]
         deadline = time.monotonic() + self.context.timeout_s / 2
 
         def look_at_the_clock(_: int) -> None:
@@ -227,7 +235,7 @@ class Load:
                 raise TimeoutError(f"it takes more than {self.context.timeout_s / 2:g} s; `distckpt repair` may")
 
         try:
-            made = rebuild_damaged(self.context.storage, commit, look_at_the_clock)
+            made = rebuild_damaged(storage, commit, look_at_the_clock)
         except OSError as error:
             logger.warning("iteration %d is damaged, and could not be mended: %s", commit.iteration, error)
             return []
@@ -264,45 +272,66 @@ class Load:
             return _Wanted(self.iteration, bool(self.strict), bool(self.convert_dtypes), list(self.allow))
 
         resolved = self._agree("resolve", local, self._decide_commit, _Wanted, _Resolved)
-        commit = Commit(resolved.epoch, resolved.commit_seq, resolved.iteration)
         index, self._decoded = self._decoded, None
-        return resolved, decode_index_of(commit, resolved.index) if index is None else index
+        return resolved, decode_index_of(resolved.candidate.commit, resolved.index) if index is None else index
 
     def _decide_commit(self, wanted: Sequence[_Wanted]) -> list[_Resolved]:
         """Rank 0: the best commit that has not failed, whose index is sound."""
         if any(w != wanted[0] for w in wanted):
             asked = sorted({", ".join(f"{k}={v}" for k, v in msgspec.structs.asdict(w).items()) for w in wanted})
             raise CheckpointError(f"the ranks ask for different loads: {'; '.join(asked)}")
-        storage = self.context.storage
-        commits = self._candidates()
-        while left := [commit for commit in commits if commit not in self._failed]:
-            commit = left[0]
+        storages = self.context.storages
+        candidates = self._candidates()
+        while left := [candidate for candidate in candidates if candidate not in self._failed]:
+            commit, root = left[0].commit, left[0].root
             try:
-                self._decoded, data = read_index(storage, commit)
+                self._decoded, data = read_index(storages[root], commit)
             except (CorruptionError, OSError) as error:
                 if not is_damage(error):
                     raise
-                self._failed[commit] = str(error)
-                commits = self._candidates()  # Listed anew: if the index is gone, it was replaced meanwhile.
+                self._failed[left[0]] = str(error)
+                candidates = self._candidates()  # Listed anew: if the index is gone, it was replaced meanwhile.
                 continue
-            fell_back_from: dict[int, str] = {}
-            for failed, why in self._failed.items():
-                earlier = fell_back_from.get(failed.iteration)
-                fell_back_from[failed.iteration] = why if earlier is None else f"{earlier}; {why}"
-            warning = tracker_warning(storage, max(commits)) if self.iteration is None else None
-            found = _Resolved(commit.epoch, commit.commit_seq, commit.iteration, data, fell_back_from, warning)
+            place = commit.epoch, commit.commit_seq, commit.iteration, root
+            found = _Resolved(*place, data, self._fell_back_from(commit), self._warnings(candidates, left[0]))
             return [found] * len(wanted)
-        reasons = "".join(f"\n  {commit.name}: {why}" for commit, why in self._failed.items())
+        reasons = "".join(f"\n  {failed.commit.name}: {why}" for failed, why in self._failed.items())
         raise CorruptionError(
-            f"no good checkpoint under {storage.location}"
+            f"no good checkpoint under {' or '.join(storage.location for storage in storages)}"
             + ("" if self.iteration is None else f" of iteration {self.iteration}")
             + f"; if tensors had been read, their values are now undefined. Tried:{reasons}"
         )
 
-    def _candidates(self) -> list[Commit]:
+    def _fell_back_from(self, commit: Commit) -> dict[int, str]:
+        """Iteration -> why it was passed over, for this commit."""
+        reasons: dict[int, str] = {}
+        for failed, why in self._failed.items():
+            if failed.commit != commit:  # Else it is another copy of it that was damaged.
+                earlier = reasons.get(failed.commit.iteration)
+                reasons[failed.commit.iteration] = why if earlier is None else f"{earlier}; {why}"
+        return reasons
+
+    def _warnings(self, candidates: Sequence[Candidate], chosen: Candidate) -> str | None:
+        """What is odd, but loses nothing."""
+        storages = self.context.storages
+        odd = [
+            f"iteration {failed.commit.iteration} is damaged in {storages[failed.root].location}, and was read from "
+            f"{storages[chosen.root].location}: {why}"
+            for failed, why in self._failed.items()
+            if failed.commit == chosen.commit
+        ]
+        nearest = max((candidate.commit for candidate in candidates if not candidate.root), default=None)
+        if self.iteration is None and nearest is not None:
+            tracker = tracker_warning(storages[0], nearest)
+            odd += [] if tracker is None else [tracker]
+        return "; ".join(odd) or None
+
+    def _candidates(self) -> list[Candidate]:
         """Rank 0: in the order in which they are to be tried."""
-        commits = find_commits(self.context.storage, self.iteration)
-        return by_lineage(self.context.storage, commits) if self._failed else commits
+        iteration = self.iteration
+        return find_candidates(
+            self.context.storages, lambda storage: find_commits(storage, iteration), by_branch=bool(self._failed)
+        )
 
     def _compare(self, index: Index) -> _Differences:
         """Match this rank's state, and agree on what is missing or in excess over all ranks."""
@@ -339,7 +368,7 @@ class Load:
             mismatched = {key: why for r in reversed(ranks) for key, why in r.mismatched.items()}
             lacking, unread = ([key for key in keys if not self._is_allowed(key)] for keys in (missing, unexpected))
             if mismatched or (self.strict and (lacking or unread)):
-                passed_over = [f"{commit.name}: {why}" for commit, why in self._failed.items()]
+                passed_over = [f"{failed.commit.name}: {why}" for failed, why in self._failed.items()]
                 raise mismatch_error(index, lacking, unread, mismatched, self.strict, passed_over)
             groups = group_ranks([r.host for r in ranks], row_bytes(index))
             answers = {group.nonce: _Differences(missing, unexpected, group) for group in groups}
@@ -376,7 +405,7 @@ class Load:
 
     def _read(self, resolved: _Resolved, index: Index) -> str | None:
         """Fill all targets on all ranks; None, or why this checkpoint must be passed over (agreed)."""
-        directory = Commit(resolved.epoch, resolved.commit_seq, resolved.iteration).directory
+        candidate = resolved.candidate
 
         def local() -> _ReadOutcome:
             started = time.perf_counter()
@@ -384,7 +413,7 @@ class Load:
                 with Board(
                     self._group, self.context.coordinator.rank, row_bytes(index), self.context.timeout_s
                 ) as board:
-                    self._read_own(directory, index, board)
+                    self._read_own(candidate, index, board)
             except PeerFailed as stopped:
                 return _ReadOutcome(str(stopped), is_echo=True)
             except (CorruptionError, OSError) as error:
@@ -402,9 +431,10 @@ class Load:
 
         return self._agree("read", local, decide, _ReadOutcome, _ReadOutcome).why
 
-    def _read_own(self, directory: str, index: Index, board: Board) -> None:
+    def _read_own(self, candidate: Candidate, index: Index, board: Board) -> None:
         self._make_modules_real(index)
-        storage, request = self.context.storage, self._request
+        storage, directory = self.context.storages[candidate.root], candidate.commit.directory
+        request = self._request
         whole = sum(index.tensors[key].size_bytes for key in request.whole if key in index.tensors)
         check_files_hold(storage, directory, index, whole)
         targets = targets_of(request, index, self.device)

@@ -45,7 +45,8 @@ class LoadReport:
     missing: keys the state has and the checkpoint has not; unexpected: stored keys below a container of the state
     that nobody asked for (both empty unless strict=False). fell_back_from: iteration -> why it was passed over.
     reseeded, skipped: PerRank keys left alone because the layout changed. warnings: whatever else was odd.
-    rebuilt: shard files that were damaged and were made again from parity, by any rank of this load.
+    rebuilt: shard files that were damaged and were made again from parity, by any rank of this load. copy_used: the
+    second root (copy_to), if it was read from that.
     not_shared: why ranks of one host could not read for each other what several of them need; None if nothing was in
     the way. converted: keys of tensors that are stored with another floating-point type (this rank's).
     slowest: phase (match, read, apply) -> (rank, seconds). peak_rss_bytes, device_bytes: the most memory that
@@ -65,6 +66,7 @@ class LoadReport:
     skipped: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     rebuilt: tuple[str, ...] = ()
+    copy_used: str | None = None
     not_shared: str | None = None
     converted: tuple[str, ...] = ()
     slowest: Mapping[str, tuple[int, float]] = field(default_factory=dict)

@@ -18,7 +18,7 @@ from distckpt.transport import Transports
 @dataclass(slots=True)
 class SaveContext:
     """What saves work with, and what one leaves to the next. after_commit, writer, records: rank 0's; parent: a
-    save_id."""
+    save_id. second: the root that is copied to."""
 
     storage: Storage
     coordinator: Coordinator
@@ -30,6 +30,7 @@ class SaveContext:
     max_write_bytes_per_s: float
     transports: Transports
     after_commit: AfterCommit
+    second: Storage | None = None
     share: Share | None = None
     writer: Writer | None = None
     records: ChunkRecords | None = None

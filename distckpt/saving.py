@@ -190,7 +190,7 @@ class Save:
         assert plan is not None
         self._values = join_values(plan, [offer.values for offer in offers])
         if context.writer is None:
-            context.writer = Writer.claim(context.storage)
+            context.writer = Writer.claim(context.storage, context.second)
         context.writer.check_fence()
         # Before space is judged: what dead and retired saves left may be what fills the disk.
         context.after_commit.wait(context.timeout_s / 2)

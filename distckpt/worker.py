@@ -47,11 +47,12 @@ class Worker:
         with self._changed:
             return self._changed.wait_for(lambda: not self._is_running, max(0.0, deadline - time.monotonic()))
 
-    def drop(self) -> int:
-        """Forget what was not begun yet; how many calls that were."""
+    def abandon(self) -> int:
+        """Forget what was not begun yet, and let the program end while the rest goes on; how many calls that were."""
         with self._changed:
             count = len(self._work)
             self._work.clear()
+        atexit.unregister(self._leave)
         return count
 
     def _run(self) -> None:

@@ -28,6 +28,11 @@ _TRANSIENT = frozenset(
 RETRY_AFTER_S = (1.0, 4.0)  # one try more for each
 
 
+def may_pass(error: BaseException) -> bool:
+    """Whether what failed so may succeed when it is tried again."""
+    return isinstance(error, OSError) and error.errno in _TRANSIENT
+
+
 def header_metadata(save_id: str, iteration: int, rank: int, mesh: Mesh) -> dict[str, str | msgspec.Raw]:
     """What every header says of its save: rebuilding an index from the files alone needs it."""
     return {

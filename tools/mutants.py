@@ -51,6 +51,8 @@ RING = ("tests/unit/test_ring.py",)
 VERIFYING = ("tests/unit/test_verifying.py",)
 REPAIRING = ("tests/unit/test_repairing.py",)
 PARITY = ("tests/unit/test_parity.py",)
+COPYING = ("tests/unit/test_copying.py",)
+COPIER = ("tests/unit/test_copier.py",)
 HISTORY = ("tests/unit/test_history.py",)
 AFTER_COMMIT = ("tests/unit/test_after_commit.py",)
 READ_BACK = ("tests/unit/test_read_back.py",)
@@ -336,24 +338,158 @@ MUTANTS = (
     ),
     Mutant(
         "a load falls back to an abandoned branch first",
-        "distckpt/loading.py",
-        "by_lineage(self.context.storage, commits) if self._failed else commits",
+        "distckpt/candidates.py",
+        "(by_lineage(storages[0], commits) if by_branch else commits)",
         "commits",
         ROLL_BACK,
     ),
     Mutant(
         "retention keeps an abandoned branch first",
-        "distckpt/after_commit.py",
-        "[] if self.keep_last is None else by_lineage(storage, commits)",
+        "distckpt/retiring.py",
+        "[] if keep_last is None else by_lineage(storage, commits)",
         "[]",
         ROLL_BACK,
     ),
     Mutant(
         "retention lets sound ones go for an unsound one",
-        "distckpt/after_commit.py",
+        "distckpt/retiring.py",
         "unsound | unsound_commits(storage, commits)",
         "set[Commit]()",
         READ_BACK,
+    ),
+    # Copies in a second root
+    Mutant(
+        "copy: the index goes before the directory is synced",
+        "distckpt/copying.py",
+        "            target.sync_directory(commit.directory)\n            may_publish()\n",
+        "            may_publish()\n",
+        COPYING,
+    ),
+    Mutant(
+        "copy: a job that was replaced publishes",
+        "distckpt/copying.py",
+        "            may_publish()\n",
+        "",
+        COPIER,
+    ),
+    Mutant(
+        "copy: the fence of the second root is not looked at",
+        "distckpt/commit.py",
+        "        if self.second is not None:\n            self._check_fence_of(self.second)\n",
+        "",
+        COPIER,
+    ),
+    Mutant(
+        "copy: a file has its name before it is whole",
+        "distckpt/copying.py",
+        'temporary = f"{directory}/.tmp-{secrets.token_hex(16)}"',
+        'temporary = f"{directory}/{name}"',
+        COPYING,
+    ),
+    Mutant(
+        "copy: what is there is taken for whole",
+        "distckpt/copying.py",
+        "if name in there and self._is_whole(open_file):",
+        "if name in there:",
+        COPYING,
+    ),
+    Mutant(
+        "copy: what is there is copied again",
+        "distckpt/copying.py",
+        "if name in there and self._is_whole(open_file):",
+        "if False:",
+        COPYING,
+    ),
+    Mutant(
+        "copy: another checkpoint in its place is taken for it",
+        "distckpt/copying.py",
+        "        if found != data:\n",
+        "        if False:\n",
+        COPYING,
+    ),
+    Mutant(
+        "copy: the chunk table is not checked",
+        "distckpt/copying.py",
+        "    check_pages(data[: table.records_bytes], 0, trailer, where=name)\n",
+        "",
+        COPYING,
+    ),
+    Mutant(
+        "copy: an older one takes the tracker",
+        "distckpt/copying.py",
+        "if list_commits(target)[0] == commit and",
+        "if",
+        COPYING,
+    ),
+    Mutant(
+        "copy: retention takes what is being copied",
+        "distckpt/retiring.py",
+        "if commit != spared",
+        "if True",
+        COPIER,
+    ),
+    Mutant(
+        "copy: what waits to be gone on with is swept",
+        "distckpt/copier.py",
+        "                    self.target.replace(marker, str(writer.epoch).encode())\n",
+        "                    pass\n",
+        COPIER,
+    ),
+    Mutant(
+        "copy: what an earlier job did not get to is forgotten",
+        "distckpt/copier.py",
+        "            self._look_back()\n",
+        "            pass\n",
+        COPIER,
+    ),
+    Mutant(
+        "load: over two roots it falls back to an abandoned branch first",
+        "distckpt/candidates.py",
+        "        ordered = order_by_lineage(ordered, _heads(storages, found))\n",
+        "        pass\n",
+        COPIER,
+    ),
+    Mutant(
+        "copy: the oldest goes first",
+        "distckpt/copier.py",
+        "max(left, default=None)",
+        "min(left, default=None)",
+        COPIER,
+    ),
+    Mutant(
+        "copy: epochs go by the first root alone",
+        "distckpt/commit.py",
+        "roots = [storage] if second is None else [storage, second]",
+        "roots = [storage]",
+        COPIER,
+    ),
+    Mutant(
+        "load: what the second root has is not looked for",
+        "distckpt/candidates.py",
+        "for root, commits in enumerate(found) if commit in commits]",
+        "for root, commits in enumerate(found[:1]) if commit in commits]",
+        COPIER,
+    ),
+    Mutant(
+        "load: a root that cannot be looked at is taken for empty",
+        "distckpt/candidates.py",
+        "        except CheckpointNotFoundError as error:\n            found",
+        "        except (OSError, CheckpointNotFoundError) as error:\n            found",
+        COPIER,
+    ),
+    Mutant(
+        "every rank copies to a root of its own",
+        "distckpt/opening.py",
+        "if place.copied_to != ranks[0].copied_to:",
+        "if False:",
+        COPIER,
+    ),
+    Mutant(
+        "hooks: one that fails stops the others",
+        "distckpt/after_commit.py",
+        "        except Exception as error:\n",
+        "        except ZeroDivisionError as error:\n",
+        AFTER_COMMIT,
     ),
     Mutant(
         "history: a torn line takes the next one with it",
@@ -430,7 +566,7 @@ MUTANTS = (
     Mutant(
         "a load goes by a list that is outdated",
         "distckpt/loading.py",
-        "                commits = self._candidates()  # Listed anew",
+        "                candidates = self._candidates()  # Listed anew",
         "                #",
         READER,
     ),
@@ -862,7 +998,7 @@ MUTANTS = (
     ),
     Mutant(
         "every rank opens the root for itself",
-        "distckpt/checkpointer.py",
+        "distckpt/opening.py",
         '    neighbours = agree(coordinator, "open", ',
         '    neighbours = _alone(coordinator, "open", ',
         ALL_RANKS,

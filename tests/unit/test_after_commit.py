@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from distckpt import Checkpointer, CheckpointError
+from distckpt import Checkpointer, CheckpointError, CommittedSave
+from distckpt.coordinator import Coordinator
 from distckpt.offer import Offer, check_free_space
 from distckpt.planner import RankValues, SavePlan
 from distckpt.storage import FreeSpace
-from distckpt.testing import MemoryStorage
+from distckpt.testing import MemoryStorage, run_ranks
 from distckpt.worker import Worker
 
 COUNT = 25_000
@@ -140,6 +141,88 @@ def test_close_waits_for_cleaning_up_at_most_the_timeout(caplog: pytest.LogCaptu
     checkpointer.close()
     assert "cleaning up still goes on after 0.2 s" in caplog.text
     storage.may_remove.set()
+
+
+# Hooks
+
+
+def test_hooks_are_told_of_each_commit_in_order() -> None:
+    told: list[tuple[str, CommittedSave]] = []
+
+    def first(committed: CommittedSave) -> None:
+        told.append((threading.current_thread().name, committed))
+
+    def second(committed: CommittedSave) -> None:
+        told.append(("second", committed))
+
+    storage = MemoryStorage()
+    with Checkpointer(storage, after_commit=[first, second]) as checkpointer:
+        reports = [
+            checkpointer.save(make_state(1), iteration=1),
+            checkpointer.async_save(make_state(2), iteration=2).wait(),
+        ]
+    assert [committed.report for _, committed in told] == [reports[0], reports[0], reports[1], reports[1]]
+    assert [who for who, _ in told] == ["distckpt-hooks", "second"] * 2
+    assert (told[0][1].location, told[0][1].directory) == ("memory:", "iter_0000001")
+    assert told[0][1].directory in storage.list("")
+
+
+def test_hooks_are_called_on_rank_0_only() -> None:
+    ranks: list[int] = []
+
+    def run(coordinator: Coordinator) -> None:
+        def hook(_: CommittedSave) -> None:
+            ranks.append(coordinator.rank)
+
+        with Checkpointer(storage, coordinator=coordinator, after_commit=[hook]) as checkpointer:
+            checkpointer.save(make_state(1), iteration=1)
+
+    storage = MemoryStorage()
+    run_ranks(2, run)
+    assert ranks == [0]
+
+
+def test_save_that_fails_calls_no_hook() -> None:
+    told: list[CommittedSave] = []
+    with Checkpointer(MemoryStorage(capacity_bytes=100), after_commit=[told.append]) as checkpointer:
+        with pytest.raises(CheckpointError, match="not enough space"):
+            checkpointer.save(make_state(1), iteration=1)
+        assert checkpointer.iterations() == []
+    assert told == []
+
+
+def test_hook_that_fails_is_named_and_harms_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    told: list[int] = []
+
+    def upload(committed: CommittedSave) -> None:
+        raise KeyError("bucket")
+
+    hooks = [upload, lambda committed: told.append(committed.report.iteration)]
+    with Checkpointer(MemoryStorage(), after_commit=hooks) as checkpointer:
+        for iteration in (1, 2):
+            checkpointer.save(make_state(iteration), iteration=iteration)
+    assert told == [1, 2]
+    assert "upload failed after iteration 1 was committed: KeyError: 'bucket'" in caplog.text
+
+
+def test_hook_that_hangs_delays_neither_saves_nor_questions_and_close_for_a_bounded_time(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    gate = threading.Event()
+
+    def hang(_: CommittedSave) -> None:
+        gate.wait(30)
+
+    checkpointer = Checkpointer(MemoryStorage(), after_commit=[hang], keep_last=1, timeout_s=0.5)
+    for iteration in (1, 2, 3):
+        checkpointer.save(make_state(iteration), iteration=iteration)
+    assert checkpointer.iterations() == [3]
+    checkpointer.close()
+    assert "hang has not returned after 0.5 s, and is no longer waited for; calls left out: 2" in caplog.text
+    gate.set()
+
+
+# The thread
 
 
 def test_worker_goes_on_after_a_call_that_fails(caplog: pytest.LogCaptureFixture) -> None:

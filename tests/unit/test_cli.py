@@ -120,3 +120,17 @@ def test_help_names_the_commands() -> None:
     assert code == 0
     assert "verify" in said
     assert "repair" in said
+
+
+def test_copy_copies_a_checkpoint_once(root: Path, tmp_path: Path) -> None:
+    target = tmp_path / "copies"
+    code, said = run("copy", root, target)
+    assert (code, said.startswith("iteration 20: ")) == (0, True)
+    code, said = run("copy", root, target, "--iteration", 10, "--json")
+    report = json.loads(said)
+    assert (code, report["iteration"], report["target"]) == (0, 10, str(target))
+    assert report["bytes_copied"] > report["bytes"] > 0  # Parity too.
+    code, said = run("copy", root, target, "--json", "--limit", 1)
+    assert json.loads(said)["bytes_copied"] == 0
+    check_loads(PosixStorage(target), 20)
+    assert run("verify", target, "--all")[0] == 0

@@ -18,7 +18,7 @@ PORTS = {"storage", "coordinator"}
 TENSORS = {"per_rank", "sharded_tensor", "meta", "leaf_value", "state_dict"}
 MOVEMENT = {"transport", "ring", "staging", "arena", "writing", "host_group", "checkpoint_files", "reader"}
 MOVEMENT |= {"open_files", "shared_reading", "commit", "removing", "heartbeat", "retention"}
-MOVEMENT |= {"after_commit", "history_log"}
+MOVEMENT |= {"after_commit", "history_log", "candidates", "copier"}
 FLOWS = {"contents", "converting", "filling", "matching", "tied_memory", "describing", "offer", "share"}
 FLOWS |= {"save_context", "saving", "loading", "applying"}
 HANDLES = {"guarding", "pending"}
@@ -62,7 +62,16 @@ ALLOWED: dict[str, set[str]] = {
     "retention": VALUES | FORMAT | PORTS | {"commit"},
     "worker": set(),
     "history_log": {"errors", "index", "storage", "report"},
-    "after_commit": {"errors", "storage", "commit", "removing", "retention", "worker", "history_log"},
+    "retiring": {"storage", "commit", "removing", "retention"},
+    "copier": {
+        *("errors", "storage", "commit", "copying", "removing", "retiring", "writing", "worker", "history_log"),
+        *("report",),
+    },
+    "after_commit": {
+        *("errors", "storage", "commit", "removing", "retiring", "worker", "report", "history_log", "copier"),
+    },
+    "candidates": {"errors", "index", "storage", "commit"},
+    "opening": VALUES | PORTS | {"index", "planner", "protecting"},
     "copying": VALUES
     | FORMAT
     | {"_C", "storage", "checkpoint_files", "commit", "heartbeat", "parity", "removing", "report"},
@@ -97,7 +106,7 @@ ALLOWED: dict[str, set[str]] = {
     "adapters": {"errors", "geometry", "sharded_tensor", "state_dict", "__init__"},
     "guarding": set(),
     "pending": {"report"},
-    "checkpointer": VALUES | FORMAT | PORTS | MOVEMENT | FLOWS | HANDLES | {"planner", "report", "protecting"},
+    "checkpointer": VALUES | FORMAT | PORTS | MOVEMENT | FLOWS | HANDLES | {"opening", "report", "protecting"},
     "termination": PORTS,
     "one_directory": VALUES | PORTS | {"checkpointer", "pending", "index", "loading", "report"},
     # Outside, as adapters and cli are: by public names, the ports, checksums of memory, and what loads are told by.
@@ -106,7 +115,7 @@ ALLOWED: dict[str, set[str]] = {
     | PORTS
     | TENSORS
     | {"checkpointer", "pending", "one_directory", "report", "verifying", "repairing", "termination", "history_log"}
-    | {"training", "copying"},
+    | {"training", "copying", "copier", "after_commit"},
     "cli": {
         *VALUES | FORMAT | PORTS,
         *("commit", "retention", "reshard", "verifying", "repairing", "report", "history_log", "copying", "__init__"),

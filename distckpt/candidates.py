@@ -1,0 +1,78 @@
+"""Candidates: the checkpoints that a load may use, of one root or of two, in the order to try them in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from distckpt.commit import Commit, by_lineage, list_commits, order_by_lineage, read_head
+from distckpt.errors import CheckpointError, CheckpointNotFoundError, CorruptionError
+from distckpt.index import IndexHead
+from distckpt.storage import Storage
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A commit in one of the roots; 0 is the nearest."""
+
+    commit: Commit
+    root: int = 0
+
+
+def find_candidates(
+    storages: Sequence[Storage], select: Callable[[Storage], list[Commit]], *, by_branch: bool
+) -> list[Candidate]:
+    """What `select` finds in each root, best first; of a commit that several have, the nearest first.
+
+    select: raises CheckpointNotFoundError where there is nothing. by_branch: in the order of by_lineage, for what comes
+    after the newest. Raises CheckpointNotFoundError if no root has anything; OSError if one cannot be looked at: it may
+    have the newest.
+    """
+    found: list[list[Commit]] = []
+    missing: list[CheckpointNotFoundError] = []
+    for storage in storages:
+        try:
+            found.append(select(storage))
+        except CheckpointNotFoundError as error:
+            found.append([])
+            missing.append(error)
+    if len(missing) == len(storages):
+        raise missing[0] if len(missing) == 1 else CheckpointNotFoundError("; ".join(map(str, missing)))
+    if len(storages) == 1:
+        [commits] = found
+        return [Candidate(commit) for commit in (by_lineage(storages[0], commits) if by_branch else commits)]
+    ordered = sorted({commit for commits in found for commit in commits}, reverse=True)
+    if by_branch:
+        ordered = order_by_lineage(ordered, _heads(storages, found))
+    return [Candidate(commit, root) for commit in ordered for root, commits in enumerate(found) if commit in commits]
+
+
+def _heads(storages: Sequence[Storage], found: Sequence[Sequence[Commit]]) -> dict[Commit, IndexHead]:
+    """Of each commit, from the nearest root in which it can be read."""
+    heads: dict[Commit, IndexHead] = {}
+    for storage, commits in zip(storages, found, strict=True):
+        for commit in commits:
+            if commit not in heads:
+                with suppress(CheckpointError, OSError):
+                    heads[commit] = read_head(storage, commit)
+    return heads
+
+
+def newest_in(storages: Sequence[Storage], newest: Callable[[Storage], int | None]) -> int | None:
+    """The newest iteration of several roots, of which `newest` tells each one's. Raises OSError; CorruptionError if a
+    root has damaged indexes only, and no other has a sound one."""
+    found: list[tuple[Commit, int]] = []
+    damaged: list[CorruptionError] = []
+    for storage in storages:
+        try:
+            iteration = newest(storage)
+        except CorruptionError as error:
+            damaged.append(error)
+            continue
+        if iteration is not None:
+            commits = [commit for commit in list_commits(storage) if commit.iteration == iteration]
+            found.append((max(commits, default=Commit(0, 0, iteration)), iteration))
+    if damaged and not found:
+        raise damaged[0]
+    return max(found)[1] if found else None

@@ -1,0 +1,545 @@
+"""Checkpoints copied to a second root while training goes on, and loads that take the nearest good copy."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import distckpt
+from distckpt import (
+    Checkpointer,
+    CheckpointError,
+    CheckpointNotFoundError,
+    Copy,
+    CopyReport,
+    CorruptionError,
+    DistributedError,
+    FencedError,
+    LoadReport,
+)
+from distckpt.commit import Commit, Writer, list_commits, read_index, read_tracker, writer_epochs
+from distckpt.coordinator import Coordinator
+from distckpt.copying import copy_commit
+from distckpt.storage import Storage
+from distckpt.testing import Crash, CrashingStorage, MemoryStorage, run_ranks
+from tests.unit.damage import change, flip
+from tests.unit.protocol import io_error, tree
+from tests.unit.saved_roots import RANKS, make_state, save
+
+COUNT = 25_000
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distckpt.copier.RETRY_AFTER_S", (0.0, 0.0))
+
+
+class Gated(MemoryStorage):
+    """Files of an iteration are created only when the gate is open; says when somebody waits before it."""
+
+    def __init__(self, iteration: int) -> None:
+        super().__init__()
+        self._part = f"iter_{iteration:07d}/"
+        self.is_waiting, self.gate = threading.Event(), threading.Event()
+
+    def create(self, name: str, *, size_hint: int = 0):  # type: ignore[no-untyped-def]
+        if name.startswith(self._part):
+            self.is_waiting.set()
+            assert self.gate.wait(30)
+        return super().create(name, size_hint=size_hint)
+
+
+def state_of(value: int) -> dict[str, object]:
+    return {"w": torch.full((COUNT,), float(value))}
+
+
+def loaded(checkpointer: Checkpointer, iteration: int | None = None) -> tuple[int, LoadReport]:
+    """The value that is loaded."""
+    state = state_of(0)
+    report = checkpointer.load(state, iteration)
+    tensor = state["w"]
+    assert isinstance(tensor, torch.Tensor)
+    assert len(set(tensor.tolist())) == 1
+    return int(tensor[0]), report
+
+
+def run_job(root: Storage, second: Storage | Copy, *iterations: int, resume: bool = False, **options: object) -> None:
+    copy_to = second if isinstance(second, Copy) else Copy(second)
+    with Checkpointer(root, copy_to=copy_to, **options) as checkpointer:  # type: ignore[arg-type]
+        if resume:
+            loaded(checkpointer)
+        for iteration in iterations:
+            checkpointer.save(state_of(iteration), iteration=iteration)
+            # One after the other here, as what is committed meanwhile is copied first.
+            assert checkpointer._after_commit.copier is not None
+            assert checkpointer._after_commit.copier._worker.wait(30)
+
+
+def files_of(storage: Storage, iteration: int) -> dict[str, bytes]:
+    return {name: data for name, data in tree(storage).items() if name.startswith(f"iter_{iteration:07d}/")}
+
+
+def iterations_in(storage: Storage) -> list[int]:
+    return [commit.iteration for commit in list_commits(storage)]
+
+
+def kinds(storage: Storage) -> list[str]:
+    return [line.kind for line in distckpt.history(storage)]
+
+
+# Copies of a job
+
+
+def test_everything_that_is_committed_is_copied_byte_by_byte() -> None:
+    root, second = MemoryStorage(), MemoryStorage()
+    run_job(root, second, 1, 2, 3)
+    for iteration in (1, 2, 3):
+        assert files_of(second, iteration) == files_of(root, iteration)
+    assert read_tracker(second) == 3
+    assert set(second.list("")) == {*root.list("")} - {"history.jsonl"}
+    lines = [line for line in distckpt.history(root) if line.kind == "copy"]
+    assert [line.iteration for line in lines] == [1, 2, 3]
+    for line in lines:
+        assert isinstance(line.report, CopyReport)
+        assert line.report.bytes_copied == line.report.bytes > 4 * COUNT
+        assert line.report.tries == 1
+
+
+def test_ranks_copy_what_all_of_them_saved() -> None:
+    root, second = MemoryStorage(), MemoryStorage()
+    save(root, 10, 20, copy_to=Copy(second), parity=2, verify_after_save=True)
+    assert files_of(second, 20) == files_of(root, 20)
+    assert distckpt.verify(second).is_sound
+
+
+def test_each_root_keeps_as_many_as_it_is_told() -> None:
+    root, second = MemoryStorage(), MemoryStorage()
+    run_job(root, Copy(second, keep_last=3, removal_grace_s=0), 1, 2, 3, 4, 5, keep_last=1, removal_grace_s=0)
+    assert iterations_in(root) == [5]
+    assert iterations_in(second) == [5, 4, 3]
+    assert files_of(second, 1) == files_of(second, 2) == {}
+
+
+def test_copy_of_a_job_that_has_not_loaded_takes_nothing_from_earlier_ones() -> None:
+    root, second = MemoryStorage(), MemoryStorage()
+    run_job(root, Copy(second, keep_last=1), 1, 2)
+    run_job(root, Copy(second, keep_last=1), 3, 4)
+    assert iterations_in(second) == [4, 2]
+    run_job(root, Copy(second, keep_last=1), 5, resume=True)
+    assert iterations_in(second) == [5]
+
+
+def test_checkpoint_that_is_being_copied_is_not_retired_until_it_is() -> None:
+    root, second = MemoryStorage(), Gated(1)
+    with Checkpointer(root, keep_last=1, removal_grace_s=0, copy_to=Copy(second)) as checkpointer:
+        checkpointer.save(state_of(1), iteration=1)
+        assert second.is_waiting.wait(30)
+        for iteration in (2, 3):
+            checkpointer.save(state_of(iteration), iteration=iteration)
+        assert checkpointer.iterations() == [1, 3]
+        second.gate.set()
+        assert checkpointer._after_commit.copier is not None
+        assert checkpointer._after_commit.copier._worker.wait(30)
+        checkpointer.save(state_of(4), iteration=4)
+    assert iterations_in(root) == [4]
+    assert iterations_in(second) == [4, 3, 1]
+
+
+def test_checkpoint_that_retention_takes_before_its_turn_is_left_out_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    root, second = MemoryStorage(), Gated(1)
+    with Checkpointer(root, keep_last=1, removal_grace_s=0, copy_to=Copy(second)) as checkpointer:
+        checkpointer.save(state_of(1), iteration=1)
+        assert second.is_waiting.wait(30)
+        for iteration in (2, 3):
+            checkpointer.save(state_of(iteration), iteration=iteration)
+        assert checkpointer.iterations() == [1, 3]
+        second.gate.set()
+        assert checkpointer._after_commit.copier is not None
+        assert checkpointer._after_commit.copier._worker.wait(30)
+    assert iterations_in(second) == [3, 1]
+    assert "iteration 2 was removed before it was copied" in caplog.text
+
+
+def test_newest_is_copied_first() -> None:
+    root, second = MemoryStorage(), Gated(1)
+    with Checkpointer(root, copy_to=Copy(second)) as checkpointer:
+        checkpointer.save(state_of(1), iteration=1)
+        assert second.is_waiting.wait(30)
+        for iteration in (2, 3, 4):
+            checkpointer.save(state_of(iteration), iteration=iteration)
+        second.gate.set()
+        assert checkpointer._after_commit.copier is not None
+        assert checkpointer._after_commit.copier._worker.wait(30)
+    order = [line.iteration for line in distckpt.history(root) if line.kind == "copy"]
+    assert order == [1, 4, 3, 2]
+    assert read_tracker(second) == 4
+
+
+def test_slow_copy_delays_neither_saves_nor_cleaning_up() -> None:
+    root, second = MemoryStorage(), Gated(1)
+    with Checkpointer(root, keep_last=1, removal_grace_s=0, copy_to=Copy(second)) as checkpointer:
+        for iteration in (1, 2, 3, 4):
+            checkpointer.save(state_of(iteration), iteration=iteration)
+        assert 4 in checkpointer.iterations()
+        assert {2, 3}.isdisjoint(checkpointer.iterations())
+        second.gate.set()
+
+
+# Failures
+
+
+def test_copy_that_fails_for_a_reason_that_may_pass_is_tried_again() -> None:
+    root = MemoryStorage()
+
+    class Failing(MemoryStorage):
+        left = 2
+
+        def move(self, name: str, new_name: str) -> None:
+            if self.left:
+                self.left -= 1
+                raise io_error(errno.ETIMEDOUT)
+            super().move(name, new_name)
+
+    second = Failing()
+    run_job(root, second, 1)
+    [line] = [line for line in distckpt.history(root) if line.kind == "copy"]
+    assert isinstance(line.report, CopyReport)
+    assert line.report.tries == 3
+
+
+def test_copy_that_fails_harms_no_save_and_is_made_after_a_later_one(caplog: pytest.LogCaptureFixture) -> None:
+    class Failing(MemoryStorage):
+        is_full = False
+
+        def create(self, name: str, *, size_hint: int = 0):  # type: ignore[no-untyped-def]
+            if self.is_full:
+                raise io_error(errno.ENOSPC)
+            return super().create(name, size_hint=size_hint)
+
+    root, second = MemoryStorage(), Failing()
+    with Checkpointer(root, copy_to=Copy(second)) as checkpointer:
+        copier = checkpointer._after_commit.copier
+        assert copier is not None
+        second.is_full = True
+        checkpointer.save(state_of(1), iteration=1)
+        assert copier._worker.wait(30)
+        assert "iteration 1 was not copied to memory:: [Errno 28]" in caplog.text
+        second.is_full = False
+        checkpointer.save(state_of(2), iteration=2)
+        assert copier._worker.wait(30)
+    assert iterations_in(second) == [2, 1]
+    assert kinds(root) == ["save", "failed copy", "save", "copy", "copy"]
+    failed = distckpt.history(root)[1]
+    assert failed.error is not None
+    assert failed.error.startswith("OSError: [Errno 28]")
+
+
+def test_copy_that_always_fails_is_given_up_after_some_commits() -> None:
+    root, second = MemoryStorage(), MemoryStorage(capacity_bytes=COUNT)
+    with Checkpointer(root, copy_to=Copy(second)) as checkpointer:
+        copier = checkpointer._after_commit.copier
+        assert copier is not None
+        for iteration in range(1, 6):
+            checkpointer.save(state_of(iteration), iteration=iteration)
+            assert copier._worker.wait(30)
+        assert len(copier._waiting) == 2
+    failed = [line.iteration for line in distckpt.history(root) if line.kind == "failed copy"]
+    assert [failed.count(iteration) for iteration in range(1, 6)] == [3, 3, 3, 2, 1]
+
+
+def test_damaged_checkpoint_is_not_copied_as_good() -> None:
+    root, second = MemoryStorage(), Gated(1)
+    with Checkpointer(root, copy_to=Copy(second)) as checkpointer:
+        checkpointer.save(state_of(1), iteration=1)
+        assert second.is_waiting.wait(30)
+        [name] = [name for name in files_of(root, 1) if "/shard-" in name]
+        change(root, name, flip(10_000))
+        second.gate.set()
+    assert iterations_in(second) in ([], [1])
+    if iterations_in(second):  # It had been read before it was damaged.
+        assert distckpt.verify(second).is_sound
+
+
+def test_job_that_a_newer_one_has_replaced_in_the_second_root_publishes_no_copy(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As when it was started again on another node, whose local root is another one."""
+    root, second = MemoryStorage(), Gated(1)
+    with Checkpointer(root, copy_to=Copy(second)) as checkpointer:
+        checkpointer.save(state_of(1), iteration=1)
+        assert second.is_waiting.wait(30)
+        Writer.claim(MemoryStorage(), second)
+        second.gate.set()
+        assert checkpointer._after_commit.copier is not None
+        assert checkpointer._after_commit.copier._worker.wait(30)
+        assert iterations_in(second) == []
+        assert "memory: is copied to no more: memory:: this job writes with epoch 1" in caplog.text
+        checkpointer.save(state_of(2), iteration=2)  # Its own root is still its own.
+    assert iterations_in(second) == []
+
+
+def test_copier_whose_job_was_fenced_in_the_first_root_publishes_no_copy() -> None:
+    root, second = MemoryStorage(), Gated(1)
+    with Checkpointer(root, copy_to=Copy(second)) as checkpointer:
+        checkpointer.save(state_of(1), iteration=1)
+        assert second.is_waiting.wait(30)
+        Writer.claim(root)
+        second.gate.set()
+        assert checkpointer._after_commit.copier is not None
+        assert checkpointer._after_commit.copier._worker.wait(30)
+        with pytest.raises(FencedError):
+            checkpointer.save(state_of(2), iteration=2)
+    assert iterations_in(second) == []
+
+
+def test_close_waits_for_the_newest_copy_and_leaves_the_others() -> None:
+    root, second = MemoryStorage(), Gated(1)
+    with Checkpointer(root, copy_to=Copy(second)) as checkpointer:
+        checkpointer.save(state_of(1), iteration=1)
+        assert second.is_waiting.wait(30)
+        for iteration in (2, 3):
+            checkpointer.save(state_of(iteration), iteration=iteration)
+        threading.Timer(0.2, second.gate.set).start()
+    assert iterations_in(second) == [3, 1]
+    assert kinds(root).count("copy") == 2
+
+
+def test_close_gives_a_copy_up_after_the_timeout(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distckpt.copier._STOP_S", 0.05)
+    root, second = MemoryStorage(), Gated(1)
+    checkpointer = Checkpointer(root, copy_to=Copy(second), timeout_s=1.0)
+    checkpointer.save(state_of(1), iteration=1)
+    assert second.is_waiting.wait(30)
+    checkpointer.close()
+    assert "copying iteration 1 to memory: is not done after" in caplog.text
+    second.gate.set()
+    assert checkpointer._after_commit.copier is not None
+    assert checkpointer._after_commit.copier._worker.wait(30)
+    assert iterations_in(second) == []
+
+
+def test_copy_that_was_killed_is_finished_by_the_next_job_without_copying_again() -> None:
+    """And it is not swept away meanwhile, although the next job copies its own first."""
+    root, second = MemoryStorage(), MemoryStorage()
+    with Checkpointer(root) as checkpointer:
+        checkpointer.save({f"w{n}": torch.full((COUNT,), 1.0) for n in range(3)}, iteration=1)
+    counting = CrashingStorage(MemoryStorage())
+    distckpt.copy_checkpoint(root, counting)
+    last_move = max(number for number, call in enumerate(counting.calls, 1) if call.startswith("move "))
+    Writer.claim(root, second)  # Of the job that is killed.
+    with pytest.raises(Crash):
+        copy_commit(root, CrashingStorage(second, fail_at=last_move, error=Crash()), list_commits(root)[0], marker=b"1")
+    finished = files_of(second, 1).keys() & files_of(root, 1).keys()
+    assert finished
+    with Checkpointer(root, copy_to=Copy(second, removal_grace_s=0)) as checkpointer:
+        checkpointer.save(state_of(2), iteration=2)
+        assert checkpointer._after_commit.copier is not None
+        assert checkpointer._after_commit.copier._worker.wait(30)
+    assert iterations_in(second) == [2, 1]
+    left = {name: data for name, data in files_of(second, 1).items() if "/.tmp-" not in name}  # Young, and so spared.
+    assert left == files_of(root, 1)
+    [report] = [line.report for line in distckpt.history(root) if line.kind == "copy" and line.iteration == 1]
+    assert isinstance(report, CopyReport)
+    assert report.bytes_copied == report.bytes - sum(len(tree(root)[name]) for name in finished)
+
+
+# Epochs of two roots
+
+
+def test_epoch_is_one_more_than_any_in_either_root() -> None:
+    root, second = MemoryStorage(), MemoryStorage()
+    for _ in range(3):
+        Writer.claim(MemoryStorage(), second)
+    assert Writer.claim(root, second).epoch == 4
+    assert writer_epochs(root) == writer_epochs(second) == [4]
+    assert Writer.claim(root).epoch == 5
+    assert Writer.claim(root, second).epoch == 6
+
+
+def test_epoch_that_another_job_takes_in_the_second_root_meanwhile_is_not_claimed() -> None:
+    class Contested(MemoryStorage):
+        taken = False
+
+        def put_if_absent(self, name: str, data: bytes) -> bool:
+            if not self.taken:
+                self.taken = True
+                super().put_if_absent("writer-000001", b"another")
+            return super().put_if_absent(name, data)
+
+    root, second = MemoryStorage(), Contested()
+    writer = Writer.claim(root, second)
+    assert writer.epoch == 2
+    writer.check_fences()
+    assert writer_epochs(root) == writer_epochs(second) == [2]
+
+
+def test_commits_stay_in_order_when_the_first_root_was_wiped() -> None:
+    second = MemoryStorage()
+    run_job(MemoryStorage(), second, 1, 2)
+    root = MemoryStorage()
+    run_job(root, second, 3, resume=True)
+    assert list_commits(second) == [Commit(2, 3, 3), Commit(1, 2, 2), Commit(1, 1, 1)]
+    with Checkpointer(root, copy_to=Copy(second)) as checkpointer:
+        assert loaded(checkpointer)[0] == 3
+        assert checkpointer.iterations() == [1, 2, 3]
+        assert checkpointer.latest_iteration() == 3
+
+
+# Loads
+
+
+def test_wiped_first_root_is_loaded_from_the_second() -> None:
+    root, second = MemoryStorage(), MemoryStorage()
+    run_job(root, second, 1, 2)
+    with Checkpointer(MemoryStorage(), copy_to=Copy(second)) as checkpointer:
+        assert checkpointer.latest_iteration() == 2
+        value, report = loaded(checkpointer)
+    assert value == 2
+    assert report.copy_used == "memory:"
+    assert report.fell_back_from == {}
+    assert report.warnings == ()
+
+
+def test_nearest_copy_is_loaded_where_both_are_sound() -> None:
+    root, second = MemoryStorage(), MemoryStorage()
+    run_job(root, second, 1, 2)
+    counting = CrashingStorage(second)
+    with Checkpointer(root, copy_to=Copy(counting)) as checkpointer:
+        value, report = loaded(checkpointer)
+    assert (value, report.copy_used) == (2, None)
+    assert {call.partition(" ")[0] for call in counting.calls} == {"list"}
+
+
+@pytest.mark.parametrize("where", ["/index-", "/shard-00001", "/chunks-"])
+@pytest.mark.parametrize("harm", [flip(20), None], ids=["flipped", "gone"])
+def test_newest_that_is_damaged_in_the_first_root_is_loaded_from_the_second(
+    where: str, harm: Callable[[bytearray], object] | None
+) -> None:
+    root, second = MemoryStorage(), MemoryStorage()
+    save(root, 10, 20, copy_to=Copy(second))
+    [name] = [name for name in files_of(root, 20) if where in name]
+    if harm is None:
+        root.remove(name)
+    else:
+        change(root, name, harm)
+
+    def load(coordinator: Coordinator) -> LoadReport:
+        with Checkpointer(root, coordinator=coordinator, copy_to=Copy(second)) as checkpointer:
+            state = make_state(0, coordinator)
+            report = checkpointer.load(state)
+            assert state["step"] == 20
+            return report
+
+    for report in run_ranks(RANKS, load):
+        assert (report.iteration, report.copy_used, report.fell_back_from) == (20, "memory:", {})
+        is_missing_index = where == "/index-" and harm is None  # Then nothing says that it was there.
+        assert any("iteration 20 is damaged in memory:" in warning for warning in report.warnings) != is_missing_index
+
+
+def test_older_one_is_loaded_where_the_newest_is_damaged_in_both_roots() -> None:
+    root, second = MemoryStorage(), MemoryStorage()
+    run_job(root, second, 1, 2)
+    for storage in (root, second):
+        [name] = [name for name in files_of(storage, 2) if "/shard-" in name]
+        change(storage, name, flip(5000))
+    with Checkpointer(root, copy_to=Copy(second)) as checkpointer:
+        value, report = loaded(checkpointer)
+        assert (value, report.copy_used, list(report.fell_back_from)) == (1, None, [2])
+        assert "; " in report.fell_back_from[2]
+        with pytest.raises(CorruptionError, match="no good checkpoint under memory: or memory: of iteration 2"):
+            loaded(checkpointer, 2)
+
+
+def test_iteration_that_only_the_second_root_has_is_loaded_and_read_from_there() -> None:
+    root, second = MemoryStorage(), MemoryStorage()
+    run_job(root, second, 1, 2, keep_last=1, removal_grace_s=0)
+    with Checkpointer(root, copy_to=Copy(second)) as checkpointer:
+        assert loaded(checkpointer, 1)[1].copy_used == "memory:"
+        read = checkpointer.read(1)["w"]
+        assert isinstance(read, torch.Tensor)
+        assert read[0] == 1
+        with pytest.raises(CheckpointNotFoundError, match=r"iteration 3 under memory:.*; .*iteration 3 under memory:"):
+            loaded(checkpointer, 3)
+
+
+def test_fall_back_over_both_roots_goes_along_the_branch() -> None:
+    """1, 2, 3 are abandoned after a roll-back to 1; the new 2 is damaged: 1 comes before the old 3."""
+    root, second = MemoryStorage(), MemoryStorage()
+    run_job(root, second, 1, 2, 3)
+    with Checkpointer(root, copy_to=Copy(second)) as checkpointer:
+        loaded(checkpointer, 1)
+        checkpointer.save(state_of(20), iteration=2)
+    for storage in (root, second):
+        index = read_index(storage, list_commits(storage)[0])[0]
+        change(storage, f"iter_0000002/{index.files[0].name}", flip(5000))
+    [shard] = [name for name in files_of(root, 1) if "/shard-" in name]
+    root.remove(shard)
+    with Checkpointer(root, copy_to=Copy(second)) as checkpointer:
+        value, report = loaded(checkpointer)
+    assert (value, report.copy_used, report.fell_back_from.keys()) == (1, "memory:", {2})
+
+
+def test_second_root_that_cannot_be_looked_at_is_no_absence() -> None:
+    class Unreachable(MemoryStorage):
+        is_down = False
+
+        def list(self, directory: str):  # type: ignore[no-untyped-def]
+            if self.is_down:
+                raise io_error(errno.ESTALE)
+            return super().list(directory)
+
+    root, second = MemoryStorage(), Unreachable()
+    run_job(root, second, 1)
+    second.is_down = True
+    with Checkpointer(root, copy_to=Copy(second)) as checkpointer:
+        with pytest.raises(OSError, match="injected"):
+            loaded(checkpointer)
+        with pytest.raises(OSError, match="injected"):
+            checkpointer.save(state_of(2), iteration=2)
+
+
+# How it is asked for
+
+
+def test_root_is_no_place_for_its_own_copies(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "root")
+    for root, second in ((tmp_path / "root", tmp_path / "root"), (tmp_path / "root", tmp_path / "link")):
+        with pytest.raises(ValueError, match="that is the root itself"):
+            Checkpointer(root, copy_to=Copy(second))
+    with pytest.raises(ValueError, match="keep_last=0"):
+        Copy(tmp_path, keep_last=0)
+    with pytest.raises(ValueError, match="max_bytes_per_s=0"):
+        Copy(tmp_path, max_bytes_per_s=0)
+
+
+def test_ranks_that_copy_to_different_roots_are_told(tmp_path: Path) -> None:
+    def make(coordinator: Coordinator) -> str:
+        copy_to = Copy(tmp_path / str(coordinator.rank))
+        with pytest.raises((CheckpointError, DistributedError)) as caught:
+            Checkpointer(tmp_path / "root", coordinator=coordinator, copy_to=copy_to)
+        return str(caught.value)
+
+    first, second = run_ranks(2, make)
+    assert first == second
+    assert "the ranks differ in copy_to: rank 0 has" in first
+
+
+def test_copies_on_real_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "distckpt")
+    with Checkpointer(tmp_path / "near", copy_to=Copy(tmp_path / "far"), io_backend="threads") as checkpointer:
+        checkpointer.save(state_of(1), iteration=1)
+    near, far = ({f.name: f.read_bytes() for f in (tmp_path / r / "iter_0000001").iterdir()} for r in ("near", "far"))
+    assert near == far
+    assert f"copied iteration 1 to {tmp_path / 'far'}" in caplog.text
+    os.rename(tmp_path / "near", tmp_path / "gone")
+    with Checkpointer(tmp_path / "near", copy_to=Copy(tmp_path / "far"), io_backend="threads") as checkpointer:
+        assert loaded(checkpointer)[0] == 1
