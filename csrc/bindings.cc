@@ -294,6 +294,8 @@ void BindFile(py::module_& m) {
             return self.IsNamed(name);
           },
           py::arg("path"))
+      .def("set_access", &File::SetAccess, py::call_guard<py::gil_scoped_release>(), py::arg("mode"),
+           py::arg("group"))
       .def("close", &File::Close, py::call_guard<py::gil_scoped_release>());
   m.def(
       "sync_directory",

@@ -105,6 +105,17 @@ bool File::IsNamed(const std::string& path) const {
   return ours.st_dev == theirs.st_dev && ours.st_ino == theirs.st_ino;
 }
 
+void File::SetAccess(int mode, int64_t group) {
+  const Use use(*this);
+  // Group first: a change of it takes bits away.
+  if (group != -1 && ::fchown(use.fd(), static_cast<uid_t>(-1), static_cast<gid_t>(group)) == -1) {
+    throw FileError(errno, "fchown", path_);
+  }
+  if (mode != -1 && ::fchmod(use.fd(), static_cast<mode_t>(mode)) == -1) {
+    throw FileError(errno, "fchmod", path_);
+  }
+}
+
 void File::Close() {
   const std::unique_lock<std::shared_mutex> lock(mutex_);
   if (fd_ == -1) return;

@@ -47,6 +47,8 @@ class File {
   void Sync();
   // Whether `path` leads to this very file: same device, same inode. False where it leads nowhere.
   bool IsNamed(const std::string& path) const;
+  // Permission bits, whatever the umask left of those that it was created with, and group; -1 leaves either as it is.
+  void SetAccess(int mode, int64_t group);
   // A second call does nothing.
   void Close();
 

@@ -110,6 +110,8 @@ class File:
         """fsync."""
     def is_named(self, path: str) -> bool:
         """Whether `path` now leads to this very file (same device and inode)."""
+    def set_access(self, mode: int, group: int) -> None:
+        """fchown of the group, then fchmod; -1 leaves either as it is."""
     def close(self) -> None:
         """Close, and raise what close() reports; a second call does nothing."""
 

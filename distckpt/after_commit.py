@@ -69,10 +69,10 @@ class AfterCommit:
         """A checkpoint was committed, and what protects it is there. first_epoch, unsound: as of `superfluous`."""
         commit = writer.published
         assert commit is not None
-        if self.copier is not None:  # First: what is to be copied should be held before retention looks.
-            self.copier.submit(commit, writer, first_epoch=first_epoch)
         self._worker.submit(partial(self._clean_up, writer, first_epoch, frozenset(unsound)))
         self.log(line_of(report, self.world_size), writer)
+        if self.copier is not None:  # After the save's line in the history, which comes before the copy's.
+            self.copier.submit(commit, writer, first_epoch=first_epoch)
         told = CommittedSave(report, self.storage.location, commit.directory)
         for hook in self.hooks:
             self._hook_worker.submit(partial(self._call, hook, told))

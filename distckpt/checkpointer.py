@@ -58,7 +58,8 @@ class Checkpointer:
     save that failed, and lets training go on; the max_failures-th in a row is raised, and so is any FencedError.
     after_commit: what rank 0 calls after each commit, in a background thread, with a CommittedSave; what it raises is
     logged. copy_to: a second root, to which rank 0 copies what was committed, in the background, and from which loads
-    take what the first one does not have, or has damaged. close() waits for both, timeout_s at most.
+    take what the first one does not have, or has damaged. close() waits for both, timeout_s at most. file_mode, group:
+    permission bits and group of all that is written, as of PosixStorage.
     """
 
     def __init__(
@@ -79,6 +80,8 @@ class Checkpointer:
         max_failures: int = 3,
         after_commit: Sequence[Callable[[CommittedSave], object]] = (),
         copy_to: Copy | None = None,
+        file_mode: int | None = None,
+        group: str | int | None = None,
     ) -> None:
         if max_staging_bytes is not None and max_staging_bytes < 0:
             raise ValueError(f"max_staging_bytes={max_staging_bytes}: expected at least 0, or None")
@@ -103,6 +106,8 @@ class Checkpointer:
             mesh=own_place,
             protection=self._protection,
             io_backend=io_backend,
+            file_mode=file_mode,
+            group=group,
             timeout_s=timeout_s,
         )
         self._mesh, self._storages = opened.mesh, opened.storages

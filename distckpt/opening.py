@@ -47,6 +47,8 @@ def open_roots(
     mesh: Mapping[str, tuple[int, int]],
     protection: Protection,
     io_backend: str,
+    file_mode: int | None,
+    group: str | int | None,
     timeout_s: float,
 ) -> Opened:
     """Open the roots and check the mesh. Collective. Raises the same on all ranks."""
@@ -55,9 +57,11 @@ def open_roots(
     def local() -> _Place:
         for given in (root, second):
             if isinstance(given, (str, os.PathLike)):
-                storages.append(PosixStorage(os.fspath(given), io_backend=io_backend))
+                storages.append(PosixStorage(given, io_backend=io_backend, file_mode=file_mode, group=group))
             elif given is not None:
                 storages.append(given)
+                if file_mode is not None or group is not None:
+                    raise ValueError("file_mode and group are for roots that are paths; a Storage is made with its own")
         if len(storages) == 2 and _is_same(*storages):
             raise ValueError(f"copy_to={storages[1].location}: that is the root itself")
         own = {axis: (operator.index(at), operator.index(size)) for axis, (at, size) in mesh.items()}

@@ -51,6 +51,7 @@ RING = ("tests/unit/test_ring.py",)
 VERIFYING = ("tests/unit/test_verifying.py",)
 REPAIRING = ("tests/unit/test_repairing.py",)
 PARITY = ("tests/unit/test_parity.py",)
+ACCESS = ("tests/unit/test_access.py",)
 COPYING = ("tests/unit/test_copying.py",)
 COPIER = ("tests/unit/test_copier.py",)
 HISTORY = ("tests/unit/test_history.py",)
@@ -107,8 +108,8 @@ MUTANTS = (
     Mutant(
         "no fsync of the parent of a new directory",
         POSIX,
-        "            _make_one_directory(path)\n            _sync_directory(parent)\n",
-        "            _make_one_directory(path)\n",
+        "            self._make_one_directory(path)\n            _sync_directory(parent)\n",
+        "            self._make_one_directory(path)\n",
         POWER_CUT,
     ),
     Mutant(
@@ -142,8 +143,8 @@ MUTANTS = (
     Mutant(
         "no fsync of the parent of a new root",
         POSIX,
-        "            _make_one_directory(path)\n            _sync_directory(os.path.dirname(path))\n",
-        "            _make_one_directory(path)\n",
+        "            self._make_one_directory(path)\n            _sync_directory(os.path.dirname(path))\n",
+        "            self._make_one_directory(path)\n",
         POWER_CUT + STORAGE,
     ),
     Mutant(
@@ -356,6 +357,31 @@ MUTANTS = (
         "unsound | unsound_commits(storage, commits)",
         "set[Commit]()",
         READ_BACK,
+    ),
+    # Permission bits and group
+    Mutant(
+        "access: shard files have what the umask leaves",
+        POSIX,
+        "                file.set_access(self._access.file_mode, self._access.group)\n",
+        "                pass\n",
+        ACCESS,
+    ),
+    Mutant(
+        "access: small files have what the umask leaves", POSIX, "            access.apply(descriptor)\n", "", ACCESS
+    ),
+    Mutant(
+        "access: the history has what the umask leaves",
+        POSIX,
+        "            if is_new:\n                self._access.apply(descriptor)\n",
+        "",
+        ACCESS,
+    ),
+    Mutant(
+        "access: directories have what the umask leaves",
+        POSIX,
+        "                self._access.apply(descriptor, is_directory=True)\n",
+        "                pass\n",
+        ACCESS,
     ),
     # Copies in a second root
     Mutant(

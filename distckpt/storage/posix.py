@@ -47,6 +47,7 @@ from typing_extensions import Buffer
 
 from distckpt import _C
 from distckpt.host import host_id
+from distckpt.storage.access import Access, known_access
 from distckpt.storage.checked import Target
 from distckpt.storage.names import split_name
 from distckpt.storage.port import FreeSpace
@@ -61,7 +62,8 @@ class PosixStorage:
     """Files below `root`, which need not exist yet. Safe to use from several threads, and after a fork.
 
     io_backend: "io_uring", "threads", or "" for the better one that there is. writes, reads: how large transfers are
-    cut.
+    cut. file_mode: permission bits of new files, whatever the umask says; who may read them may enter new directories.
+    group: name or number of the group of both. Raises ValueError for what cannot be given.
     """
 
     def __init__(
@@ -71,7 +73,10 @@ class PosixStorage:
         io_backend: str = "",
         writes: Requests = WRITES,
         reads: Requests = READS,
+        file_mode: int | None = None,
+        group: str | int | None = None,
     ) -> None:
+        self._access = known_access(file_mode, group)
         self._root = os.path.abspath(os.fspath(root))
         self._writes = BlockIOPool(io_backend, writes)
         self._reads = BlockIOPool(io_backend, reads)
@@ -110,7 +115,7 @@ class PosixStorage:
         path = self._root
         for segment in split_name(directory) if directory else ():
             parent, path = path, os.path.join(path, segment)
-            _make_one_directory(path)
+            self._make_one_directory(path)
             _sync_directory(parent)
 
     def sync_directory(self, directory: str) -> None:
@@ -119,6 +124,12 @@ class PosixStorage:
     def create(self, name: str, *, size_hint: int = 0) -> PosixWriteFile:
         """As in the port. size_hint is not used: preallocation was measured not to make writing faster."""
         file = _C.File.create(self._path(name), direct=True)
+        if self._access.is_given:
+            try:
+                file.set_access(self._access.file_mode, self._access.group)
+            except BaseException:
+                file.close()
+                raise
         return PosixWriteFile(name, file, self._writes, self._is_buffered)
 
     def open(self, name: str) -> PosixReadFile:
@@ -130,7 +141,7 @@ class PosixStorage:
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
         path = self._path(name)
-        temporary, written = _write_temporary(path, data)
+        temporary, written = _write_temporary(path, data, self._access)
         try:
             linked = _link_if_absent(temporary, written, path)
         finally:
@@ -141,7 +152,7 @@ class PosixStorage:
 
     def replace(self, name: str, data: bytes) -> None:
         path = self._path(name)
-        temporary, _ = _write_temporary(path, data)
+        temporary, _ = _write_temporary(path, data, self._access)
         try:
             os.rename(temporary, path)
         except BaseException:
@@ -152,9 +163,15 @@ class PosixStorage:
     def append(self, name: str, data: bytes) -> None:
         path = self._path(name)
         # O_NONBLOCK and O_RDWR: opening a named pipe must not wait for a reader.
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
-        descriptor = os.open(path, flags, 0o666)
+        flags = os.O_RDWR | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC
+        is_new = False
         try:
+            descriptor = os.open(path, flags)
+        except FileNotFoundError:
+            descriptor, is_new = os.open(path, flags | os.O_CREAT, 0o666), True
+        try:
+            if is_new:
+                self._access.apply(descriptor)
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise OSError(errno.EINVAL, "not a regular file", path)
@@ -221,8 +238,22 @@ class PosixStorage:
         with suppress(PermissionError):
             _sync_directory(os.path.dirname(path))
         for path in reversed(missing):
-            _make_one_directory(path)
+            self._make_one_directory(path)
             _sync_directory(os.path.dirname(path))
+
+    def _make_one_directory(self, path: str) -> None:
+        try:
+            os.mkdir(path)
+        except FileExistsError:
+            if not os.path.isdir(path):
+                raise
+            return
+        if self._access.is_given:
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                self._access.apply(descriptor, is_directory=True)
+            finally:
+                os.close(descriptor)
 
 
 class PosixWriteFile:
@@ -382,14 +413,6 @@ def _is_cached(path: str, ranges: Sequence[tuple[int, int]]) -> bool:
         os.close(descriptor)
 
 
-def _make_one_directory(path: str) -> None:
-    try:
-        os.mkdir(path)
-    except FileExistsError:
-        if not os.path.isdir(path):
-            raise
-
-
 def _sync_directory(path: str) -> None:
     try:
         _C.sync_directory(path)
@@ -399,12 +422,13 @@ def _sync_directory(path: str) -> None:
             raise
 
 
-def _write_temporary(path: str, data: bytes) -> tuple[str, os.stat_result]:
+def _write_temporary(path: str, data: bytes, access: Access) -> tuple[str, os.stat_result]:
     """A durable file with `data` under a new name beside `path`; its content is durable, its name is not."""
     temporary = os.path.join(os.path.dirname(path), TEMPORARY_PREFIX + secrets.token_hex(16))
     descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
     try:
         try:
+            access.apply(descriptor)
             _write_all(descriptor, data)
             os.fsync(descriptor)
             written = os.fstat(descriptor)

@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -216,6 +217,11 @@ void TestFileIsUsedAndClosedConcurrently() {
   CHECK(file->IsNamed(path) && !file->IsNamed(path + "-other") && file->Size() == 0);
   file->Truncate(12345);
   file->Sync();
+  struct stat status;
+  file->SetAccess(0640, -1);
+  CHECK(stat(path.c_str(), &status) == 0 && (status.st_mode & 07777) == 0640);
+  file->SetAccess(-1, getgid());
+  CHECK(stat(path.c_str(), &status) == 0 && (status.st_mode & 07777) == 0640 && status.st_gid == getgid());
   distckpt::SyncDirectory(directory);
   CHECK(Caught<distckpt::FileError>([&] { File::Create(path, false, 0644); }).code().value() == EEXIST);
   CHECK(Caught<distckpt::FileError>([&] { File::Open(path + "-other", true); }).path() == path + "-other");
