@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from distckpt.errors import UnsupportedTypeError as UnsupportedTypeError
     from distckpt.history_log import HistoryLine as HistoryLine
     from distckpt.history_log import history as history
+    from distckpt.link_names import LinkNames as LinkNames
     from distckpt.one_directory import async_save as async_save
     from distckpt.one_directory import load as load
     from distckpt.one_directory import read as read
@@ -61,6 +62,7 @@ _HOMES = {
     "UnsupportedTypeError": "errors",
     "CommittedSave": "after_commit",
     "Copy": "copier",
+    "LinkNames": "link_names",
     "copy_checkpoint": "copying",
     "HistoryLine": "history_log",
     "history": "history_log",

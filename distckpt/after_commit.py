@@ -18,6 +18,7 @@ from distckpt.commit import Commit, Writer
 from distckpt.copier import Copier, Copy
 from distckpt.errors import FencedError
 from distckpt.history_log import HistoryLine, append_line, line_of
+from distckpt.link_names import Links
 from distckpt.removing import sweep
 from distckpt.report import SaveReport
 from distckpt.retiring import retire_superfluous
@@ -42,7 +43,7 @@ class AfterCommit:
     """The work that follows the commits of one Checkpointer, in their order. Rank 0's; safe to use from any thread.
 
     keep_last, grace_s: as of Checkpointer. timeout_s: how long the program's end waits for it. hooks: called with each
-    commit, one after the other. copier: None if nothing is copied.
+    commit, one after the other. copier, links: None if nothing is copied, or linked to.
     """
 
     storage: Storage
@@ -52,6 +53,7 @@ class AfterCommit:
     world_size: int = 1
     hooks: Sequence[Callable[[CommittedSave], object]] = ()
     copier: Copier | None = None
+    links: Links | None = None
     _worker: Worker = field(init=False)
     _hook_worker: Worker = field(init=False)
     _hook: str | None = None  # the one that is being called
@@ -124,6 +126,11 @@ class AfterCommit:
             return  # What lies here is a newer job's business now.
         except OSError as error:
             logger.warning("removing old checkpoints failed, the new one is safe: %s", error)
+        if self.links is not None:
+            try:
+                self.links.update()
+            except OSError as error:
+                logger.warning("the readable names in %s are not up to date: %s", storage.location, error)
 
     def _log(self, line: HistoryLine, writer: Writer | None) -> None:
         try:

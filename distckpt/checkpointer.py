@@ -23,6 +23,7 @@ from distckpt.errors import CheckpointError, DistributedError, FencedError
 from distckpt.filling import DeviceOf
 from distckpt.guarding import Guards
 from distckpt.history_log import line_of, line_of_failure
+from distckpt.link_names import LinkNames, Links
 from distckpt.loading import Load, LoadContext, State, read_all
 from distckpt.opening import open_roots
 from distckpt.pending import PendingSave
@@ -30,7 +31,7 @@ from distckpt.protecting import Protection, protect
 from distckpt.report import LoadReport, SaveReport
 from distckpt.save_context import SaveContext
 from distckpt.saving import Save
-from distckpt.storage import Storage
+from distckpt.storage import PosixStorage, Storage
 from distckpt.transport import Transports
 
 logger = logging.getLogger("distckpt")
@@ -59,7 +60,8 @@ class Checkpointer:
     after_commit: what rank 0 calls after each commit, in a background thread, with a CommittedSave; what it raises is
     logged. copy_to: a second root, to which rank 0 copies what was committed, in the background, and from which loads
     take what the first one does not have, or has damaged. close() waits for both, timeout_s at most. file_mode, group:
-    permission bits and group of all that is written, as of PosixStorage.
+    permission bits and group of all that is written, as of PosixStorage. link_names: readable names of checkpoints, as
+    symbolic links in the root, which must be a directory.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Checkpointer:
         copy_to: Copy | None = None,
         file_mode: int | None = None,
         group: str | int | None = None,
+        link_names: LinkNames | None = None,
     ) -> None:
         if max_staging_bytes is not None and max_staging_bytes < 0:
             raise ValueError(f"max_staging_bytes={max_staging_bytes}: expected at least 0, or None")
@@ -93,6 +96,8 @@ class Checkpointer:
             raise ValueError(f"on_error={on_error!r}: expected 'raise' or 'warn'")
         if max_failures < 1:
             raise ValueError(f"max_failures={max_failures}: expected at least 1")
+        if link_names is not None and not isinstance(root, (str, PathLike, PosixStorage)):
+            raise ValueError(f"link_names: links are made in directories, and {root.location} is none")
         if parity < 0:
             raise ValueError(f"parity={parity}: expected True, or the number of files in a group")
         self._owns_coordinator = coordinator is None
@@ -115,6 +120,9 @@ class Checkpointer:
         self._after_commit = AfterCommit(
             storage, keep_last, removal_grace_s, timeout_s, self._coordinator.world_size, tuple(after_commit)
         )
+        if link_names is not None:
+            assert isinstance(storage, PosixStorage)
+            self._after_commit.links = Links(storage, link_names)
         if copy_to is not None:
             self._after_commit.copy_to(opened.storages[1], copy_to)
         transports = Transports()

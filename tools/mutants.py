@@ -51,6 +51,7 @@ RING = ("tests/unit/test_ring.py",)
 VERIFYING = ("tests/unit/test_verifying.py",)
 REPAIRING = ("tests/unit/test_repairing.py",)
 PARITY = ("tests/unit/test_parity.py",)
+LINK_NAMES = ("tests/unit/test_link_names.py",)
 ACCESS = ("tests/unit/test_access.py",)
 COPYING = ("tests/unit/test_copying.py",)
 COPIER = ("tests/unit/test_copier.py",)
@@ -357,6 +358,28 @@ MUTANTS = (
         "unsound | unsound_commits(storage, commits)",
         "set[Commit]()",
         READ_BACK,
+    ),
+    # Readable names
+    Mutant(
+        "links: those of other people are removed",
+        "distckpt/link_names.py",
+        "                    if target.startswith(_OURS):\n",
+        "                    if True:\n",
+        LINK_NAMES,
+    ),
+    Mutant(
+        "links: one may look like a file of ours",
+        "distckpt/link_names.py",
+        "if not name or _RESERVED.match(name) else name",
+        "if not name else name",
+        LINK_NAMES,
+    ),
+    Mutant(
+        "links: two checkpoints of one name have one link",
+        "distckpt/link_names.py",
+        "if count[name] > 1 or name in taken:",
+        "if name in taken:",
+        LINK_NAMES,
     ),
     # Permission bits and group
     Mutant(

@@ -18,7 +18,7 @@ PORTS = {"storage", "coordinator"}
 TENSORS = {"per_rank", "sharded_tensor", "meta", "leaf_value", "state_dict"}
 MOVEMENT = {"transport", "ring", "staging", "arena", "writing", "host_group", "checkpoint_files", "reader"}
 MOVEMENT |= {"open_files", "shared_reading", "commit", "removing", "heartbeat", "retention"}
-MOVEMENT |= {"after_commit", "history_log", "candidates", "copier"}
+MOVEMENT |= {"after_commit", "history_log", "candidates", "copier", "link_names"}
 FLOWS = {"contents", "converting", "filling", "matching", "tied_memory", "describing", "offer", "share"}
 FLOWS |= {"save_context", "saving", "loading", "applying"}
 HANDLES = {"guarding", "pending"}
@@ -67,8 +67,20 @@ ALLOWED: dict[str, set[str]] = {
         *("errors", "storage", "commit", "copying", "removing", "retiring", "writing", "worker", "history_log"),
         *("report",),
     },
+    "link_names": {"errors", "storage", "commit", "history_log"},
     "after_commit": {
-        *("errors", "storage", "commit", "removing", "retiring", "worker", "report", "history_log", "copier"),
+        *(
+            "errors",
+            "storage",
+            "commit",
+            "removing",
+            "retiring",
+            "worker",
+            "report",
+            "history_log",
+            "copier",
+            "link_names",
+        ),
     },
     "candidates": {"errors", "index", "storage", "commit"},
     "opening": VALUES | PORTS | {"index", "planner", "protecting"},
@@ -115,7 +127,7 @@ ALLOWED: dict[str, set[str]] = {
     | PORTS
     | TENSORS
     | {"checkpointer", "pending", "one_directory", "report", "verifying", "repairing", "termination", "history_log"}
-    | {"training", "copying", "copier", "after_commit"},
+    | {"training", "copying", "copier", "after_commit", "link_names"},
     "cli": {
         *VALUES | FORMAT | PORTS,
         *("commit", "retention", "reshard", "verifying", "repairing", "report", "history_log", "copying", "__init__"),
