@@ -175,6 +175,10 @@ class Copier:
 
     def _copy_once(self, commit: Commit, writer: Writer, tries: int) -> None:
         writer.check_fences()
+        if self._is_outlived(commit):
+            with self.lock:
+                self._waiting.discard(commit)
+            return
         if commit in unsound_commits(self.source, [commit]):
             raise CheckpointError("it was read back, and was not what was written")
         self._make_room(writer)
@@ -191,6 +195,11 @@ class Copier:
             self._waiting.discard(commit)
         self.log(line_of(replace(report, tries=tries), self.world_size), writer)
         logger.info("copied iteration %d to %s in %.1f s", commit.iteration, self.target.location, report.seconds)
+
+    def _is_outlived(self, commit: Commit) -> bool:
+        """Whether retention there would take it at once."""
+        newer = {other.iteration for other in list_commits(self.target) if other > commit}
+        return self.wanted.keep_last is not None and len(newer) >= self.wanted.keep_last
 
     def _look_up(self, _: int) -> None:
         if self._stop.is_set():

@@ -88,9 +88,9 @@ def copy_commit(
     may_publish: Callable[[], None] = lambda: None,
     on_bytes: OnBytes = lambda _: None,
 ) -> CopyReport:
-    """The same of one commit. marker: what the pending marker says: the epoch of the job that copies. may_publish:
-    raises if the copy must not become a checkpoint any more. on_bytes may raise, to give up. max_bytes_per_s: 0 is no
-    limit."""
+    """The same of one commit. marker: what the pending marker says, the epoch of the job that copies. may_publish:
+    raises if the copy must not become a checkpoint any more, or may be none although it was published. on_bytes may
+    raise, to give up. max_bytes_per_s: 0 is no limit."""
     started = time.perf_counter()
     index, data = read_index(source, commit)
     copy = _Copy(source, target, commit, index, _throttled(on_bytes, max_bytes_per_s))
@@ -106,6 +106,7 @@ def copy_commit(
             may_publish()
             if not target.put_if_absent(commit.name, data) and not copy.is_there(data):
                 raise CheckpointError(f"{commit.name} was put into {target.location} meanwhile, of another save")
+            may_publish()  # Again: a newer job may have swept our files away before the index was there.
         target.remove(pending)
     if list_commits(target)[0] == commit and read_tracker(target) != commit.iteration:
         target.replace(TRACKER, str(commit.iteration).encode())

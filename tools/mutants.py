@@ -410,15 +410,29 @@ MUTANTS = (
     Mutant(
         "copy: the index goes before the directory is synced",
         "distckpt/copying.py",
-        "            target.sync_directory(commit.directory)\n            may_publish()\n",
-        "            may_publish()\n",
+        "            target.sync_directory(commit.directory)\n            may_publish()\n            if not",
+        "            may_publish()\n            if not",
         COPYING,
     ),
     Mutant(
         "copy: a job that was replaced publishes",
         "distckpt/copying.py",
-        "            may_publish()\n",
-        "",
+        "            may_publish()\n            if not",
+        "            if not",
+        COPIER,
+    ),
+    Mutant(
+        "copy: one that is published as a newer job comes counts",
+        "distckpt/copying.py",
+        "            may_publish()  # Again",
+        "            #",
+        COPIER,
+    ),
+    Mutant(
+        "copy: what retention takes at once is copied",
+        "distckpt/copier.py",
+        "        if self._is_outlived(commit):\n",
+        "        if False:\n",
         COPIER,
     ),
     Mutant(

@@ -182,6 +182,16 @@ def test_newest_is_copied_first() -> None:
     assert read_tracker(second) == 4
 
 
+def test_what_retention_there_would_take_at_once_is_not_copied() -> None:
+    root, second = MemoryStorage(), MemoryStorage()
+    with Checkpointer(root) as checkpointer:
+        for iteration in range(1, 6):
+            checkpointer.save(state_of(iteration), iteration=iteration)
+    run_job(root, Copy(second, keep_last=2), 6)
+    assert [line.iteration for line in distckpt.history(root) if line.kind == "copy"] == [6, 5]
+    assert iterations_in(second) == [6, 5]
+
+
 def test_slow_copy_delays_neither_saves_nor_cleaning_up() -> None:
     root, second = MemoryStorage(), Gated(1)
     with Checkpointer(root, keep_last=1, removal_grace_s=0, copy_to=Copy(second)) as checkpointer:
@@ -283,6 +293,20 @@ def test_job_that_a_newer_one_has_replaced_in_the_second_root_publishes_no_copy(
         assert "memory: is copied to no more: memory:: this job writes with epoch 1" in caplog.text
         checkpointer.save(state_of(2), iteration=2)  # Its own root is still its own.
     assert iterations_in(second) == []
+
+
+def test_copy_that_is_published_while_a_newer_job_comes_counts_as_none() -> None:
+    """It may have taken the files for those of a dead copy before it saw the index."""
+
+    class Contested(MemoryStorage):
+        def put_if_absent(self, name: str, data: bytes) -> bool:
+            if "/index-" in name:
+                Writer.claim(MemoryStorage(), self)
+            return super().put_if_absent(name, data)
+
+    root, second = MemoryStorage(), Contested()
+    run_job(root, second, 1)
+    assert kinds(root) == ["save"]
 
 
 def test_copier_whose_job_was_fenced_in_the_first_root_publishes_no_copy() -> None:
