@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from distckpt.after_commit import CommittedSave as CommittedSave
+    from distckpt.cataloging import CheckpointEntry as CheckpointEntry
+    from distckpt.cataloging import IncompleteSave as IncompleteSave
+    from distckpt.cataloging import catalog as catalog
+    from distckpt.cataloging import incomplete_saves as incomplete_saves
     from distckpt.checkpointer import Checkpointer as Checkpointer
     from distckpt.copier import Copy as Copy
     from distckpt.copying import copy_checkpoint as copy_checkpoint
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
     from distckpt.errors import UnsupportedTypeError as UnsupportedTypeError
     from distckpt.history_log import HistoryLine as HistoryLine
     from distckpt.history_log import history as history
+    from distckpt.labelling import label as label
     from distckpt.link_names import LinkNames as LinkNames
     from distckpt.one_directory import async_save as async_save
     from distckpt.one_directory import load as load
@@ -30,11 +35,14 @@ if TYPE_CHECKING:
     from distckpt.one_directory import save as save
     from distckpt.pending import PendingSave as PendingSave
     from distckpt.per_rank import PerRank as PerRank
+    from distckpt.pruning import PruneReport as PruneReport
+    from distckpt.pruning import prune as prune
     from distckpt.repairing import RepairReport as RepairReport
     from distckpt.repairing import repair as repair
     from distckpt.report import CopyReport as CopyReport
     from distckpt.report import LoadReport as LoadReport
     from distckpt.report import SaveReport as SaveReport
+    from distckpt.retention import Retention as Retention
     from distckpt.sharded_tensor import ShardedTensor as ShardedTensor
     from distckpt.termination import Termination as Termination
     from distckpt.training.assets import extract_assets as extract_assets
@@ -51,6 +59,14 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Checkpointer": "checkpointer",
+    "CheckpointEntry": "cataloging",
+    "IncompleteSave": "cataloging",
+    "catalog": "cataloging",
+    "incomplete_saves": "cataloging",
+    "label": "labelling",
+    "PruneReport": "pruning",
+    "prune": "pruning",
+    "Retention": "retention",
     "PendingSave": "pending",
     "CheckpointError": "errors",
     "CheckpointNotFoundError": "errors",

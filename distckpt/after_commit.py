@@ -19,9 +19,10 @@ from distckpt.copier import Copier, Copy
 from distckpt.errors import FencedError
 from distckpt.history_log import HistoryLine, append_line, line_of
 from distckpt.link_names import Links
+from distckpt.pruning import retire_superfluous
 from distckpt.removing import sweep
 from distckpt.report import SaveReport
-from distckpt.retiring import retire_superfluous
+from distckpt.retention import Retention
 from distckpt.storage import Storage
 from distckpt.worker import Worker
 
@@ -42,12 +43,12 @@ class CommittedSave:
 class AfterCommit:
     """The work that follows the commits of one Checkpointer, in their order. Rank 0's; safe to use from any thread.
 
-    keep_last, grace_s: as of Checkpointer. timeout_s: how long the program's end waits for it. hooks: called with each
+    retention, grace_s: as of Checkpointer. timeout_s: how long the program's end waits for it. hooks: called with each
     commit, one after the other. copier, links: None if nothing is copied, or linked to.
     """
 
     storage: Storage
-    keep_last: int | None
+    retention: Retention
     grace_s: float
     timeout_s: float
     world_size: int = 1
@@ -68,7 +69,7 @@ class AfterCommit:
         self.copier = Copier(self.storage, target, wanted, self.timeout_s, self.world_size, self.log)
 
     def begin(self, writer: Writer, report: SaveReport, *, first_epoch: int, unsound: Collection[Commit]) -> None:
-        """A checkpoint was committed, and what protects it is there. first_epoch, unsound: as of `superfluous`."""
+        """A checkpoint was committed, and what protects it is there. first_epoch, unsound: see `retire_superfluous`."""
         commit = writer.published
         assert commit is not None
         self._worker.submit(partial(self._clean_up, writer, first_epoch, frozenset(unsound)))
@@ -120,7 +121,7 @@ class AfterCommit:
                 self._free_before = free.size_bytes
             with nullcontext() if copier is None else copier.lock:
                 spared = None if copier is None else copier.held
-                retire_superfluous(storage, self.keep_last, first_epoch=first_epoch, unsound=unsound, spared=spared)
+                retire_superfluous(storage, self.retention, first_epoch=first_epoch, unsound=unsound, spared=spared)
             sweep(storage, grace_s=self.grace_s)
         except FencedError:
             return  # What lies here is a newer job's business now.

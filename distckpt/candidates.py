@@ -21,12 +21,17 @@ class Candidate:
 
 
 def find_candidates(
-    storages: Sequence[Storage], select: Callable[[Storage], list[Commit]], *, by_branch: bool
+    storages: Sequence[Storage],
+    select: Callable[[Storage], list[Commit]],
+    *,
+    by_branch: bool,
+    names_one: bool = False,
 ) -> list[Candidate]:
     """What `select` finds in each root, best first; of a commit that several have, the nearest first.
 
     select: raises CheckpointNotFoundError where there is nothing. by_branch: in the order of by_lineage, for what comes
-    after the newest. Raises CheckpointNotFoundError if no root has anything; OSError if one cannot be looked at: it may
+    after the newest. names_one: what is found best in the nearest root that has anything, and its copies, and no other.
+    Raises CheckpointNotFoundError if no root has anything; OSError if one cannot be looked at: it may
     have the newest.
     """
     found: list[list[Commit]] = []
@@ -38,7 +43,11 @@ def find_candidates(
             found.append([])
             missing.append(error)
     if len(missing) == len(storages):
-        raise missing[0] if len(missing) == 1 else CheckpointNotFoundError("; ".join(map(str, missing)))
+        near = tuple(path for error in missing for path in error.candidates)
+        raise CheckpointNotFoundError("; ".join(map(str, missing)), candidates=near)
+    if names_one:
+        named = next(commits[0] for commits in found if commits)
+        found = [[commit for commit in list_commits(storage) if commit == named] for storage in storages]
     if len(storages) == 1:
         [commits] = found
         return [Candidate(commit) for commit in (by_lineage(storages[0], commits) if by_branch else commits)]

@@ -29,6 +29,7 @@ from distckpt.opening import open_roots
 from distckpt.pending import PendingSave
 from distckpt.protecting import Protection, protect
 from distckpt.report import LoadReport, SaveReport
+from distckpt.retention import Retention
 from distckpt.save_context import SaveContext
 from distckpt.saving import Save
 from distckpt.storage import PosixStorage, Storage
@@ -47,8 +48,8 @@ class Checkpointer:
 
     root: directory, or a Storage. mesh: axis -> (this rank's coordinate, size); names are the caller's; without
     it the mesh is {"rank": (rank, world size)}. coordinator: default_coordinator() if None; closed by the caller.
-    keep_last: number of newest iterations to keep, all if None; what earlier jobs saved is kept until this one has
-    loaded from here. timeout_s: how long a rank may be silent, in one
+    keep_last: number of newest iterations to keep, all if None; retention: more rules, instead of it. What earlier jobs
+    saved is kept until this one has loaded from here. timeout_s: how long a rank may be silent, in one
     phase of a save or load, before the others give up on it. removal_grace_s: how long the files of a removed
     checkpoint stay for readers that have it open. max_staging_bytes: memory that this rank's async saves may take, by
     default half of what the host and its control groups have left, divided by the ranks on the host; a state that is
@@ -71,6 +72,7 @@ class Checkpointer:
         mesh: Mapping[str, tuple[int, int]] | None = None,
         coordinator: Coordinator | None = None,
         keep_last: int | None = None,
+        retention: Retention | None = None,
         timeout_s: float = TIMEOUT_S,
         removal_grace_s: float = 60.0,
         io_backend: str = "",
@@ -90,6 +92,8 @@ class Checkpointer:
             raise ValueError(f"max_staging_bytes={max_staging_bytes}: expected at least 0, or None")
         if max_write_bytes_per_s is not None and not max_write_bytes_per_s > 0:
             raise ValueError(f"max_write_bytes_per_s={max_write_bytes_per_s}: expected more than 0, or None")
+        if keep_last is not None and retention is not None:
+            raise ValueError("keep_last and retention are both given: give Retention(keep_last=...) alone")
         if keep_last is not None and keep_last < 1:
             raise ValueError(f"keep_last={keep_last}: at least the newest checkpoint is kept; None keeps all")
         if on_error not in ("raise", "warn"):
@@ -117,8 +121,9 @@ class Checkpointer:
         )
         self._mesh, self._storages = opened.mesh, opened.storages
         self._storage = storage = opened.storages[0]
+        kept = Retention(keep_last=keep_last) if retention is None else retention
         self._after_commit = AfterCommit(
-            storage, keep_last, removal_grace_s, timeout_s, self._coordinator.world_size, tuple(after_commit)
+            storage, kept, removal_grace_s, timeout_s, self._coordinator.world_size, tuple(after_commit)
         )
         if link_names is not None:
             assert isinstance(storage, PosixStorage)
@@ -330,7 +335,7 @@ class Checkpointer:
     def load(
         self,
         state: State | Callable[[Contents], State],
-        iteration: int | None = None,
+        iteration: int | str | None = None,
         *,
         strict: bool = True,
         allow: Sequence[str] = (),
@@ -342,7 +347,8 @@ class Checkpointer:
         state: or a function that makes the state that fits the checkpoint which was found; it is called again for
         another one that the load falls back to.
 
-        iteration: None is the newest good one; damaged ones are passed over, by all ranks, and reported. strict:
+        iteration: None or "latest" is the newest good one; damaged ones are passed over, by all ranks, and reported. A
+        number, or any other selector ("best:val_loss", "tag:NAME"; see distckpt.selecting), names one. strict:
         whether a key that is missing, or stored below a container of the state but not in it, is an error.
         allow: patterns (as of fnmatch) of keys for which it is none.
         device: where a tensor on the meta device is made; it replaces the meta tensor in the state. Or that by path
@@ -369,7 +375,7 @@ class Checkpointer:
             log_load(self._storage, line_of(report, self._coordinator.world_size))
         return report
 
-    def read(self, iteration: int | None = None, keys: Iterable[str] | None = None) -> State:
+    def read(self, iteration: int | str | None = None, keys: Iterable[str] | None = None) -> State:
         """The stored state without a template: full tensors on the CPU, values; PerRank values are left out.
 
         keys: keys, or paths of containers, to read; all if None. A ShardedTensor stands under its key in the

@@ -28,9 +28,10 @@ A save of iteration I by the job that holds epoch E:
     record that survives a power cut must be true.
 10. Remove the marker, retire what retention gives up, sweep.
 
-Removing a checkpoint: a retired-<save_id> marker, then the index, sync the directory, and after a grace period the
-files. Why: without its index it is no checkpoint, so a crash in between leaves garbage and never a half; readers
-that have opened it get the grace period to finish.
+Removing a checkpoint: a retired-<save_id> marker, a look whether it was labelled since that was decided, then the
+index, sync the directory, and after a grace period the files. Why: without its index it is no checkpoint, so a crash
+in between leaves garbage and never a half; who labels it meanwhile sees the marker, or is seen (distckpt.labels);
+readers that have opened it get the grace period to finish.
 
 I/O rules: after a failed write, fsync or close nothing is known of a file, so it is abandoned; what is tried again is
 written as another file under another name. A file is finished only if its name still leads to it. No file changes
@@ -91,10 +92,16 @@ def iteration_directory(iteration: int) -> str:
     return f"iter_{iteration:07d}"
 
 
+def iteration_of(directory: str) -> int | None:
+    """The iteration whose directory has this name; None if none's has."""
+    match = _ITERATION.fullmatch(directory)
+    return int(match[1]) if match and directory == iteration_directory(int(match[1])) else None
+
+
 def iteration_directories(storage: Storage) -> list[tuple[int, str]]:
     """(iteration, directory name) of all iteration directories, committed or not, ascending."""
-    found = ((_ITERATION.fullmatch(name), name) for name in storage.list(""))
-    return sorted((int(m[1]), name) for m, name in found if m and name == iteration_directory(int(m[1])))
+    found = ((iteration_of(name), name) for name in storage.list(""))
+    return sorted((iteration, name) for iteration, name in found if iteration is not None)
 
 
 def indexes_in(iteration: int, names: Iterable[str]) -> list[Commit]:
@@ -152,7 +159,12 @@ def decode_index_of(commit: Commit, data: bytes) -> Index:
 
 def read_head(storage: Storage, commit: Commit) -> IndexHead:
     """The same of an index without its tensors: which checkpoint it is of. Raises as read_index does."""
-    head = decode_index_head(read_file(storage, commit.name, MAX_INDEX_BYTES), name=commit.name)
+    return decode_head_of(commit, read_file(storage, commit.name, MAX_INDEX_BYTES))
+
+
+def decode_head_of(commit: Commit, data: bytes) -> IndexHead:
+    """As decode_index_of, of the head."""
+    head = decode_index_head(data, name=commit.name)
     _check_name(commit, head)
     return head
 
@@ -181,20 +193,32 @@ def newest_iteration(storage: Storage) -> int | None:
     return None
 
 
-def newest_verified_iteration(storage: Storage) -> int | None:
-    """The newest iteration whose newest commit was read back after it was saved; None if none was. Raises OSError."""
+def newest_by_iteration(commits: Iterable[Commit]) -> list[Commit]:
+    """Without those whose iteration was committed again, newest first."""
     newest: dict[int, Commit] = {}
-    for commit in list_commits(storage):
+    for commit in sorted(commits, reverse=True):
         newest.setdefault(commit.iteration, commit)
-    for commit in newest.values():
+    return list(newest.values())
+
+
+def newest_verified(storage: Storage) -> Commit | None:
+    """The newest commit that was read back after it was saved, if its iteration was not committed again; None if none
+    was. Raises OSError."""
+    for commit in newest_by_iteration(list_commits(storage)):
         try:
             save_id = read_head(storage, commit).save_id
         except (CorruptionError, FileNotFoundError):
             continue
         marker = verified_marker(commit.iteration, save_id)
         if marker.rpartition("/")[2] in storage.list(commit.directory):
-            return commit.iteration
+            return commit
     return None
+
+
+def newest_verified_iteration(storage: Storage) -> int | None:
+    """The iteration of newest_verified()."""
+    commit = newest_verified(storage)
+    return None if commit is None else commit.iteration
 
 
 def by_lineage(storage: Storage, commits: Sequence[Commit]) -> list[Commit]:

@@ -28,8 +28,9 @@ from distckpt.commit import (
 from distckpt.copying import copy_commit, copy_labels
 from distckpt.errors import CheckpointError, FencedError
 from distckpt.history_log import HistoryLine, line_of, line_of_failure
+from distckpt.pruning import retire_superfluous
 from distckpt.removing import sweep
-from distckpt.retiring import retire_superfluous
+from distckpt.retention import Retention
 from distckpt.storage import Storage
 from distckpt.worker import Worker
 from distckpt.writing import may_pass
@@ -238,7 +239,7 @@ class Copier:
         """After a copy: retention there, and labels that came since. What fails is done after the next one."""
         try:
             writer.check_fences()
-            retire_superfluous(self.target, self.wanted.keep_last, first_epoch=first_epoch)
+            retire_superfluous(self.target, Retention(keep_last=self.wanted.keep_last), first_epoch=first_epoch)
             for commit in set(list_commits(self.target)).intersection(list_commits(self.source)):
                 with suppress(CheckpointError, FileNotFoundError):
                     copy_labels(self.source, self.target, commit, read_head(self.source, commit).save_id)

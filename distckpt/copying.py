@@ -29,7 +29,6 @@ from distckpt.chunk_table import PAGE_BYTES, check_pages
 from distckpt.commit import (
     TRACKER,
     Commit,
-    find_commits,
     list_commits,
     pending_marker,
     read_file,
@@ -42,6 +41,7 @@ from distckpt.heartbeat import Heartbeat
 from distckpt.index import MAX_INDEX_BYTES, Index
 from distckpt.parity import ParityRecord, open_parity, put_record, read_record
 from distckpt.report import CopyReport
+from distckpt.selecting import open_selected, select_commits
 from distckpt.storage import PosixStorage, Storage, WriteFile, new_file
 
 logger = logging.getLogger("distckpt")
@@ -56,12 +56,12 @@ OFFLINE = b"copy"  # content of the marker of a copy that no job makes: it dies 
 def copy_checkpoint(
     source: str | os.PathLike[str] | Storage,
     target: str | os.PathLike[str] | Storage,
-    iteration: int | None = None,
+    iteration: int | str | None = None,
     *,
     max_bytes_per_s: float | None = None,
     on_bytes: OnBytes = lambda _: None,
 ) -> CopyReport:
-    """Copy the newest checkpoint under a root, or that of one iteration, to another root, which is made if missing.
+    """Copy the newest checkpoint under a root, or the selected one, to another root, which is made if missing.
 
     Called again after it was cut short, it goes on; of a checkpoint that is there already nothing is copied. Parity,
     labels and the marker of a checkpoint that was read back go with it. on_bytes: told how many bytes were copied, or
@@ -72,8 +72,9 @@ def copy_checkpoint(
     """
     if max_bytes_per_s is not None and not max_bytes_per_s > 0:
         raise ValueError(f"max_bytes_per_s={max_bytes_per_s}: expected more than 0, or None")
-    source, target = (PosixStorage(root) if isinstance(root, (str, os.PathLike)) else root for root in (source, target))
-    commit = find_commits(source, iteration)[0]
+    source, selector = open_selected(source, iteration)
+    target = PosixStorage(target) if isinstance(target, (str, os.PathLike)) else target
+    commit = select_commits(source, selector)[0]
     limit = max_bytes_per_s or 0.0
     return copy_commit(source, target, commit, marker=OFFLINE, max_bytes_per_s=limit, on_bytes=on_bytes)
 

@@ -45,7 +45,16 @@ class CorruptionError(CheckpointError):
 
 
 class CheckpointNotFoundError(CheckpointError):
-    """There is no committed checkpoint where one was asked for."""
+    """There is no committed checkpoint where one was asked for.
+
+    candidates: paths of checkpoints that the given path leads past: of roots below it, the root above it, checkpoints
+    of other programs in it. Where there are any, a job that starts afresh is most likely a mistake. Not among them:
+    saves that were never committed, other runs beside the path; the message names those too.
+    """
+
+    def __init__(self, message: str, *, candidates: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.candidates = candidates
 
 
 class FencedError(CheckpointError):

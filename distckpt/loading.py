@@ -6,7 +6,6 @@ A checkpoint that is damaged for any rank is passed over by all of them; every t
 from __future__ import annotations
 
 import logging
-import operator
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from distckpt.adapters import ADAPTERS
 from distckpt.applying import apply_request
 from distckpt.candidates import Candidate, find_candidates
 from distckpt.checkpoint_files import check_files_hold, is_damage, read_per_rank
-from distckpt.commit import Commit, decode_index_of, find_commits, read_index, tracker_warning
+from distckpt.commit import Commit, decode_index_of, read_index, tracker_warning
 from distckpt.contents import Contents
 from distckpt.coordinator import Coordinator, agree
 from distckpt.errors import CheckpointError, CorruptionError, MismatchError
@@ -40,6 +39,7 @@ from distckpt.matching import (
 )
 from distckpt.repairing import rebuild_damaged
 from distckpt.report import LoadReport, slowest_ranks
+from distckpt.selecting import parse_selector, select_commits, selector_text
 from distckpt.shared_reading import row_bytes
 from distckpt.state_dict import FlatState, flatten
 from distckpt.storage import Storage
@@ -54,7 +54,7 @@ State: TypeAlias = dict[str, object]
 class _Wanted(msgspec.Struct, frozen=True):
     """What a rank was called with; all must have been called alike."""
 
-    iteration: int | None
+    iteration: int | str | None
     strict: bool
     convert_dtypes: bool
     allow: list[str]
@@ -142,7 +142,7 @@ class Load:
 
     context: LoadContext
     template: State | Callable[[Contents], State]
-    iteration: int | None
+    iteration: int | str | None
     strict: bool
     device: DeviceOf
     label: str
@@ -265,7 +265,7 @@ class Load:
         def local() -> _Wanted:
             if self.unseen is not None:
                 raise self.unseen
-            self.iteration = None if self.iteration is None else operator.index(self.iteration)
+            self.iteration = parse_selector(self.iteration)
             if not callable(self.template):
                 self.state = self.template
                 self._flat = flatten(self.state, ADAPTERS)
@@ -298,7 +298,7 @@ class Load:
         reasons = "".join(f"\n  {failed.commit.name}: {why}" for failed, why in self._failed.items())
         raise CorruptionError(
             f"no good checkpoint under {' or '.join(storage.location for storage in storages)}"
-            + ("" if self.iteration is None else f" of iteration {self.iteration}")
+            + selector_text(self.iteration)
             + f"; if tensors had been read, their values are now undefined. Tried:{reasons}"
         )
 
@@ -328,9 +328,12 @@ class Load:
 
     def _candidates(self) -> list[Candidate]:
         """Rank 0: in the order in which they are to be tried."""
-        iteration = self.iteration
+        selector = self.iteration
         return find_candidates(
-            self.context.storages, lambda storage: find_commits(storage, iteration), by_branch=bool(self._failed)
+            self.context.storages,
+            lambda storage: select_commits(storage, selector),
+            by_branch=bool(self._failed),
+            names_one=isinstance(selector, str),
         )
 
     def _compare(self, index: Index) -> _Differences:
@@ -467,7 +470,11 @@ class Load:
 
 
 def read_all(
-    context: LoadContext, iteration: int | None, keys: Iterable[str] | None, label: str, unseen: BaseException | None
+    context: LoadContext,
+    iteration: int | str | None,
+    keys: Iterable[str] | None,
+    label: str,
+    unseen: BaseException | None,
 ) -> dict[str, object]:
     """Full tensors and values of a checkpoint as a nested state on the CPU; see Checkpointer.read."""
     load = Load(context, {}, iteration, True, "cpu", label, unseen=unseen)

@@ -7,8 +7,9 @@ grace may still want.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from distckpt.commit import (
     Commit,
@@ -21,9 +22,13 @@ from distckpt.commit import (
     writer_epochs,
 )
 from distckpt.errors import CheckpointError
+from distckpt.labels import read_labels
 from distckpt.storage import Storage
 
 STALE_AFTER_S = 600.0  # a pending marker that was not touched for so long belongs to a save that died
+# A retired marker beside its index: somebody is about to remove that, or died before. It warns who labels meanwhile.
+RETIRING_S = 60.0
+_NO_LABELS: Mapping[Commit, int] = MappingProxyType({})
 _SAVE_ID = re.compile(r"(?:^pending-|^retired-|-)([0-9a-f]{32})(?:\.|$)")
 
 
@@ -55,16 +60,30 @@ def discard(storage: Storage, iteration: int, save_id: str) -> None:
     storage.remove_directory(directory)
 
 
-def retire(storage: Storage, commits: Iterable[Commit]) -> None:
-    """Make checkpoints none: their indexes go; their files follow at a sweep after the grace period."""
+def retire(storage: Storage, commits: Iterable[Commit], labels: Mapping[Commit, int] = _NO_LABELS) -> list[Commit]:
+    """Make checkpoints none: their indexes go; their files follow at a sweep after the grace period.
+
+    labels: the number of each one's labels when it was decided that it goes, if it had any. One that was labelled since
+    is spared. Returns those that are gone. Raises OSError.
+    """
+    retired: list[Commit] = []
     for commit in commits:
         try:
             save_id = read_head(storage, commit).save_id
         except (OSError, CheckpointError):
             continue  # Damaged: nothing says which files are its own, and `repair` may want them.
-        storage.put_if_absent(f"{commit.directory}/retired-{save_id}", b"")
+        marker = f"{commit.directory}/retired-{save_id}"
+        is_own = storage.put_if_absent(marker, b"")
+        # Only now: who labels it from here on finds the marker.
+        if read_labels(storage, commit.directory, save_id).number != labels.get(commit, 0):
+            if is_own:  # Another's stays: it may be about to remove the index.
+                storage.remove(marker)
+                storage.sync_directory(commit.directory)
+            continue
         storage.remove(commit.name)
         storage.sync_directory(commit.directory)
+        retired.append(commit)
+    return retired
 
 
 @dataclass(slots=True)
@@ -152,11 +171,12 @@ def _garbage(storage: Storage, iteration: int, grace_s: float) -> list[str]:
                 groups.retired.add(save_id)
     for save_id, files in groups.files.items():
         markers = [f for f in files if f.startswith(("pending-", "retired-"))]
-        if save_id in live:
-            garbage += markers  # A crash came between the commit, or the retirement, and the end of it.
-            continue
         pending, retired = f"{directory}/pending-{save_id}", f"{directory}/retired-{save_id}"
-        is_under_way = save_id in groups.pending and not _is_dead(storage, pending)
+        if save_id in live:  # A crash came between the commit, or the retirement, and the end of it.
+            is_being_retired = save_id in groups.retired and not _is_older(storage, retired, RETIRING_S)
+            garbage += [f for f in markers if not (is_being_retired and f.startswith("retired-"))]
+            continue
+        is_under_way = save_id in groups.pending - groups.retired and not _is_dead(storage, pending)
         has_grace = save_id in groups.retired and not _is_older(storage, retired, grace_s)
         if not is_under_way and not has_grace:
             garbage += [f for f in files if f not in markers] + markers

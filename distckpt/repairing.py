@@ -32,7 +32,9 @@ from distckpt.index import Index, encode_index
 from distckpt.parity import find_rebuildable, read_record, rebuild_file
 from distckpt.rebuilding import rebuild_index, rebuild_table
 from distckpt.removing import is_under_way, saves_in
-from distckpt.storage import PosixStorage, Storage
+from distckpt.selecting import open_selected, select_commits, selector_text
+from distckpt.storage import Storage
+from distckpt.surroundings import not_found
 from distckpt.verifying import damaged_files, verify_commit
 
 _ATTEMPTS, _PAUSE_S = 3, 0.5  # to read an index that the storage fails to read
@@ -51,13 +53,13 @@ class RepairReport(msgspec.Struct, frozen=True, kw_only=True):
 
 def repair(
     root: str | os.PathLike[str] | Storage,
-    iteration: int | None = None,
+    iteration: int | str | None = None,
     *,
     force: bool = False,
     dry_run: bool = False,
     on_bytes: OnBytes = lambda _: None,
 ) -> RepairReport:
-    """Mend the tracker and the newest checkpoint under a root, or that of one iteration.
+    """Mend the tracker and the newest checkpoint under a root, or the selected one.
 
     A damaged index or chunk table is made again from the headers of the shard files, of which every block is checked
     first; a shard file that is damaged or gone is made again from parity, if there is any. force: an index that is
@@ -68,23 +70,28 @@ def repair(
     Raises CheckpointNotFoundError; CheckpointError for a format that is newer than this package; OSError for what may
     not be read or written.
     """
-    storage = PosixStorage(root) if isinstance(root, (str, os.PathLike)) else root
+    storage, selector = open_selected(root, iteration)
     work = _Repair(storage, dry_run, on_bytes)
-    commits = [commit for commit in list_commits(storage) if iteration is None or commit.iteration == iteration]
+    if isinstance(selector, str):
+        commits = select_commits(storage, selector)
+    else:
+        commits = [commit for commit in list_commits(storage) if selector is None or commit.iteration == selector]
     if commits:
         work.mend_commit(commits[0])
-    elif iteration is not None and saves_in(storage.list(iteration_directory(iteration))):
-        work.mend_lost_index(iteration, force)
+    elif isinstance(selector, int) and saves_in(storage.list(iteration_directory(selector))):
+        work.mend_lost_index(selector, force)
     else:
-        _raise_not_found(storage, iteration)
+        _raise_not_found(storage, selector)
     work.mend_tracker()
     is_sound = not work.damaged and not (dry_run and work.repaired)
     return RepairReport(is_sound=is_sound, repaired=tuple(work.repaired), damaged=tuple(work.damaged))
 
 
-def _raise_not_found(storage: Storage, iteration: int | None) -> None:
+def _raise_not_found(storage: Storage, selector: int | str | None) -> None:
     with_files = [i for i, directory in iteration_directories(storage) if saves_in(storage.list(directory))]
-    which = "" if iteration is None else f" of iteration {iteration}"
+    if not with_files:
+        raise not_found(storage)
+    which = selector_text(selector)
     what = f"; iterations {with_files} have shard files, but no index: name one of them" if with_files else ""
     raise CheckpointNotFoundError(f"no checkpoint{which} under {storage.location}{what}")
 

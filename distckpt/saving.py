@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 
 from distckpt.assembling import Commitment, Written, chunk_records, index_of, raw_json
-from distckpt.commit import CommitFailed, Writer, iteration_directory, new_save_id, pending_marker
+from distckpt.commit import CommitFailed, iteration_directory, new_save_id, pending_marker
 from distckpt.coordinator import agree
 from distckpt.describing import Description, describe
 from distckpt.errors import DistributedError
@@ -35,6 +35,7 @@ from distckpt.planner import RankShards, SavePlan, check_replicas, join_values, 
 from distckpt.protecting import Saved
 from distckpt.removing import discard, sweep
 from distckpt.report import SaveReport, slowest_ranks
+from distckpt.roots import claim_root
 from distckpt.save_context import SaveContext
 from distckpt.shard_file import DTYPES, file_name
 from distckpt.share import Share, ShareMessage, adopt, give_shares, shared_metadata
@@ -190,7 +191,7 @@ class Save:
         assert plan is not None
         self._values = join_values(plan, [offer.values for offer in offers])
         if context.writer is None:
-            context.writer = Writer.claim(context.storage, context.second)
+            context.writer = claim_root(context.storage, context.second)
         context.writer.check_fence()
         # Before space is judged: what dead and retired saves left may be what fills the disk.
         context.after_commit.wait(context.timeout_s / 2)

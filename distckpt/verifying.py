@@ -26,15 +26,16 @@ from distckpt.checkpoint_files import (
     is_damage,
     read_chunks,
 )
-from distckpt.commit import Commit, find_commits, list_commits, read_index, tracker_warning
+from distckpt.commit import Commit, list_commits, read_index, tracker_warning
 from distckpt.errors import CheckpointError, CheckpointNotFoundError
 from distckpt.geometry import Box
 from distckpt.index import Index, ShardFile, check_locations
 from distckpt.json_value import decode_value
 from distckpt.parity import ParityGroup, parity_faults, read_record
 from distckpt.planner import plan_load
+from distckpt.selecting import open_selected, select_commits
 from distckpt.shard_file import BLOCK_BYTES
-from distckpt.storage import PosixStorage, Storage
+from distckpt.storage import Storage
 
 _PIECE_BLOCKS = 256  # blocks that are read between two words to on_bytes
 
@@ -68,13 +69,13 @@ class VerifyReport(msgspec.Struct, frozen=True, kw_only=True):
 
 def verify(
     root: str | os.PathLike[str] | Storage,
-    iteration: int | None = None,
+    iteration: int | str | None = None,
     *,
     sample: float = 1.0,
     jobs: int | None = None,
     on_bytes: OnBytes = lambda _: None,
 ) -> VerifyReport:
-    """Check the newest checkpoint under a root, or that of one iteration, against its checksums.
+    """Check the newest checkpoint under a root, or the selected one, against its checksums.
 
     Past the page cache. Each damaged block is found, not only the first. sample: which part of the blocks of each file
     is read, chosen anew by every call; index, chunk table, headers, checksum tables and parity are always read. jobs:
@@ -83,10 +84,10 @@ def verify(
     Raises CheckpointNotFoundError; CheckpointError for a format that is newer than this package; OSError for what says
     nothing of the checkpoint (no right to read it).
     """
-    storage = PosixStorage(root) if isinstance(root, (str, os.PathLike)) else root
-    commits = find_commits(storage, iteration)
+    storage, selector = open_selected(root, iteration)
+    commits = select_commits(storage, selector)
     report = verify_commit(storage, commits[0], sample=sample, jobs=jobs, on_bytes=on_bytes)
-    warning = tracker_warning(storage, commits[0]) if iteration is None else None
+    warning = tracker_warning(storage, commits[0]) if selector is None else None
     return report if warning is None else msgspec.structs.replace(report, warnings=(warning,))
 
 

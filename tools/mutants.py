@@ -58,6 +58,13 @@ COPIER = ("tests/unit/test_copier.py",)
 HISTORY = ("tests/unit/test_history.py",)
 AFTER_COMMIT = ("tests/unit/test_after_commit.py",)
 READ_BACK = ("tests/unit/test_read_back.py",)
+RETENTION = ("tests/unit/test_retention.py",)
+LABELS = ("tests/unit/test_labels.py",)
+SELECTING = ("tests/unit/test_selecting.py",)
+SURROUNDINGS = ("tests/unit/test_surroundings.py",)
+METRICS = ("tests/unit/test_metrics.py",)
+PRUNING = ("tests/unit/test_pruning.py",)
+CLI_LIFE = ("tests/unit/test_cli_life.py",)
 IN_TRAINING = ("tests/unit/test_failures_in_training.py",)
 TERMINATION = ("tests/unit/test_termination.py",)
 FINGERPRINT = ("tests/unit/test_fingerprint.py",)
@@ -347,16 +354,16 @@ MUTANTS = (
     ),
     Mutant(
         "retention keeps an abandoned branch first",
-        "distckpt/retiring.py",
-        "[] if keep_last is None else by_lineage(storage, commits)",
-        "[]",
+        "distckpt/pruning.py",
+        "order_by_lineage([record.commit for record in records], heads)",
+        "()",
         ROLL_BACK,
     ),
     Mutant(
         "retention lets sound ones go for an unsound one",
-        "distckpt/retiring.py",
-        "unsound | unsound_commits(storage, commits)",
-        "set[Commit]()",
+        "distckpt/pruning.py",
+        "not record.is_unsound and record.commit not in unsound",
+        "True",
         READ_BACK,
     ),
     # Readable names
@@ -671,9 +678,185 @@ MUTANTS = (
     Mutant(
         "retention forgets the tracker",
         "distckpt/retention.py",
-        "if c.iteration == tracked]",
-        "if False]",
+        "        elif commit == of_tracker:\n",
+        "        elif False:\n",
         REMOVAL,
+    ),
+    # The life of checkpoints
+    Mutant(
+        "retention: the newest goes too",
+        "distckpt/retention.py",
+        "        if commit == newest:\n",
+        "        if False:\n",
+        RETENTION,
+    ),
+    Mutant(
+        "retention: the last good one goes too",
+        "distckpt/retention.py",
+        "        elif wanted and commit == wanted[0].commit:\n",
+        "        elif False:\n",
+        RETENTION,
+    ),
+    Mutant(
+        "retention: pins and tags protect nothing",
+        "distckpt/retention.py",
+        "        elif fact.is_protected:\n",
+        "        elif False:\n",
+        RETENTION,
+    ),
+    Mutant(
+        "retention: a bad checkpoint takes a place",
+        "distckpt/retention.py",
+        "        return self.is_readable and self.is_sound\n",
+        "        return True\n",
+        RETENTION,
+    ),
+    Mutant(
+        "retention: an unsound one goes for an older one",
+        "distckpt/retention.py",
+        "            if rival is None or rival < fact.commit:\n",
+        "            if rival is None:\n",
+        RETENTION,
+    ),
+    Mutant(
+        "retention: bytes are counted from the wrong end",
+        "distckpt/retention.py",
+        "for fact in reversed(ordered) if fact.commit in kept and",
+        "for fact in ordered if fact.commit in kept and",
+        RETENTION,
+    ),
+    Mutant(
+        "retention: labels that cannot be read protect nothing",
+        "distckpt/pruning.py",
+        " or labels.damage is not None",
+        "",
+        LABELS,
+    ),
+    Mutant(
+        "removing: labels that came meanwhile are not looked at",
+        "distckpt/removing.py",
+        "        if read_labels(storage, commit.directory, save_id).number != labels.get(commit, 0):\n",
+        "        if False:\n",
+        LABELS,
+    ),
+    Mutant(
+        "removing: the marker of another removal is taken away",
+        "distckpt/removing.py",
+        "            if is_own:  #",
+        "            if True:  #",
+        LABELS,
+    ),
+    Mutant(
+        "removing: a sweep takes the marker of a removal under way",
+        "distckpt/removing.py",
+        'if not (is_being_retired and f.startswith("retired-"))]',
+        "]",
+        LABELS,
+    ),
+    Mutant(
+        "labels: whether the checkpoint is still there is not looked at",
+        "distckpt/labels.py",
+        "        _check_is_there(storage, commit, save_id)\n",
+        "",
+        LABELS,
+    ),
+    Mutant(
+        "labels: the marker of a removal is not looked at",
+        "distckpt/labels.py",
+        '        if f"retired-{save_id}" not in names:\n',
+        "        if True:\n",
+        LABELS,
+    ),
+    Mutant(
+        "labels: a change under an old number counts as made",
+        "distckpt/labels.py",
+        "        if numbers and numbers[-1] > number:\n",
+        "        if False:\n",
+        LABELS,
+    ),
+    Mutant(
+        "labels: of whom they are is not looked at",
+        "distckpt/labels.py",
+        "    if (labels.format, labels.save_id, labels.number) != (FORMAT, save_id, number):\n",
+        "    if False:\n",
+        LABELS,
+    ),
+    Mutant(
+        "labels: a tag that is removed comes back from where it was before",
+        "distckpt/labelling.py",
+        "    _take_from_others(storage, removed, commit)\n",
+        "",
+        LABELS,
+    ),
+    Mutant(
+        "selectors: a damaged one gives way to another",
+        "distckpt/selecting.py",
+        "    if not isinstance(wanted, str):\n        return _of_iteration(storage, wanted)\n",
+        "    if True:\n        return _of_iteration(storage, None)\n",
+        SELECTING,
+    ),
+    Mutant(
+        "selectors: the best may be known to be bad",
+        "distckpt/selecting.py",
+        "    good = [record for record in records if record.is_good]\n",
+        "    good = list(records)\n",
+        SELECTING,
+    ),
+    Mutant(
+        "roots: one begins inside an iteration",
+        "distckpt/roots.py",
+        "        if found is not None:\n",
+        "        if False:\n",
+        SURROUNDINGS,
+    ),
+    Mutant(
+        "surroundings: a job that begins beside other runs is taken for lost",
+        "distckpt/surroundings.py",
+        "    if is_there:  #",
+        "    if True:  #",
+        SURROUNDINGS,
+    ),
+    Mutant(
+        "agreement: other ranks do not learn what was near a wrong path",
+        "distckpt/coordinator/agreement.py",
+        "candidates=frozen.candidates",
+        "candidates=()",
+        SURROUNDINGS,
+    ),
+    Mutant(
+        "surroundings: every name of a directory is looked at",
+        "distckpt/surroundings.py",
+        "islice(entries, MAX_NAMES)",
+        "entries",
+        SURROUNDINGS,
+    ),
+    Mutant(
+        "metrics: those of the ranks are not compared",
+        "distckpt/offer.py",
+        "        if offer.metrics != first.metrics:\n",
+        "        if False:\n",
+        METRICS,
+    ),
+    Mutant(
+        "metrics: an index made again has none",
+        "distckpt/rebuilding.py",
+        "        metrics=leader.metrics,\n",
+        "",
+        METRICS,
+    ),
+    Mutant(
+        "prune: a dry run removes",
+        "distckpt/pruning.py",
+        "    if not dry_run:\n",
+        "    if True:\n",
+        PRUNING,
+    ),
+    Mutant(
+        "commands: text from disk reaches the terminal as it is",
+        "distckpt/cli/output.py",
+        'character if character.isprintable() else " " for character in text',
+        "character for character in text",
+        CLI_LIFE,
     ),
     # Checksums and what belongs to them
     Mutant("index: no checksum", "distckpt/checked_json.py", "    if found != stated:\n", "    if False:\n", INDEX),

@@ -8,8 +8,15 @@ import traceback
 import typer
 
 from distckpt.cli.copy import copy
+from distckpt.cli.du import du
 from distckpt.cli.history import history
+from distckpt.cli.ls import ls
+from distckpt.cli.metric import metric
+from distckpt.cli.note import note
+from distckpt.cli.pin import pin
+from distckpt.cli.prune import prune
 from distckpt.cli.repair import repair
+from distckpt.cli.tag import tag
 from distckpt.cli.verify import verify
 from distckpt.errors import CheckpointError
 
@@ -19,17 +26,10 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Look after sharded checkpoints: what was saved, whether it is sound, copies, repair.",
+    help="Look after sharded checkpoints: list, label, prune, copy, verify and repair them.",
 )
-app.command()(copy)
-app.command()(history)
-app.command()(verify)
-app.command()(repair)
-
-
-@app.callback()
-def _commands() -> None:
-    """So that the commands have names even while there are few."""
+for command in (ls, du, tag, note, pin, metric, prune, copy, history, verify, repair):
+    app.command()(command)
 
 
 def main() -> None:

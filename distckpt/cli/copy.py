@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from distckpt.cli.output import console, print_json, progress_bar, size_text
-from distckpt.commit import find_commits
+from distckpt.cli.output import WHICH, console, print_json, progress_bar, size_text
 from distckpt.copying import OFFLINE, copy_commit
+from distckpt.selecting import open_selected, select_commits
 from distckpt.storage import PosixStorage
 from distckpt.verifying import stored_bytes
 
@@ -17,7 +17,7 @@ from distckpt.verifying import stored_bytes
 def copy(
     source: Annotated[Path, typer.Argument(help="The root to copy from.")],
     target: Annotated[Path, typer.Argument(help="The root to copy to; made if it is missing.")],
-    iteration: Annotated[int | None, typer.Option(help="Which; the newest if not given.", show_default=False)] = None,
+    iteration: Annotated[str | None, typer.Option(help=WHICH, show_default=False)] = None,
     limit: Annotated[
         float | None, typer.Option(help="MB (of 1000 kB) per second at the most.", min=0.001, show_default=False)
     ] = None,
@@ -29,8 +29,8 @@ def copy(
 
     Example: distckpt copy /local/run7 /shared/run7
     """
-    storage = PosixStorage(source)
-    commit = find_commits(storage, iteration)[0]
+    storage, selector = open_selected(source, iteration)
+    commit = select_commits(storage, selector)[0]
     with progress_bar(f"iteration {commit.iteration}", stored_bytes(storage, commit)) as on_bytes:
         report = copy_commit(
             storage,

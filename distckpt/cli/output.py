@@ -15,6 +15,10 @@ from rich.table import Table
 DAMAGED = 1  # exit code
 _NARROWEST, _WIDE = 120, 1000
 
+# Of arguments that several commands have.
+ROOT = "The directory that holds latest_checkpointed_iteration.txt, or that of one iteration in it."
+WHICH = "Which: a number, latest, latest-verified, best:METRIC[:max], tag:NAME; the newest if not given."
+
 # Paths and keys are printed as they are: no markup, no colours in them, no line breaks.
 console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
 
@@ -39,6 +43,20 @@ def plain_text(text: str) -> str:
 def size_text(size_bytes: int) -> str:
     """1.5 GB, in units of 1000."""
     return decimal(size_bytes)
+
+
+def age_text(seconds: float) -> str:
+    """3.2 h."""
+    for unit, unit_s in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= unit_s:
+            return f"{seconds / unit_s:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def shown(text: str, max_length: int = 200) -> str:
+    """A text from disk on one line, without what would do things to a terminal."""
+    text = plain_text(text)
+    return text if len(text) <= max_length else f"{text[: max_length - 3]}..."
 
 
 @contextmanager

@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from distckpt.cli.output import DAMAGED, console, print_json
+from distckpt.cli.output import DAMAGED, ROOT, WHICH, console, print_json
 from distckpt.repairing import repair as repair_root
 
 
 def repair(
-    root: Annotated[Path, typer.Argument(help="The directory that holds latest_checkpointed_iteration.txt.")],
-    iteration: Annotated[int | None, typer.Option(help="Which; the newest if not given.", show_default=False)] = None,
+    root: Annotated[Path, typer.Argument(help=ROOT)],
+    iteration: Annotated[str | None, typer.Option(help=WHICH, show_default=False)] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Make an index where none is: this makes a checkpoint, the newest.")
     ] = False,

@@ -8,16 +8,17 @@ from typing import Annotated
 import msgspec
 import typer
 
-from distckpt.cli.output import DAMAGED, console, print_json, progress_bar, size_text
-from distckpt.commit import Commit, find_commits, tracker_warning
+from distckpt.cli.output import DAMAGED, ROOT, WHICH, console, print_json, progress_bar, size_text
+from distckpt.commit import Commit, tracker_warning
 from distckpt.errors import CheckpointNotFoundError
-from distckpt.storage import PosixStorage, Storage
+from distckpt.selecting import open_selected, select_commits
+from distckpt.storage import Storage
 from distckpt.verifying import VerifyReport, stored_bytes, verify_commit
 
 
 def verify(
-    root: Annotated[Path, typer.Argument(help="The directory that holds latest_checkpointed_iteration.txt.")],
-    iteration: Annotated[int | None, typer.Option(help="Which; the newest if not given.", show_default=False)] = None,
+    root: Annotated[Path, typer.Argument(help=ROOT)],
+    iteration: Annotated[str | None, typer.Option(help=WHICH, show_default=False)] = None,
     all_: Annotated[bool, typer.Option("--all", help="Every iteration, newest first.")] = False,
     sample: Annotated[
         float, typer.Option(help="Which part of the blocks to read, of every file; headers and indexes always.")
@@ -33,9 +34,9 @@ def verify(
     """
     if all_ and iteration is not None:
         raise typer.BadParameter("give --all or --iteration, not both")
-    storage = PosixStorage(root)
-    commits = find_commits(storage, iteration)
-    warning = tracker_warning(storage, commits[0]) if iteration is None else None
+    storage, selector = open_selected(root, iteration)
+    commits = select_commits(storage, selector)
+    warning = tracker_warning(storage, commits[0]) if selector is None else None
     is_sound = True
     for commit in commits if all_ else commits[:1]:
         try:

@@ -26,7 +26,7 @@ import msgspec
 
 from distckpt import errors
 from distckpt.coordinator.port import Coordinator, RankFailure
-from distckpt.errors import CheckpointError, Committed, DistributedError, MismatchError
+from distckpt.errors import CheckpointError, CheckpointNotFoundError, Committed, DistributedError, MismatchError
 
 M = TypeVar("M")
 D = TypeVar("D")
@@ -54,6 +54,7 @@ class _Error(msgspec.Struct, array_like=True, frozen=True):
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     mismatched: tuple[str, ...] = ()
+    candidates: tuple[str, ...] = ()
 
 
 class _Verdict(msgspec.Struct, array_like=True, frozen=True):
@@ -318,6 +319,8 @@ def _freeze(error: CheckpointError) -> _Error:
         keys = (error.missing, error.unexpected, error.mismatched)
         missing, unexpected, mismatched = (tuple(map(_sendable, some)) for some in keys)
         return _Error(kind, text, missing=missing, unexpected=unexpected, mismatched=mismatched)
+    if isinstance(error, CheckpointNotFoundError):
+        return _Error(kind, text, candidates=tuple(map(_sendable, error.candidates)))
     return _Error(kind, text)
 
 
@@ -328,4 +331,6 @@ def _thaw(frozen: _Error) -> CheckpointError:
     if issubclass(cls, MismatchError):
         keys = {name: getattr(frozen, name) for name in ("missing", "unexpected", "mismatched")}
         return cls(frozen.message, **keys)
+    if issubclass(cls, CheckpointNotFoundError):
+        return cls(frozen.message, candidates=frozen.candidates)
     return cls(frozen.message)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 
-from distckpt.commit import Writer, iteration_directory, list_commits, new_save_id, read_tracker
+from distckpt.commit import Commit, Writer, iteration_directory, new_save_id
 from distckpt.history_log import FILE as HISTORY
 from distckpt.index import ChunkTable, Index
-from distckpt.removing import retire, sweep
-from distckpt.retention import superfluous
+from distckpt.pruning import retire_superfluous
+from distckpt.removing import sweep
+from distckpt.retention import Facts, Retention, judge
 from distckpt.shard_file import FORMAT, FORMAT_VERSION
 from distckpt.storage import Storage
 from distckpt.storage.contract import read_all, write_all
@@ -69,7 +70,15 @@ def file_names(save_id: str) -> list[str]:
     return [f"chunks-{save_id}.bin", f"shard-00000-of-00001-{save_id}.safetensors"]
 
 
-def make_index(writer: Writer, iteration: int, save_id: str) -> Index:
+def make_index(
+    writer: Writer,
+    iteration: int,
+    save_id: str,
+    *,
+    parent: str | None = None,
+    metrics: dict[str, float | None] | None = None,
+    created_unix_s: float = 0.0,
+) -> Index:
     return Index(
         format=FORMAT,
         version=FORMAT_VERSION,
@@ -77,8 +86,8 @@ def make_index(writer: Writer, iteration: int, save_id: str) -> Index:
         epoch=writer.epoch,
         commit_seq=writer.commit_seq,
         iteration=iteration,
-        parent=None,
-        created_unix_s=0.0,
+        parent=parent,
+        created_unix_s=created_unix_s,
         world_size=1,
         mesh={},
         tensors={},
@@ -87,6 +96,7 @@ def make_index(writer: Writer, iteration: int, save_id: str) -> Index:
         per_rank={},
         files=(),
         chunk_table=ChunkTable(name=f"chunks-{save_id}.bin", size_bytes=0, records_bytes=0, trailer_crc=0),
+        metrics=metrics or {},
     )
 
 
@@ -95,17 +105,39 @@ def write_files(storage: Storage, iteration: int, save_id: str) -> None:
         write_all(storage, f"{iteration_directory(iteration)}/{name}", save_id.encode())
 
 
-def save(writer: Writer, iteration: int) -> str:
+def save(
+    writer: Writer,
+    iteration: int,
+    *,
+    parent: str | None = None,
+    metrics: dict[str, float | None] | None = None,
+    created_unix_s: float = 0.0,
+) -> str:
     """One save up to its commit; its marker is left for the sweep, as a real save leaves it."""
     save_id = new_save_id()
     writer.announce(iteration, save_id)
     write_files(writer.storage, iteration, save_id)
-    writer.publish(make_index(writer, iteration, save_id))
+    index = make_index(writer, iteration, save_id, parent=parent, metrics=metrics, created_unix_s=created_unix_s)
+    writer.publish(index)
     return save_id
 
 
+def superfluous(
+    commits: Sequence[Commit], *, keep_last: int | None, tracked: int | None, first_epoch: int = 0
+) -> list[Commit]:
+    """What goes of good commits in which nothing else differs, oldest first."""
+    verdicts = judge(
+        [Facts(commit) for commit in commits],
+        Retention(keep_last=keep_last),
+        tracked=tracked,
+        now_unix_s=0.0,
+        first_epoch=first_epoch,
+    )
+    return sorted(verdict.commit for verdict in verdicts if not verdict.stays)
+
+
 def clean_up(storage: Storage, keep_last: int | None = None, grace_s: float = GRACE_S) -> list[str]:
-    retire(storage, superfluous(list_commits(storage), keep_last=keep_last, tracked=read_tracker(storage)))
+    retire_superfluous(storage, Retention(keep_last=keep_last))
     return sweep(storage, grace_s=grace_s)
 
 

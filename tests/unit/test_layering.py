@@ -17,10 +17,11 @@ FORMAT = {"chunk_table", "shard_file", "index"}
 PORTS = {"storage", "coordinator"}
 TENSORS = {"per_rank", "sharded_tensor", "meta", "leaf_value", "state_dict"}
 MOVEMENT = {"transport", "ring", "staging", "arena", "writing", "host_group", "checkpoint_files", "reader"}
-MOVEMENT |= {"open_files", "shared_reading", "commit", "removing", "heartbeat", "retention"}
+MOVEMENT |= {"open_files", "shared_reading", "commit", "removing", "heartbeat"}
 MOVEMENT |= {"after_commit", "history_log", "candidates", "copier", "link_names"}
 FLOWS = {"contents", "converting", "filling", "matching", "tied_memory", "describing", "offer", "share"}
 FLOWS |= {"save_context", "saving", "loading", "applying"}
+LIFE = {"labels", "roots", "cataloging", "surroundings", "selecting", "labelling", "retention", "pruning"}
 HANDLES = {"guarding", "pending"}
 
 # What each module may import of this package. A row for a package stands for all modules in it, which may
@@ -57,14 +58,32 @@ ALLOWED: dict[str, set[str]] = {
     "open_files": {"checkpoint_files", "reader"},
     "shared_reading": FORMAT | {"_C", "host_group", "open_files", "reader"},
     "commit": VALUES | FORMAT | PORTS,
-    "removing": {"errors", "storage", "commit"},
+    "labels": VALUES | FORMAT | {"storage", "commit", "checkpoint_files"},
+    "removing": {"errors", "storage", "commit", "labels"},
+    "roots": {"errors", "storage", "commit", "removing"},
+    "cataloging": VALUES | FORMAT | {"storage", "commit", "checkpoint_files", "labels", "removing", "roots"},
+    "surroundings": {"errors", "storage", "commit", "cataloging", "roots"},
+    "selecting": VALUES | {"storage", "commit", "cataloging", "roots", "surroundings"},
+    "labelling": VALUES | {"storage", "commit", "cataloging", "labels", "selecting"},
     "heartbeat": {"storage", "commit"},
-    "retention": VALUES | FORMAT | PORTS | {"commit"},
+    "retention": {"metrics", "commit"},
+    "pruning": {"storage", "commit", "cataloging", "removing", "retention", "roots", "surroundings"},
+    "verifying": VALUES | FORMAT | {"storage", "commit", "checkpoint_files", "planner", "parity", "selecting"},
     "worker": set(),
     "history_log": {"errors", "index", "storage", "report"},
-    "retiring": {"storage", "commit", "removing", "retention"},
     "copier": {
-        *("errors", "storage", "commit", "copying", "removing", "retiring", "writing", "worker", "history_log"),
+        *(
+            "errors",
+            "storage",
+            "commit",
+            "copying",
+            "pruning",
+            "removing",
+            "retention",
+            "writing",
+            "worker",
+            "history_log",
+        ),
         *("report",),
     },
     "link_names": {"errors", "storage", "commit", "history_log"},
@@ -74,7 +93,8 @@ ALLOWED: dict[str, set[str]] = {
             "storage",
             "commit",
             "removing",
-            "retiring",
+            "pruning",
+            "retention",
             "worker",
             "report",
             "history_log",
@@ -86,13 +106,13 @@ ALLOWED: dict[str, set[str]] = {
     "opening": VALUES | PORTS | {"index", "planner", "protecting"},
     "copying": VALUES
     | FORMAT
-    | {"_C", "storage", "checkpoint_files", "commit", "heartbeat", "parity", "removing", "report"},
-    "verifying": VALUES | FORMAT | {"storage", "commit", "checkpoint_files", "planner", "parity"},
+    | {"_C", "storage", "checkpoint_files", "commit", "heartbeat", "parity", "removing", "report", "selecting"},
     "parity": VALUES | FORMAT | {"_C", "storage", "commit", "checkpoint_files"},
     "rebuilding": VALUES | FORMAT | {"_C", "storage", "assembling", "commit", "checkpoint_files"},
     "repairing": VALUES
     | FORMAT
-    | {"storage", "commit", "removing", "checkpoint_files", "parity", "rebuilding", "verifying"},
+    | {"storage", "commit", "removing", "checkpoint_files", "parity", "rebuilding", "verifying"}
+    | {"selecting", "surroundings"},
     "protecting": VALUES | FORMAT | PORTS | {"commit", "checkpoint_files", "parity"},
     "reshard": VALUES | FORMAT | PORTS | MOVEMENT | {"_C", "planner"},
     "report": VALUES,
@@ -103,7 +123,7 @@ ALLOWED: dict[str, set[str]] = {
     "save_context": {"index", "assembling", "share"} | PORTS | MOVEMENT,
     "saving": {
         *VALUES | FORMAT | PORTS | TENSORS | MOVEMENT,
-        *("planner", "assembling", "report", "describing", "offer", "share", "save_context", "protecting"),
+        *("planner", "assembling", "report", "describing", "offer", "share", "save_context", "protecting", "roots"),
     },
     "contents": VALUES | FORMAT | TENSORS,
     "converting": {"geometry", "reader", "transport"},
@@ -114,11 +134,12 @@ ALLOWED: dict[str, set[str]] = {
     "loading": {
         *VALUES | FORMAT | PORTS | TENSORS | MOVEMENT,
         *("_C", "planner", "report", "adapters", "applying", "contents", "filling", "matching", "repairing"),
+        "selecting",
     },
     "adapters": {"errors", "geometry", "sharded_tensor", "state_dict", "__init__"},
     "guarding": set(),
     "pending": {"report"},
-    "checkpointer": VALUES | FORMAT | PORTS | MOVEMENT | FLOWS | HANDLES | {"opening", "report", "protecting"},
+    "checkpointer": VALUES | FORMAT | PORTS | MOVEMENT | FLOWS | HANDLES | LIFE | {"opening", "report", "protecting"},
     "termination": PORTS,
     "one_directory": VALUES | PORTS | {"checkpointer", "pending", "index", "loading", "report"},
     # Outside, as adapters and cli are: by public names, the ports, checksums of memory, and what loads are told by.
@@ -126,11 +147,12 @@ ALLOWED: dict[str, set[str]] = {
     "__init__": VALUES
     | PORTS
     | TENSORS
+    | LIFE
     | {"checkpointer", "pending", "one_directory", "report", "verifying", "repairing", "termination", "history_log"}
     | {"training", "copying", "copier", "after_commit", "link_names"},
     "cli": {
-        *VALUES | FORMAT | PORTS,
-        *("commit", "retention", "reshard", "verifying", "repairing", "report", "history_log", "copying", "__init__"),
+        *VALUES | FORMAT | PORTS | LIFE,
+        *("commit", "reshard", "verifying", "repairing", "report", "history_log", "copying", "__init__"),
     },
     "testing": VALUES | PORTS | {"transport", "__init__"},
 }

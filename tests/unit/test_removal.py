@@ -23,8 +23,7 @@ from distckpt.commit import (
     read_tracker,
 )
 from distckpt.index import encode_index
-from distckpt.removing import STALE_AFTER_S, discard, retire, sweep
-from distckpt.retention import superfluous
+from distckpt.removing import RETIRING_S, STALE_AFTER_S, discard, retire, sweep
 from distckpt.shard_file import FORMAT_VERSION
 from distckpt.storage.contract import read_all
 from distckpt.storage.memory import MemoryReadFile
@@ -37,6 +36,7 @@ from tests.unit.protocol import (
     file_names,
     make_index,
     save,
+    superfluous,
     tree,
     write_files,
 )
@@ -441,9 +441,12 @@ def test_sweep_leaves_alone_what_is_not_ours(storage: MemoryStorage, clock: Cloc
     assert len([data for data in tree(storage).values() if data == b"mine"]) == 9
 
 
-def test_retirement_that_stopped_before_the_index_was_removed_is_none(storage: MemoryStorage) -> None:
+def test_retirement_that_stopped_before_the_index_was_removed_is_none(storage: MemoryStorage, clock: Clock) -> None:
     save_id = save(Writer.claim(storage), 10)
     storage.put_if_absent(f"iter_0000010/retired-{save_id}", b"")
+    sweep(storage, grace_s=0)
+    assert f"retired-{save_id}" in storage.list("iter_0000010")  # It may be about to be removed.
+    clock.now_s += RETIRING_S
     sweep(storage, grace_s=0)
     assert newest_iteration(storage) == 10
     assert sorted(storage.list("iter_0000010")) == sorted([*file_names(save_id), "index-000001-000001.json"])

@@ -11,11 +11,10 @@ from distckpt import Checkpointer, CheckpointError, CheckpointNotFoundError, Cor
 from distckpt.commit import Commit, Writer, list_commits, new_save_id, read_index
 from distckpt.coordinator import Coordinator
 from distckpt.removing import sweep
-from distckpt.retention import superfluous
 from distckpt.storage.contract import read_all, write_all
 from distckpt.storage.memory import MemoryReadFile
 from distckpt.testing import MemoryStorage, run_ranks
-from tests.unit.protocol import Clock, io_error
+from tests.unit.protocol import Clock, io_error, superfluous
 
 COUNT = 25_000
 SAVE_BYTES = 4 * COUNT  # of tensor data

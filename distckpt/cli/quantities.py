@@ -1,0 +1,30 @@
+"""Sizes and times as people type them: 2TB, 500GiB, 7d."""
+
+from __future__ import annotations
+
+import re
+
+_BYTES = {"": 1, "B": 1}
+_BYTES |= {f"{prefix}{unit}": 1000**n for n, prefix in enumerate("KMGTP", 1) for unit in ("", "B")}
+_BYTES |= {f"{prefix}IB": 1024**n for n, prefix in enumerate("KMGTP", 1)}
+_SECONDS = {"S": 1.0, "MIN": 60.0, "H": 3600.0, "D": 86400.0, "W": 604800.0}
+
+
+def _split(text: str, units: dict[str, int] | dict[str, float], example: str) -> tuple[float, str]:
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in units:
+        known = ", ".join(unit for unit in units if unit)
+        raise ValueError(f"{text!r}: expected a number and a unit, such as {example}; units are {known}")
+    return float(match[1]), match[2].upper()
+
+
+def size_bytes(text: str) -> int:
+    """Of "2TB" (units of 1000) or "500GiB" (of 1024). Raises ValueError."""
+    number, unit = _split(text, _BYTES, "2TB")
+    return round(number * _BYTES[unit])
+
+
+def duration_s(text: str) -> float:
+    """Of "7d", "12h", "30min", "45s". Raises ValueError."""
+    number, unit = _split(text, _SECONDS, "7d")
+    return number * _SECONDS[unit]

@@ -1,0 +1,64 @@
+"""Roots: which directory is meant. An iteration's directory stands for its root, and never becomes one itself."""
+
+from __future__ import annotations
+
+import os
+
+from distckpt.commit import TRACKER, Writer, indexes_in, iteration_directories, iteration_of, writer_epochs
+from distckpt.errors import CheckpointError
+from distckpt.removing import saves_in
+from distckpt.storage import PosixStorage, Storage
+
+_MAX_DEPTH = 4  # from a path inside an iteration's directory up to it
+
+
+def open_root(root: str | os.PathLike[str] | Storage) -> tuple[Storage, int | None]:
+    """The storage of a root, and None; given the directory of an iteration, of its root, and the iteration."""
+    if not isinstance(root, (str, os.PathLike)):
+        return root, None
+    storage = PosixStorage(root)
+    above, name = os.path.split(storage.location)
+    iteration = iteration_of(name)
+    if iteration is None or not _is_iteration_directory(storage):
+        return storage, None
+    return PosixStorage(above), iteration
+
+
+def _is_iteration_directory(storage: Storage) -> bool:
+    """Whether there are files of saves in it, and no checkpoints below it."""
+    names = storage.list("")
+    return bool(indexes_in(0, names) or saves_in(names)) and not is_root(storage)
+
+
+def is_root(storage: Storage) -> bool:
+    """Whether a job has saved there: by its names."""
+    names = storage.list("")
+    return TRACKER in names or bool(writer_epochs(storage)) or bool(iteration_directories(storage))
+
+
+def root_above(path: str) -> tuple[str, int] | None:
+    """The root and the iteration that a path lies in, itself an iteration's directory or somewhere below one."""
+    path = os.path.abspath(path)
+    for _ in range(_MAX_DEPTH):
+        above, name = os.path.split(path)
+        iteration = iteration_of(name)
+        if iteration is not None and is_root(PosixStorage(above)):
+            return above, iteration
+        path = above
+    return None
+
+
+def claim_root(storage: Storage, second: Storage | None = None) -> Writer:
+    """Writer.claim, for a job's first save. Raises CheckpointError where a root would begin inside an iteration."""
+    for root in (storage, second):
+        if not isinstance(root, PosixStorage) or is_root(root):
+            continue
+        found = root_above(root.location)
+        if found is not None:
+            above, iteration = found
+            raise CheckpointError(
+                f"{root.location} is no place for checkpoints: it lies in iteration {iteration} of {above}. To save "
+                f"there, give Checkpointer the root {above}; to go on from that iteration, also load iteration "
+                f"{iteration} first. Nothing was written."
+            )
+    return Writer.claim(storage, second)
