@@ -1790,6 +1790,20 @@ MUTANTS = (
         "if own:",
         ("tests/unit/test_weights_and_adapters.py",),
     ),
+    Mutant(
+        "train state: gradients that are kept elsewhere are lost",
+        "distckpt/training/sections.py",
+        "    if not gradients:\n",
+        "    if False:\n",
+        ("tests/unit/test_train_state.py",),
+    ),
+    Mutant(
+        "train state: all epochs begin with the same random numbers",
+        "distckpt/training/train_state.py",
+        "        if not goes_on:\n            return iter(self._loader)\n",
+        "",
+        ("tests/unit/test_train_state.py",),
+    ),
 )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from distckpt.contents import Contents, StoredTensor
-from distckpt.errors import MismatchError
+from distckpt.errors import CheckpointError, MismatchError
 from distckpt.training.data_position import DataPosition
 from distckpt.training.model_state import State, first_on_meta, model_state, put_back
 from distckpt.training.optimizer_state import class_of, optimizer_state, optimizer_template
@@ -89,10 +89,20 @@ def saved_sections(parts: Parts, micro_step: int) -> dict[str, object]:
         sections["data"] = parts.position.state()
     sections["rng"] = parts.streams.state()
     if micro_step:
-        sections["gradients"] = {
-            name: parameter.grad for name, parameter in parameters_of(parts.models) if parameter.grad is not None
-        }
+        sections["gradients"] = _gradients(parts.models, micro_step)
     return sections
+
+
+def _gradients(models: Mapping[str, nn.Module], micro_step: int) -> dict[str, Tensor]:
+    """Those of a step under way. Raises CheckpointError if there are none: they would be lost."""
+    gradients = {name: parameter.grad for name, parameter in parameters_of(models) if parameter.grad is not None}
+    if not gradients:
+        raise CheckpointError(
+            f"{micro_step} batches of a step are accumulated, and no parameter has a gradient: they are kept elsewhere "
+            f"(by fully_shard after set_requires_gradient_sync(False), as main_grad by Megatron), and would be lost. "
+            f"Save after the optimizer's step"
+        )
+    return gradients
 
 
 def _by_prefix(states: dict[str, object]) -> object:

@@ -731,3 +731,17 @@ def test_gradients_are_saved_in_the_middle_of_an_accumulation() -> None:
         resumed.train.load(checkpointer)
     assert (resumed.train.step, resumed.train.micro_step) == (SAVED_AT, 1)
     assert finish(resumed) == expected
+
+
+def test_accumulated_gradients_that_are_kept_elsewhere_are_an_error() -> None:
+    """As fully_shard does without synchronisation: .grad is None until the last batch of a step."""
+    job = Job(1, OPTIMIZERS["adamw"])
+    job.run(1)
+    job.optimizer.zero_grad()
+    job.train.end_micro_step()
+    with Checkpointer(MemoryStorage()) as checkpointer:
+        with pytest.raises(
+            CheckpointError, match="1 batches of a step are accumulated, and no par"
+        ):
+            job.train.save(checkpointer)
+        assert checkpointer.iterations() == []
