@@ -24,7 +24,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from distckpt import Checkpointer, CheckpointSchedule, ResumableSampler, TrainState
@@ -43,6 +43,17 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint-dir", type=Path, required=True)
     parser.add_argument("--log-file", type=Path, required=True, help="JSON lines, appended by every rank")
     return parser.parse_args()
+
+
+def start() -> torch.device:
+    """Join the ranks that torchrun launched; returns this one's device."""
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
+    torch.use_deterministic_algorithms(True)
+    dist.init_process_group()  # gloo on CPUs, NCCL on GPUs
+    return device
 
 
 def make_dataset() -> TensorDataset:
@@ -75,18 +86,17 @@ def train_step(
 
 def main() -> None:
     args = parse_arguments()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
-    dist.init_process_group()
+    device = start()
     torch.manual_seed(dist.get_rank())
     model = DistributedDataParallel(make_model(plain=args.plain).to(device))
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
-    scheduler = OneCycleLR(optimizer, args.lr, total_steps=args.steps + 1)
+    scheduler = CosineAnnealingLR(optimizer, args.steps)
     dataset = make_dataset()
     sampler = ResumableSampler(dataset, args.micro_batch)
     loader = DataLoader(dataset, batch_sampler=sampler)
     passes = args.global_batch // sampler.global_batch_size
 
-    train = TrainState(model, optimizer, scheduler=scheduler, dataloader=loader)
+    train = TrainState(model, optimizer, scheduler=scheduler, dataloader=loader, arguments=args)
     schedule = CheckpointSchedule(args.save_interval, on_termination=True)
     with (
         Checkpointer(args.checkpoint_dir, keep_last=3) as ckpt,
@@ -109,5 +119,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    torch.use_deterministic_algorithms(True)
     main()

@@ -11,17 +11,16 @@ state: a load makes it, sharded as the parameters are.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from ddp import CLASSES, FEATURES, make_dataset, parse_arguments
+from ddp import CLASSES, FEATURES, make_dataset, parse_arguments, start
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
 
 from distckpt import Checkpointer, CheckpointSchedule, ResumableSampler, TrainState
@@ -63,8 +62,7 @@ def train_step(
 
 def main() -> None:
     args = parse_arguments()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
-    dist.init_process_group()
+    device = start()
     torch.manual_seed(0)  # fully_shard takes each rank's own weights: they must be alike
     model = make_model(plain=args.plain).to(device)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("dp",))
@@ -72,13 +70,13 @@ def main() -> None:
         fully_shard(part, mesh=mesh)
     torch.manual_seed(1 + dist.get_rank())  # dropout differs by rank
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
-    scheduler = OneCycleLR(optimizer, args.lr, total_steps=args.steps + 1)
+    scheduler = CosineAnnealingLR(optimizer, args.steps)
     dataset = make_dataset()
     sampler = ResumableSampler(dataset, args.micro_batch)
     loader = DataLoader(dataset, batch_sampler=sampler)
     passes = args.global_batch // sampler.global_batch_size
 
-    train = TrainState(model, optimizer, scheduler=scheduler, dataloader=loader)
+    train = TrainState(model, optimizer, scheduler=scheduler, dataloader=loader, arguments=args)
     schedule = CheckpointSchedule(args.save_interval, on_termination=True)
     with (
         Checkpointer(args.checkpoint_dir, keep_last=3) as ckpt,
@@ -101,5 +99,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    torch.use_deterministic_algorithms(True)
     main()

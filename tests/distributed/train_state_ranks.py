@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -168,6 +171,56 @@ def check_2_ranks_load_a_plain_models_state_into_a_sharded_model(root: Path) -> 
         assert_same(_whole(sharded.state_dict()), plain.state_dict())
         TrainState(sharded, fresh).save(checkpointer)
         TrainState(plain, optimizer, resume_check="off").load(checkpointer)
+
+
+def check_2_ranks_load_an_adapter_whatever_wraps_the_model(root: Path) -> None:
+    def whole() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3))
+
+    with Checkpointer(root / "base") as checkpointer:
+        TrainState(whole()).save(checkpointer)
+
+    def sharded(model: nn.Module) -> nn.Module:
+        mesh = init_device_mesh("cpu", (2,))
+        for part in (*(m for m in model.modules() if isinstance(m, LoraLayer)), model):
+            fully_shard(part, mesh=mesh)  # type: ignore[arg-type]
+        return model
+
+    def run(job: tuple[nn.Module, Any, TrainState], steps: int) -> list[str]:
+        model, optimizer, train = job
+        losses = []
+        for _ in range(steps):
+            torch.manual_seed(train.step)
+            loss = model(torch.randn(4, 5)).square().mean()  # the same data on both ranks
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            train.end_step()
+            losses.append(loss.item().hex())
+        return losses
+
+    def make(wrap: Callable[[Any], nn.Module], seed: int) -> tuple[nn.Module, Any, TrainState]:
+        torch.manual_seed(seed)
+        model = whole()
+        base = TrainState(model).load_weights(root / "base")
+        wrapped = wrap(get_peft_model(model, LoraConfig(r=2, target_modules=["0", "2"])))  # type: ignore[arg-type]
+        optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=0.1)
+        return wrapped, optimizer, TrainState(wrapped, optimizer, base=base, resume_check="off")
+
+    wrappers = {"fsdp": sharded, "ddp": DistributedDataParallel, "compiled": partial(torch.compile, backend="eager")}
+    for name, wrap in wrappers.items():
+        job = make(wrap, seed=1)
+        run(job, 2)
+        with Checkpointer(root / f"adapter-{name}") as checkpointer:
+            job[2].save(checkpointer)
+            expected = run(job, 2)
+            stored: Any = checkpointer.read(keys=["model"])
+            assert len(stored["model"]) == 4, stored
+            assert all(".lora_" in key for key in stored["model"]), stored
+            for other in wrappers.values():
+                resumed = make(other, seed=2)
+                resumed[2].load(checkpointer)
+                assert run(resumed, 2) == expected, (name, other)
 
 
 def check_3_ranks_load_what_two_have_saved(root: Path) -> None:

@@ -740,8 +740,6 @@ def test_accumulated_gradients_that_are_kept_elsewhere_are_an_error() -> None:
     job.optimizer.zero_grad()
     job.train.end_micro_step()
     with Checkpointer(MemoryStorage()) as checkpointer:
-        with pytest.raises(
-            CheckpointError, match="1 batches of a step are accumulated, and no par"
-        ):
+        with pytest.raises(CheckpointError, match="1 batches of a step are accumulated, and no par"):
             job.train.save(checkpointer)
         assert checkpointer.iterations() == []
