@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from distckpt.errors import CheckpointError
 from distckpt.geometry import Box
 from distckpt.reader import Wanted
 from distckpt.transport import pieces
@@ -23,11 +24,24 @@ def fill_converted(
     *,
     held_bytes: int = HELD_BYTES,
 ) -> None:
-    """Fill each target from what is stored with the given element type. read: fills host tensors of that type."""
+    """Fill each target from what is stored with the given element type. read: fills host tensors of that type.
+
+    Raises CheckpointError for a number that the target's type cannot hold.
+    """
     for batch in _batches(targets, held_bytes):
         read([stored for stored, _ in batch])
         for stored, view in batch:
             view.copy_(stored.data)
+            # The larger type's numbers may be no numbers of the smaller one: that would be seen much later.
+            if torch.finfo(view.dtype).max < torch.finfo(stored.data.dtype).max and _overflows(stored.data, view):
+                raise CheckpointError(
+                    f"{stored.key!r}: stored is {stored.data.abs().max().item():g}, more than a {view.dtype} can hold; "
+                    f"the state has been changed. Load it as it is stored"
+                )
+
+
+def _overflows(stored: Tensor, view: Tensor) -> bool:
+    return bool(torch.isfinite(stored).sum() != torch.isfinite(view).sum())
 
 
 def _batches(targets: Sequence[tuple[Wanted, torch.dtype]], held_bytes: int) -> Iterator[list[tuple[Wanted, Tensor]]]:

@@ -13,12 +13,14 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from distckpt.checkpoint_files import read_chunks
+from distckpt.checkpoint_files import read_chunks, read_per_rank
 from distckpt.converting import fill_converted
+from distckpt.errors import CorruptionError
 from distckpt.garbage import postponed_collection
 from distckpt.geometry import Box, intersect
 from distckpt.host_group import Board
 from distckpt.index import Index, TensorEntry
+from distckpt.leaf_value import decode_leaf
 from distckpt.matching import Request, empty_tensors
 from distckpt.meta import is_meta_module, make_module_real
 from distckpt.open_files import read_files
@@ -139,3 +141,15 @@ def fill_targets(
     for target in (*in_place, *(target for target, _ in converted)):
         torch.autograd.graph.increment_version(target.data)
     return Filled(bytes_read, board.obstacle, warning)
+
+
+def read_values(storage: Storage, directory: str, index: Index, request: Request) -> None:
+    """Decode what was asked for and is no tensor, for when it is applied. Raises CorruptionError, OSError."""
+    numbers = {number for _, number in request.per_rank}
+    stored = {number: read_per_rank(storage, directory, index, number) for number in numbers}
+    for leaf, number in request.per_rank:
+        if leaf.key not in stored[number]:
+            raise CorruptionError(f"{index.files[number].name}: per-rank value {leaf.key!r} is not in it")
+        request.per_rank_values[leaf.key] = decode_leaf(bytes(stored[number][leaf.key]), leaf.key)
+    for key, _ in request.values:
+        request.decoded[key] = decode_leaf(bytes(index.values[key]), key)

@@ -18,16 +18,15 @@ import numpy as np
 from distckpt.adapters import ADAPTERS
 from distckpt.applying import apply_request
 from distckpt.candidates import Candidate, find_candidates
-from distckpt.checkpoint_files import check_files_hold, is_damage, read_per_rank
+from distckpt.checkpoint_files import check_files_hold, is_damage
 from distckpt.commit import Commit, decode_index_of, read_index, tracker_warning
 from distckpt.contents import Contents
 from distckpt.coordinator import Coordinator, agree
 from distckpt.errors import CheckpointError, CorruptionError, MismatchError
-from distckpt.filling import DeviceOf, fill_targets, make_modules_real, targets_of
+from distckpt.filling import DeviceOf, fill_targets, make_modules_real, read_values, targets_of
 from distckpt.host import peak_rss_bytes
 from distckpt.host_group import Board, Host, HostGroup, PeerFailed, group_ranks, this_host
 from distckpt.index import Index, Mesh
-from distckpt.leaf_value import decode_leaf
 from distckpt.matching import (
     Request,
     match_state,
@@ -36,6 +35,7 @@ from distckpt.matching import (
     select_keys,
     stored_keys,
     subtree,
+    what_was_changed,
 )
 from distckpt.repairing import rebuild_damaged
 from distckpt.report import LoadReport, slowest_ranks
@@ -269,6 +269,8 @@ class Load:
             if not callable(self.template):
                 self.state = self.template
                 self._flat = flatten(self.state, ADAPTERS)
+            if isinstance(self.allow, str):  # Letter by letter it could be anything.
+                raise TypeError(f"allow={self.allow!r}: expected a collection of patterns")
             return _Wanted(self.iteration, bool(self.strict), bool(self.convert_dtypes), list(self.allow))
 
         resolved = self._agree("resolve", local, self._decide_commit, _Wanted, _Resolved)
@@ -360,9 +362,11 @@ class Load:
             )
 
         def decide(ranks: Sequence[_Match]) -> list[_Differences]:
+            passed_over = [f"{failed.commit.name}: {why}" for failed, why in self._failed.items()]
             for rank in ranks:
                 if rank.refused is not None:
-                    raise MismatchError(rank.refused, missing=tuple(rank.missing))
+                    says = f"{rank.refused}\n{what_was_changed(passed_over)}"
+                    raise MismatchError(says, missing=tuple(rank.missing))
             asked = np.bitwise_or.reduce([np.frombuffer(r.asked, np.uint8) for r in ranks])
             named = np.bitwise_or.reduce([np.frombuffer(r.named, np.uint8) for r in ranks])
             excess = np.unpackbits(named & ~asked)[: len(stored)]
@@ -371,7 +375,6 @@ class Load:
             mismatched = {key: why for r in reversed(ranks) for key, why in r.mismatched.items()}
             lacking, unread = ([key for key in keys if not self._is_allowed(key)] for keys in (missing, unexpected))
             if mismatched or (self.strict and (lacking or unread)):
-                passed_over = [f"{failed.commit.name}: {why}" for failed, why in self._failed.items()]
                 raise mismatch_error(index, lacking, unread, mismatched, self.strict, passed_over)
             groups = group_ranks([r.host for r in ranks], row_bytes(index))
             answers = {group.nonce: _Differences(missing, unexpected, group) for group in groups}
@@ -447,14 +450,7 @@ class Load:
         self._bytes_read += filled.bytes_read
         self._not_shared, self._warning = filled.not_shared, filled.warning
         self._size_bytes = sum(t.data.nbytes for t in targets)
-        numbers = {number for _, number in request.per_rank}
-        stored = {number: read_per_rank(storage, directory, index, number) for number in numbers}
-        for leaf, number in request.per_rank:
-            if leaf.key not in stored[number]:
-                raise CorruptionError(f"{index.files[number].name}: per-rank value {leaf.key!r} is not in it")
-            request.per_rank_values[leaf.key] = decode_leaf(bytes(stored[number][leaf.key]), leaf.key)
-        for key, _ in request.values:
-            request.decoded[key] = decode_leaf(bytes(index.values[key]), key)
+        read_values(storage, directory, index, request)
 
     def _make_modules_real(self, index: Index) -> None:
         """Give modules on the meta device real tensors, and match anew what then stands in the state."""

@@ -316,6 +316,17 @@ def _parent(path: str) -> str:
     return path.rpartition("/")[0]
 
 
+def what_was_changed(passed_over: Sequence[str]) -> str:
+    """By a load that ends here, for its error; passed_over: see mismatch_error."""
+    if not passed_over:
+        return "Nothing was changed."
+    damaged = "".join(f"\n    {each}" for each in passed_over)
+    return (
+        f"This load fell back to it; if tensors had been read, their values are now undefined.\n"
+        f"  {len(passed_over)} damaged:{damaged}"
+    )
+
+
 def mismatch_error(
     index: Index,
     missing: list[str],
@@ -325,14 +336,7 @@ def mismatch_error(
     passed_over: Sequence[str],
 ) -> MismatchError:
     """passed_over: the damaged checkpoints that were tried before, and why; they may have been read in part."""
-    lines = [f"iteration {index.iteration} is not what the state asks for. Nothing was changed."]
-    if passed_over:
-        lines = [
-            f"iteration {index.iteration}, to which this load fell back, is not what the state asks for; if tensors "
-            f"had been read, their values are now undefined.",
-            f"  {len(passed_over)} damaged:",
-            *(f"    {each}" for each in passed_over),
-        ]
+    lines = [f"iteration {index.iteration} is not what the state asks for. {what_was_changed(passed_over)}"]
     for title, keys in (
         ("differ", [f"{key}: {why}" for key, why in sorted(mismatched.items())]),
         ("in the state, but not stored", missing if strict else []),

@@ -15,7 +15,6 @@ from distckpt.errors import MismatchError, UnsupportedTypeError
 from distckpt.training.sampler import PositionReport, ResumableSampler, position_report
 
 CONSUMED = "consumed_samples"
-_BLOCKING = ("dataset_length", "fingerprint", "seed", "shuffle")  # another one of these is other data, or another order
 
 
 @runtime_checkable
@@ -67,11 +66,11 @@ class DataPosition:
                 "samples of all ranks. Allow 'data' to start from the first sample",
                 missing=("data/position",),
             )
-        changed = [name for name in _BLOCKING if name in position and name in own and position[name] != own[name]]
-        if changed and not accept_other_data:
-            differing = ", ".join(f"{name}: stored {position[name]!r}, now {own[name]!r}" for name in changed)
+        assert isinstance(position, dict)
+        report = PositionReport(True) if self.sampler is None else position_report(position, own)
+        if report.is_other_data and not accept_other_data:
             raise MismatchError(
-                f"data: the position is one in other data, or in another order ({differing}). Give the job the data "
+                f"data: the position is one in other data, or in another order: {report.reason}. Give the job the data "
                 f"that it had, or allow 'data' to go on at the same number of samples"
             )
         return {"position": dict(position)}

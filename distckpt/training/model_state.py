@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from distckpt.errors import UnsupportedTypeError
-from distckpt.training.parameter_names import author_names, buffers_of_others, joined
+from distckpt.training.parameter_names import author_names, buffers_of_others, joined, wrapped_name
 
 State = dict[str, object]
 
@@ -39,15 +39,24 @@ def model_state(models: Mapping[str, nn.Module], *, to_save: bool, trainable_onl
                     f"a {type(model).__qualname__} says itself what it stores (sharded_state_dict); leave out of that "
                     f"what is frozen, and pass no base"
                 )
-            state |= {joined(prefix, name): value for name, value in model.sharded_state_dict().items()}
+            _add(state, {joined(prefix, name): value for name, value in model.sharded_state_dict().items()})
             continue
         left_out = buffers_of_others(model) if to_save else set()
         kept = _trainable(model) if trainable_only else None
         author_name = author_names(model)
         for name, value in model.state_dict(keep_vars=True).items():
             if id(value) not in left_out and (kept is None or id(value) in kept):
-                state[joined(prefix, author_name(name))] = value
+                _add(state, {joined(prefix, author_name(name)): value})
     return state
+
+
+def _add(state: State, more: State) -> None:
+    taken = sorted(state.keys() & more.keys())
+    if taken:
+        raise UnsupportedTypeError(
+            f"model: two tensors have the name {taken[0]!r}; give the models names of which none begins another's"
+        )
+    state |= more
 
 
 def _trainable(model: nn.Module) -> set[int]:
@@ -62,23 +71,46 @@ def _trainable(model: nn.Module) -> set[int]:
 
 
 def put_back(models: Mapping[str, nn.Module], state: Mapping[str, object]) -> None:
-    """After a load: give the modules what was not filled in place: values, and what stood on the meta device."""
+    """After a load: give the modules what was not filled in place: what stood on the meta device, and what state_dict()
+    shows that is not their own memory (values, tensors that hooks or get_extra_state() make)."""
     for prefix, model in models.items():
         if isinstance(model, Sharded):
             continue
-        values: dict[str, object] = {}
+        own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        memory = {
+            tensor.untyped_storage().data_ptr() for tensor in map(_local, (*model.parameters(), *model.buffers()))
+        }
+        others: dict[str, object] = {}
         author_name = author_names(model)
         for name, present in model.state_dict(keep_vars=True).items():
             key = joined(prefix, author_name(name))
-            loaded = state.get(key)
-            if not isinstance(present, Tensor):
-                if key in state:
-                    values[name] = loaded
-            elif isinstance(loaded, Tensor) and present.is_meta:
-                path, _, own_name = name.rpartition(".")
-                setattr(model.get_submodule(path), own_name, loaded)
-        if values:
-            model.load_state_dict(values, strict=False)
+            if key not in state:
+                continue
+            if id(present) in own:
+                if present.is_meta:
+                    _set_tensor(model, name, state[key])
+            elif not isinstance(present, Tensor) or _local(present).untyped_storage().data_ptr() not in memory:
+                others[name] = state[key]
+        if others:
+            model.load_state_dict(others, strict=False)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    local = getattr(tensor, "to_local", None)  # of a DTensor
+    return tensor if local is None else local()
+
+
+def _set_tensor(model: nn.Module, name: str, tensor: object) -> None:
+    """By its name in state_dict(), from which some wrappers leave themselves out."""
+    module = model
+    *path, last = name.split(".")
+    for segment in path:
+        while segment not in module._modules and (wrapped := wrapped_name(module)) is not None:
+            module = module._modules[wrapped]  # type: ignore[assignment]
+        module = module.get_submodule(segment)
+    while last not in module._parameters and last not in module._buffers and (wrapped := wrapped_name(module)):
+        module = module._modules[wrapped]  # type: ignore[assignment]
+    setattr(module, last, tensor)
 
 
 def first_on_meta(state: Mapping[str, object]) -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, TypeGuard
 
 import msgspec
 import torch
@@ -185,13 +185,13 @@ class Progress:
         assert isinstance(batches, PerRank)
         assert isinstance(losses, Tensor)
         assert isinstance(grad_norms, Tensor)
-        if not (isinstance(step, int) and isinstance(micro_step, int) and isinstance(steps, list)):
+        if not (_is_count(step) and _is_count(micro_step) and isinstance(steps, list)):
             raise CheckpointError(f"progress: step {step!r}, micro_step {micro_step!r}, steps {steps!r:.100}")
         of_rank = batches.value if isinstance(batches.value, dict) else {}
         self._history.restore(
             steps, losses.tolist(), grad_norms.tolist(), of_rank.get("of_steps"), of_rank.get("first")
         )
-        self.step, self.micro_step, self._batch = step, micro_step, None
+        self.step, self.micro_step, self._batch, self._used = step, micro_step, None, ()
         self.verdict = ResumeVerdict("not checked", ("no step was made yet",))
         self._check = ResumeCheck(
             self._history.records(),
@@ -209,3 +209,7 @@ class Progress:
         """They were changed on purpose after the load: the next step is to use those."""
         if self._check is not None:
             self._check.learning_rates = tuple(float(rate) for rate in learning_rates(self._optimizers))
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return type(value) is int and value >= 0

@@ -12,11 +12,14 @@ import torch
 
 from distckpt.errors import CheckpointError
 
+# What generators raise for what is no state of theirs.
+_NO_STATE = (TypeError, ValueError, RuntimeError, KeyError, IndexError, OverflowError, AttributeError)
+
 Generator: TypeAlias = torch.Generator | np.random.Generator | random.Random
 
 
 def global_random_state() -> dict[str, object]:
-    """Of this process's own streams; that of the current accelerator under the name of its type."""
+    """Of this process's own streams; those of its accelerators, by number, under the name of their type."""
     state: dict[str, object] = {
         "python": random.getstate(),
         "numpy": np.random.get_state(),
@@ -24,7 +27,8 @@ def global_random_state() -> dict[str, object]:
     }
     accelerator = _accelerator()
     if accelerator is not None:
-        state[accelerator] = torch.get_device_module(accelerator).get_rng_state()
+        module = torch.get_device_module(accelerator)
+        state[accelerator] = [module.get_rng_state(number) for number in range(module.device_count())]
     return state
 
 
@@ -44,12 +48,23 @@ def set_global_random_state(state: Mapping[str, object]) -> list[str]:
             elif name == "torch":
                 torch.set_rng_state(own)  # type: ignore[arg-type]
             elif name == accelerator:
-                torch.get_device_module(accelerator).set_rng_state(own)
+                left += _set_device_states(accelerator, own)
             else:
                 left.append(name)
-        except (TypeError, ValueError, RuntimeError) as error:
+        except _NO_STATE as error:
             raise CheckpointError(f"random-number state of {name!r}: {error}") from error
     return left
+
+
+def _set_device_states(kind: str, states: object) -> list[str]:
+    """Of each device by its number; returns those that are not here."""
+    module = torch.get_device_module(kind)
+    if not isinstance(states, list):
+        raise TypeError(f"expected a list of states, found a {type(states).__name__}")
+    here = module.device_count()
+    for number, state in enumerate(states[:here]):
+        module.set_rng_state(state, number)
+    return [f"{kind}:{number}" for number in range(here, len(states))]
 
 
 def seed_all(seed: int) -> None:
@@ -82,7 +97,7 @@ def set_generator_state(generator: Generator, state: object) -> None:
             generator.bit_generator.state = state  # type: ignore[assignment]
         else:
             generator.setstate(state)  # type: ignore[arg-type]
-    except (TypeError, ValueError, RuntimeError, KeyError) as error:
+    except _NO_STATE as error:
         raise CheckpointError(f"state of a {type(generator).__qualname__}: {error}") from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from distckpt import PerRank
+from distckpt.errors import CheckpointError
 from distckpt.index import OnChange
 from distckpt.training.random_state import (
     Generator,
@@ -65,7 +66,10 @@ class RandomStreams:
             elif loaded.value is None:
                 warnings.append(f"the random stream {name!r} was left as it is, as the layout has changed")
             elif generator is None:
-                assert isinstance(loaded.value, dict)
+                if not isinstance(loaded.value, dict):
+                    raise CheckpointError(
+                        f"rng/{name}: stored is a {type(loaded.value).__name__}, expected a state by name"
+                    )
                 left = set_global_random_state(loaded.value)
                 warnings += [f"no {kind} device here: its random-number state was left out" for kind in left]
             else:

@@ -8,6 +8,8 @@ from distckpt import LoadReport
 from distckpt.training.environment import Differences
 from distckpt.training.sampler import PositionReport
 
+_SHOWN = 8
+
 
 @dataclass(frozen=True, slots=True)
 class ResumeReport:
@@ -25,6 +27,13 @@ class ResumeReport:
     differences: Differences
     warnings: tuple[str, ...]
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all went on that was saved, exactly, and nothing else."""
+        is_exact = self.data is None or self.data.is_exact
+        left = (self.begun_anew, self.unread, self.warnings, self.load.missing, self.load.unexpected)
+        return is_exact and not any(left)
+
     def __str__(self) -> str:
         """One line."""
         parts = [f"resumed at step {self.step} from iteration {self.load.iteration}"]
@@ -32,9 +41,15 @@ class ResumeReport:
             parts.append(f"data position {self.data}")
         if self.load.reseeded:
             parts.append(f"random streams reseeded, as the layout has changed: {', '.join(self.load.reseeded)}")
-        for title, names in (("begun anew", self.begun_anew), ("stored, but unread", self.unread)):
+        for title, names in (
+            ("begun anew", self.begun_anew),
+            ("stored, but unread", self.unread),
+            ("keys begun anew", self.load.missing),
+            ("keys stored, but unread", self.load.unexpected),
+        ):
             if names:
-                parts.append(f"{title}: {', '.join(names)}")
+                more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+                parts.append(f"{title}: {', '.join(names[:_SHOWN])}{more}")
         if self.load.converted:
             parts.append(f"{len(self.load.converted)} tensors converted to another type")
         return "; ".join((*parts, *self.warnings))

@@ -42,10 +42,14 @@ class SamplerState(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class PositionReport:
-    """Whether a stored position goes on with exactly the samples that were to come; if not, `reason` says why."""
+    """Whether a stored position goes on with exactly the samples that were to come; if not, `reason` says why.
+
+    is_other_data: it is a position in other data, or in another order of them.
+    """
 
     is_exact: bool
     reason: str = ""
+    is_other_data: bool = False
 
     def __str__(self) -> str:
         return "exact" if self.is_exact else f"inexact, because {self.reason}"
@@ -306,9 +310,10 @@ def position_report(stored: Mapping[str, object], now: Mapping[str, object]) -> 
         reasons.append("the samples are {} shuffled".format("now" if new.shuffle else "no longer"))
     elif old.shuffle and old.seed != new.seed:
         reasons.append(f"the seed is {new.seed}, it was {old.seed}")
+    is_other_data = bool(reasons)
     if old.dataset_length == new.dataset_length:
         reasons += _changed_ends(old, new)
-    return PositionReport(not reasons, "; ".join(reasons))
+    return PositionReport(not reasons, "; ".join(reasons), is_other_data)
 
 
 def _changed_ends(old: SamplerState, new: SamplerState) -> list[str]:

@@ -12,17 +12,18 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from distckpt.contents import Contents, StoredTensor
-from distckpt.errors import CheckpointError, MismatchError
+from distckpt.errors import CorruptionError, MismatchError
 from distckpt.training.data_position import DataPosition
+from distckpt.training.gradients import clear_gradients, gradient_state, gradient_template
 from distckpt.training.model_state import State, first_on_meta, model_state, put_back
 from distckpt.training.optimizer_state import class_of, optimizer_state, optimizer_template
 from distckpt.training.parameter_names import parameters_of, unwrapped
 from distckpt.training.random_streams import RandomStreams
+from distckpt.training.resumable import RECORD
 from distckpt.training.sampler import PositionReport
 
 SECTIONS = ("model", "optimizer", "scheduler", "scaler", "data", "rng", "progress", "extra", "gradients", "assets")
@@ -89,20 +90,8 @@ def saved_sections(parts: Parts, micro_step: int) -> dict[str, object]:
         sections["data"] = parts.position.state()
     sections["rng"] = parts.streams.state()
     if micro_step:
-        sections["gradients"] = _gradients(parts.models, micro_step)
+        sections["gradients"] = gradient_state(parts.models, micro_step)
     return sections
-
-
-def _gradients(models: Mapping[str, nn.Module], micro_step: int) -> dict[str, Tensor]:
-    """Those of a step under way. Raises CheckpointError if there are none: they would be lost."""
-    gradients = {name: parameter.grad for name, parameter in parameters_of(models) if parameter.grad is not None}
-    if not gradients:
-        raise CheckpointError(
-            f"{micro_step} batches of a step are accumulated, and no parameter has a gradient: they are kept elsewhere "
-            f"(by fully_shard after set_requires_gradient_sync(False), as main_grad by Megatron), and would be lost. "
-            f"Save after the optimizer's step"
-        )
-    return gradients
 
 
 def _by_prefix(states: dict[str, object]) -> object:
@@ -172,10 +161,13 @@ class SectionLoad:
             "optimizer": lambda: self._optimizers(tree),
             "data": lambda: self._data(contents),
             "rng": self._random,
-            "gradients": lambda: self._gradients(tree),
-            "progress": lambda: self._progress(tree),
-            **{name: partial(self._as_it_is, name) for name in ("scheduler", "scaler", "extra")},
+            "gradients": lambda: self._gradients(contents),
+            "progress": lambda: self._progress(contents),
+            "scaler": lambda: self._scaler(contents),
+            **{name: partial(self._as_it_is, name) for name in ("scheduler", "extra")},
         }
+        if {"gradients", "progress"} <= set(self.wanted) and not _micro_step(contents):
+            restoration.steps.append(partial(clear_gradients, self.parts.models))
         for section in self._sections_to_load(contents, [name for name in makers if name in self.wanted]):
             if section == "optimizer" and self._is_of_another_class(tree):
                 restoration.begun_anew.append(section)
@@ -188,7 +180,7 @@ class SectionLoad:
         """Those that the job has, and that are stored. Raises MismatchError for one that is only the one of it."""
         stored = _stored_sections(contents)
         # Gradients are there if a step was under way; progress is always.
-        job = self.parts.sections() | {"progress"} | ({"gradients"} & stored)
+        job = self.parts.sections() | {"progress"} | ({"gradients"} if _micro_step(contents) else set())
         lacking = [name for name in wanted if name in job and name not in stored]
         excess = [name for name in wanted if name in stored and name not in job]
         self.restoration.begun_anew = [name for name in lacking if name in self.allow]
@@ -197,7 +189,7 @@ class SectionLoad:
         unexpected = tuple(name for name in excess if name not in self.allow)
         if missing or unexpected:
             lines = [
-                f"iteration {contents.iteration} is not what this job goes on from; nothing was changed:",
+                f"iteration {contents.iteration} is not what this job goes on from:",
                 *(f"  {name}: this job has one, and nothing is stored of it: it would begin anew" for name in missing),
                 *(f"  {name}: it is stored, and this job has none: it would not go on" for name in unexpected),
                 f"It has {', '.join(sorted(stored))}. If that is meant, allow=(section, ...) says so; load_weights() "
@@ -208,6 +200,23 @@ class SectionLoad:
 
     def _as_it_is(self, section: str) -> object:
         return getattr(self.parts, section)
+
+    def _scaler(self, contents: Contents) -> object:
+        """Raises MismatchError if a scale is stored, and the scaler would drop it."""
+        scaler = self.parts.scaler
+        is_enabled = getattr(scaler, "is_enabled", None)
+        if (
+            callable(is_enabled)
+            and not is_enabled()
+            and stored_section(contents, "scaler")
+            and "scaler" not in self.allow
+        ):
+            raise MismatchError(
+                "scaler: a scale is stored, and this job's scaler is switched off: it would not go on. If that is "
+                "meant, allow=('scaler',) says so",
+                unexpected=("scaler",),
+            )
+        return scaler
 
     def _model(self) -> State:
         models = self.parts.models
@@ -270,8 +279,7 @@ class SectionLoad:
     def _data(self, contents: Contents) -> object:
         position = self.parts.position
         assert position is not None
-        stored = contents.tree.get("data")
-        state = position.template(stored if isinstance(stored, dict) else {}, "data" in self.allow)
+        state = position.template(stored_section(contents, "data"), "data" in self.allow)
 
         def restore() -> None:
             self.restoration.data = position.restore(state)
@@ -285,40 +293,49 @@ class SectionLoad:
         self.restoration.steps.append(lambda: self.restoration.warnings.extend(streams.restore(state)))
         return state
 
-    def _progress(self, tree: Mapping[str, object]) -> object:
-        state = self.progress(tree["progress"])
+    def _progress(self, contents: Contents) -> object:
+        state = self.progress(stored_section(contents, "progress"))
         self.restoration.steps.append(partial(self.restore_progress, state))
         return state
 
-    def _gradients(self, tree: Mapping[str, object]) -> object:
-        stored = tree["gradients"]
-        assert isinstance(stored, dict)
-        gradients: dict[str, object] = {}
-        owners: dict[str, nn.Parameter] = {}
-        for name, parameter in parameters_of(self.parts.models):
-            if isinstance(stored.get(name), StoredTensor):
-                owners[name] = parameter
-                gradients[name] = torch.empty_like(parameter, requires_grad=False)
-
-        def restore() -> None:
-            for name, parameter in owners.items():
-                gradient = gradients[name]
-                assert isinstance(gradient, Tensor)
-                parameter.grad = gradient
-
+    def _gradients(self, contents: Contents) -> object:
+        state, restore = gradient_template(self.parts.models, stored_section(contents, "gradients"))
         self.restoration.steps.append(restore)
-        return gradients
+        return state
 
 
 def _stored_optimizer(tree: Mapping[str, object], prefix: str) -> dict[str, object]:
-    stored = tree["optimizer"]
+    stored = tree.get("optimizer")
     if prefix:
         stored = stored.get(prefix) if isinstance(stored, dict) else None
     return stored if isinstance(stored, dict) else {}
 
 
+def stored_section(contents: Contents, name: str) -> dict[str, object]:
+    """A section of Contents.tree; empty if all of it differs by rank. Raises CorruptionError for what is none."""
+    stored = contents.tree.get(name, {})
+    if not isinstance(stored, dict):
+        raise CorruptionError(
+            f"iteration {contents.iteration}: what is stored as {name!r} is a {type(stored).__name__}, and no section"
+        )
+    return stored
+
+
 def _stored_sections(contents: Contents) -> set[str]:
-    return {str(name) for name in contents.tree} | {key.partition("/")[0] for key in contents.per_rank}
+    """Those of which something is stored, and those that had nothing to store (a scaler that is switched off)."""
+    found = {str(name) for name in contents.tree} | {key.partition("/")[0] for key in contents.per_rank}
+    return found | _recorded_sections(contents)
+
+
+def _recorded_sections(contents: Contents) -> set[str]:
+    """Those that the TrainState which saved it says it holds."""
+    record = contents.metadata.get(RECORD) if isinstance(contents.metadata, dict) else None
+    names = record.get("sections") if isinstance(record, dict) else None
+    return {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()
+
+
+def _micro_step(contents: Contents) -> object:
+    return stored_section(contents, "progress").get("micro_step")
 
 
 def _dtypes(model: Mapping[object, object]) -> dict[str, str]:

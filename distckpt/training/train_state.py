@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from functools import partial
 from os import PathLike
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from distckpt import Checkpointer, PendingSave, PerRank, SaveReport
+from distckpt import Checkpointer, LoadReport, PendingSave, PerRank, SaveReport
 from distckpt.contents import Contents
 from distckpt.coordinator import Coordinator
 from distckpt.errors import CheckpointError, CheckpointNotFoundError
@@ -95,7 +96,11 @@ class TrainState:
             trainable_only=base is not None,
         )
         self._loader = dataloader
-        self._loads = self._begun_loads = 0  # made, and made when the dataloader was iterated last
+        self._coordinator = coordinator
+        self._iterator: Iterator[object] | None = None  # in an epoch
+        self._is_fresh = False  # a position was loaded, and no batch given since
+        self._is_in_hand = False  # a batch was given to the loop, which has not said what became of it
+        self._has_given = False  # batches come from batches()
         position = self._parts.position
         self._position = 0, None if position is None else position.counted()  # step, data: at the last save or load
         self._record = RunRecord(
@@ -120,32 +125,38 @@ class TrainState:
 
     # The loop
 
-    def batches(self) -> Iterator[Any]:
+    def batches(self) -> Iterator[object]:
         """Batches of the dataloader from the position on, epoch after epoch, without end; after a load, from there.
 
-        A batch counts as consumed once it is given to the loop. Raises CheckpointError if there is none at all.
+        Loops that are left and begun anew go on where the last one was. A batch counts as consumed once it is given to
+        the loop, which then calls end_step() or end_micro_step() before it saves. Raises CheckpointError if there is
+        no batch at all.
         """
         sampler = None if self._parts.position is None else self._parts.position.sampler
         while True:
-            loads = self._loads
-            goes_on = self._goes_on_with_an_epoch()
+            goes_on = self._iterator is not None or self._goes_on_with_an_epoch()
+            iterator = self._iterator = self._begin(goes_on) if self._iterator is None else self._iterator
             is_empty = not goes_on  # The rest of an epoch may be.
-            for batch in self._begin(goes_on):
-                if self._loads != loads:
-                    break  # The position is another one since.
+            while self._iterator is iterator:  # After a load the position is another one.
+                try:
+                    batch = next(iterator)
+                except StopIteration:
+                    self._iterator = None
+                    break
                 is_empty = False
                 self._progress.see_batch(batch)
                 if sampler is not None:
                     sampler.advance()
+                self._has_given = self._is_in_hand = True
                 yield batch
-            if is_empty and self._loads == loads:
+            if is_empty and self._iterator is None:
                 raise CheckpointError("batches(): the dataloader has no batch at all")
 
     def _goes_on_with_an_epoch(self) -> bool:
         """Whether iterating gives the rest of an epoch, which was begun before."""
         sampler = None if self._parts.position is None else self._parts.position.sampler
-        is_first, self._begun_loads = self._begun_loads != self._loads, self._loads
-        return is_first if sampler is None else sampler.consumed_samples > 0
+        is_fresh, self._is_fresh = self._is_fresh, False
+        return is_fresh if sampler is None else sampler.consumed_samples > 0
 
     def _begin(self, goes_on: bool) -> Iterator[object]:
         """Batches to the end of an epoch.
@@ -165,6 +176,7 @@ class TrainState:
 
     def end_micro_step(self) -> None:
         """A batch was accumulated and more are to come before the optimizer's step: gradients are saved with it."""
+        self._is_in_hand = False
         self._progress.end_micro_step()
 
     def end_step(
@@ -185,6 +197,7 @@ class TrainState:
         """
         if batch is not None:
             self._progress.see_batch(batch)
+        self._is_in_hand = False
         self._progress.end_step(loss, grad_norm, learning_rates)
 
     # Saving
@@ -224,8 +237,10 @@ class TrainState:
 
     def _record_of(self, sections: Collection[str], metadata: object) -> dict[str, object]:
         """The metadata of a checkpoint that holds these sections."""
-        _check_sections(sections)
-        of_job = self._parts.sections() | {"progress"} | ({"assets"} if self._record.asset_files else set())
+        _check_collection("sections", sections, SECTIONS)
+        of_job = self._parts.sections() | {"progress"}
+        of_job |= {"assets"} if self._record.asset_files else set()
+        of_job |= {"gradients"} if self.micro_step else set()
         return self._record.metadata(of_job & set(sections), of_job - set(sections), metadata)
 
     def _state(self, rank: int, sections: Collection[str]) -> dict[str, object]:
@@ -238,12 +253,17 @@ class TrainState:
         return {name: part for name, part in state.items() if name in sections}
 
     def _check_position(self) -> None:
-        """Raises CheckpointError if the data have stood still while the model was trained: they would on a resume."""
+        """Raises CheckpointError if a resume would give data again, or leave some out."""
+        if self._is_in_hand:
+            raise CheckpointError(
+                f"a batch was given to the loop after step {self.step}, and neither end_step() nor end_micro_step() "
+                f"was called for it: a resume would leave it out. Save after one of them"
+            )
         position = self._parts.position
         if position is None or position.counted() is None:
             return
         now, before = (self.step, position.counted()), self._position
-        if now[0] > before[0] and now[1] == before[1]:
+        if not self._has_given and now[0] > before[0] and now[1] == before[1]:
             raise CheckpointError(
                 f"the data position stands still at {now[1]} since step {before[0]}, and this is step {now[0]}: a "
                 f"resume would give the same data again. Take batches from batches(), or call the sampler's advance()"
@@ -295,26 +315,20 @@ class TrainState:
         Raises what Checkpointer.load raises; MismatchError for a section that is missing, or not asked for, for other
         data, assets, or another base of an adapter.
         """
-        _check_sections(sections)
+        _check_collection("sections", sections, LOADED)
+        _check_collection("allow", allow)
         load = SectionLoad(self._parts, sections, allow, self._progress.template, self._restore_progress)
         differences = Differences(())
         self._record.facts()  # Collective: not where one rank may fail ahead of the others.
 
         def template(contents: Contents) -> dict[str, object]:
             nonlocal differences
-            state = load.template(contents)
             differences = self._record.compare(contents, overrides or {}, allow)
-            return state
+            return load.template(contents)
 
         allowed = (*allow, *(f"{name}/*" for name in allow if name in SECTIONS))
         report = ckpt.load(template, iteration, allow=allowed, device=device, convert_dtypes=convert_dtypes)
-        self._loads += 1
-        self._record.note_resume(report.save_id, report.iteration, overrides or {})
-        if overrides and "lr" in overrides:
-            peak = float(str(overrides["lr"]))
-            override_learning_rate(self._parts.optimizers.values(), self._parts.schedulers(), peak)
-            self._progress.expect_learning_rates()
-        self._progress.begin_check()
+        self._go_on(report, sections, overrides or {})
         restored = load.restoration
         resumed = ResumeReport(
             step=self.step,
@@ -323,24 +337,29 @@ class TrainState:
             begun_anew=tuple(restored.begun_anew),
             unread=tuple(restored.unread),
             differences=differences,
-            warnings=tuple(restored.warnings),
+            warnings=(*restored.warnings, *_unused(allow, report, differences)),
         )
         if ckpt.rank == 0:
-            self._log(resumed)
+            _log(resumed)
         return resumed
+
+    def _go_on(self, report: LoadReport, sections: Collection[str], overrides: Mapping[str, object]) -> None:
+        """After a load, on all ranks."""
+        self._iterator, self._is_fresh = None, True
+        self._is_in_hand = self._has_given = False
+        if "progress" in sections:
+            self._record.note_resume(report.save_id, report.iteration, overrides)
+        if "lr" in overrides:
+            peak = float(str(overrides["lr"]))
+            override_learning_rate(self._parts.optimizers.values(), self._parts.schedulers(), peak)
+            self._progress.expect_learning_rates()
+        self._progress.begin_check()
 
     def _restore_progress(self, progress: Mapping[str, object]) -> None:
         sampler = None if self._parts.position is None else self._parts.position.sampler
         self._progress.restore(progress, at_epoch_start=sampler is not None and sampler.consumed_samples == 0)
         position = self._parts.position
         self._position = self.step, None if position is None else position.counted()
-
-    def _log(self, resumed: ResumeReport) -> None:
-        is_exact = resumed.data is None or resumed.data.is_exact
-        level = logging.INFO if is_exact and not resumed.begun_anew and not resumed.warnings else logging.WARNING
-        logger.log(level, "%s", resumed)
-        if resumed.differences.of("warn"):
-            logger.warning("not all is as it was at the save:\n%s", resumed.differences.text())
 
     def load_weights(
         self,
@@ -352,11 +371,12 @@ class TrainState:
         device: DeviceOf = "cpu",
         convert_dtypes: bool = False,
     ) -> BaseCheckpoint:
-        """The model's weights alone, to start a new run from at step 0. Collective. Nothing under root is changed.
+        """The model's weights alone, to start a new run from at step 0. Collective. Nothing is saved under root.
 
         Returns what was loaded, to be the base of adapters. section: the path of the model in the checkpoint. allow:
         patterns of keys that may be missing (a new head) or left unread. Raises what Checkpointer.load raises.
         """
+        _check_collection("allow", allow)
         digest = ""
 
         def template(contents: Contents) -> dict[str, object]:
@@ -364,7 +384,7 @@ class TrainState:
             digest = contents.digest
             return weights_template(self._parts.models, section, contents)
 
-        with Checkpointer(root) as source:
+        with Checkpointer(root, coordinator=self._coordinator) as source:
             report = source.load(template, iteration, allow=tuple(allow), device=device, convert_dtypes=convert_dtypes)
         return BaseCheckpoint(location=str(root), digest=digest, iteration=report.iteration, save_id=report.save_id)
 
@@ -376,7 +396,23 @@ def _by_prefix(given: T | Mapping[str, T] | None) -> dict[str, T]:
     return {} if given is None else {"": given}
 
 
-def _check_sections(sections: Collection[str]) -> None:
-    unknown = sorted(set(sections) - set(SECTIONS))
-    if isinstance(sections, str) or unknown:
-        raise ValueError(f"sections={sections!r}: expected a collection of {', '.join(SECTIONS)}")
+def _check_collection(what: str, given: Collection[str], known: Collection[str] = ()) -> None:
+    """Raises ValueError for a text, which would be taken letter by letter, and for what is not known."""
+    unknown = sorted(set(given) - set(known)) if known else []
+    if isinstance(given, str) or unknown:
+        of = f" of {', '.join(known)}" if known else ""
+        raise ValueError(f"{what}={given!r}: expected a collection{of}")
+
+
+def _unused(allow: Collection[str], report: LoadReport, differences: Differences) -> Iterator[str]:
+    """Warnings of what was allowed and does not exist: a typing error allows nothing."""
+    names = [*report.missing, *report.unexpected, *(entry.name for entry in differences.entries)]
+    for pattern in allow:
+        if pattern not in SECTIONS and not any(fnmatchcase(name, pattern) for name in names):
+            yield f"allow: nothing had to be allowed as {pattern!r}"
+
+
+def _log(resumed: ResumeReport) -> None:
+    logger.log(logging.INFO if resumed.is_whole else logging.WARNING, "%s", resumed)
+    if resumed.differences.of("warn"):
+        logger.warning("not all is as it was at the save:\n%s", resumed.differences.text())

@@ -126,7 +126,7 @@ ALLOWED: dict[str, set[str]] = {
         *("planner", "assembling", "report", "describing", "offer", "share", "save_context", "protecting", "roots"),
     },
     "contents": VALUES | FORMAT | TENSORS,
-    "converting": {"geometry", "reader", "transport"},
+    "converting": {"errors", "geometry", "reader", "transport"},
     "filling": VALUES | FORMAT | TENSORS | MOVEMENT | {"storage", "matching", "converting", "tied_memory"},
     "matching": VALUES | FORMAT | TENSORS | {"planner", "reader", "report"},
     "tied_memory": {"errors", "geometry", "reader", "transport"},

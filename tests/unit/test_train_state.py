@@ -564,9 +564,9 @@ def test_resume_of_what_does_not_fit_is_an_error_and_no_fresh_start() -> None:
 def test_other_data_are_an_error_or_gone_on_with_when_allowed() -> None:
     with Checkpointer(saved_job()) as checkpointer:
         for sampler, what in (
-            (ResumableSampler(dataset(44), 4, seed=11), "dataset_length: stored 40, now 44"),
-            (ResumableSampler(dataset(), 4, seed=12), "seed: stored 11, now 12"),
-            (ResumableSampler(40, 4, seed=11, fingerprint="another"), "fingerprint: stored"),
+            (ResumableSampler(dataset(44), 4, seed=11), "the dataset has 44 samples, it had 40"),
+            (ResumableSampler(dataset(), 4, seed=12), "the seed is 12, it was 11"),
+            (ResumableSampler(40, 4, seed=11, fingerprint="another"), "the dataset's fingerprint is 'another', it was"),
         ):
             job = Job(2, OPTIMIZERS["adamw"])
             train = TrainState(
@@ -628,6 +628,7 @@ def test_position_of_one_rank_is_kept_by_rank() -> None:
     train = TrainState(nn.Linear(2, 2), dataloader=loader)
     batches = train.batches()
     assert [next(batches) for _ in range(3)] == [1, 2, 3]
+    train.end_step()
     with Checkpointer(storage) as checkpointer:
         train.save(checkpointer)
         again = OwnLoader()
@@ -682,6 +683,7 @@ def test_resume_at_the_last_batch_of_an_epoch_goes_on_with_the_next() -> None:
     with Checkpointer(storage) as checkpointer:
         for _ in range(3):
             next(batches)
+        train.end_step()
         train.save(checkpointer)
         expected = [next(batches) for _ in range(6)], torch.rand(1)
         resumed = TrainState(nn.Linear(2, 2), dataloader=DrawingLoader())
