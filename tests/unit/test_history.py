@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,9 +13,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 import distckpt
 from distckpt import Checkpointer, CheckpointError, CheckpointNotFoundError, FencedError, LoadReport, SaveReport
+from distckpt.cli import app
 from distckpt.commit import Writer
 from distckpt.coordinator import Coordinator
 from distckpt.history_log import FILE, MAX_LINE_BYTES, HistoryLine, append_line, line_of, line_of_failure, read_history
@@ -287,9 +287,11 @@ def test_append_that_fails_at_any_call_leaves_a_history_that_can_be_read(monkeyp
 # The command
 
 
-def run_command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "error", "-m", "distckpt.cli", "history", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+def run_command(*arguments: object) -> str:
+    """What it prints."""
+    done = CliRunner().invoke(app, ["history", *map(str, arguments)])
+    assert done.exception is None, done.exception
+    return done.stdout
 
 
 def write_history(root: Path, *lines: HistoryLine) -> None:
@@ -301,22 +303,21 @@ def test_history_prints_a_row_for_each_line(tmp_path: Path) -> None:
     failed = line_of_failure("failed save", 6, OSError(28, "No space\x1b[31m left"), 4)
     write_history(tmp_path, line_of(SAVED, 4), failed, line_of(LOADED, 4), line_of(COPIED, 4))
     PosixStorage(tmp_path).append(FILE, b"torn")
-    done = run_command(tmp_path)
-    assert done.returncode == 0, done.stderr
-    rows = done.stdout.splitlines()
+    said = run_command(tmp_path)
+    rows = said.splitlines()
     assert rows[0].split() == ["time", "what", "iteration", "size", "seconds", "stall", "slowest", "peak", "memory"]
     assert "5  100 bytes     1.50  0.300  write 0.40 s, rank 1       2.0 MB  slow" in rows[1]
     assert rows[2].rstrip().endswith("OSError: [Errno 28] No space [31m left")
     assert "to /shared" in rows[4]
     assert rows[5] == "lines that could not be read: 1"
-    assert "\x1b" not in done.stdout
+    assert "\x1b" not in said
 
 
 def test_history_as_json_is_what_was_logged(tmp_path: Path) -> None:
     write_history(tmp_path, line_of(SAVED, 4), line_of(LOADED, 4))
-    done = run_command(tmp_path, "--json", "--last", 1)
-    assert [json.loads(line)["kind"] for line in done.stdout.splitlines()] == ["load"]
-    assert done.stdout.encode() == read_all(PosixStorage(tmp_path), FILE).splitlines(keepends=True)[1]
+    said = run_command(tmp_path, "--json", "--last", 1)
+    assert [json.loads(line)["kind"] for line in said.splitlines()] == ["load"]
+    assert said.encode() == read_all(PosixStorage(tmp_path), FILE).splitlines(keepends=True)[1]
 
 
 @pytest.mark.parametrize("reports", [[], [SAVED], [SAVED, LOADED, COPIED, SAVED]])
@@ -324,12 +325,11 @@ def test_history_draws_a_picture(tmp_path: Path, reports: list[SaveReport | Load
     pytest.importorskip("matplotlib")
     failed = [line_of_failure("failed save", 6, OSError(), 4)] if reports else []
     write_history(tmp_path, *(line_of(report, 4) for report in reports), *failed)
-    done = run_command(tmp_path, "--plot", tmp_path / "history.png")
-    assert done.returncode == 0, done.stderr
+    assert run_command(tmp_path, "--plot", tmp_path / "history.png").endswith(f"drawn: {tmp_path}/history.png\n")
     assert (tmp_path / "history.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_history_of_what_is_no_directory_is_an_error(tmp_path: Path) -> None:
-    done = run_command(tmp_path / "missing")
-    assert done.returncode == 2
-    assert "missing is no directory" in done.stderr
+    done = CliRunner().invoke(app, ["history", str(tmp_path / "missing")])
+    assert isinstance(done.exception, NotADirectoryError)
+    assert str(done.exception) == f"{tmp_path}/missing is no directory"

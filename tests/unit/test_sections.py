@@ -1,4 +1,4 @@
-"""Sections of a training state that are not what they seem: an error that names them, or they come back all the same."""
+"""Sections of a training state that are not what they seem: an error names them, or they come back all the same."""
 
 from __future__ import annotations
 
