@@ -10,6 +10,7 @@ import typer
 from distckpt.cli.copy import copy
 from distckpt.cli.du import du
 from distckpt.cli.history import history
+from distckpt.cli.inspect import inspect
 from distckpt.cli.ls import ls
 from distckpt.cli.metric import metric
 from distckpt.cli.note import note
@@ -26,9 +27,9 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Look after sharded checkpoints: list, label, prune, copy, verify and repair them.",
+    help="Look after sharded checkpoints: list, inspect, label, prune, copy, verify and repair them.",
 )
-for command in (ls, du, tag, note, pin, metric, prune, copy, history, verify, repair):
+for command in (ls, inspect, du, tag, note, pin, metric, prune, copy, history, verify, repair):
     app.command()(command)
 
 

@@ -152,7 +152,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"training", "copying", "copier", "after_commit", "link_names"},
     "cli": {
         *VALUES | FORMAT | PORTS | LIFE,
-        *("commit", "reshard", "verifying", "repairing", "report", "history_log", "copying", "__init__"),
+        *("commit", "reshard", "verifying", "repairing", "report", "history_log", "copying", "training", "__init__"),
     },
     "testing": VALUES | PORTS | {"transport", "__init__"},
 }
