@@ -137,7 +137,8 @@ class AfterCommit:
         try:
             if writer is not None:
                 writer.check_fence()
-            append_line(self.storage, line)
+            # A save that never claimed the root leaves nothing there: it may be no place for checkpoints.
+            append_line(self.storage, line, make=writer is not None)
         except FencedError:
             return
         except OSError as error:

@@ -493,8 +493,8 @@ MUTANTS = (
     ),
     Mutant(
         "copy: retention takes what is being copied",
-        "distckpt/retiring.py",
-        "if commit != spared",
+        "distckpt/pruning.py",
+        "if verdict.commit != spared",
         "if True",
         COPIER,
     ),
@@ -657,7 +657,7 @@ MUTANTS = (
     Mutant(
         "a sweep takes a save under way for dead",
         "distckpt/removing.py",
-        "        is_under_way = save_id in groups.pending and not _is_dead(storage, pending)\n",
+        "        is_under_way = save_id in groups.pending - groups.retired and not _is_dead(storage, pending)\n",
         "        is_under_way = False\n",
         REMOVAL,
     ),
@@ -793,6 +793,13 @@ MUTANTS = (
         "distckpt/selecting.py",
         "    if not isinstance(wanted, str):\n        return _of_iteration(storage, wanted)\n",
         "    if True:\n        return _of_iteration(storage, None)\n",
+        SELECTING,
+    ),
+    Mutant(
+        "selectors: each of two roots has a best of its own",
+        "distckpt/candidates.py",
+        "    if names_one:\n",
+        "    if False:\n",
         SELECTING,
     ),
     Mutant(

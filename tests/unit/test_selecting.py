@@ -11,6 +11,7 @@ from distckpt import (
     Checkpointer,
     CheckpointError,
     CheckpointNotFoundError,
+    Copy,
     CorruptionError,
     DistributedError,
     label,
@@ -206,3 +207,40 @@ def test_verify_and_repair_take_the_directory_of_an_iteration(tmp_path: Path) ->
     (tmp_path / "iter_0000020" / list_commits(PosixStorage(tmp_path))[0].name.rpartition("/")[2]).unlink()
     assert repair(tmp_path / "iter_0000020", force=True).is_sound
     assert verify(tmp_path).iteration == 20
+
+
+# Two roots
+
+
+def test_selected_checkpoint_is_read_from_its_copy_and_no_other_is() -> None:
+    near, far = MemoryStorage(), MemoryStorage()
+    with Checkpointer(near, copy_to=Copy(far)) as checkpointer:
+        for iteration, loss in ((10, 1.0), (20, 2.0), (30, 3.0)):
+            checkpointer.save({"w": torch.full((4,), iteration)}, iteration=iteration, metrics={"loss": loss})
+    label(near, 20, metrics={"loss": 0.5})  # Of this the copy does not know: the nearest root decides.
+    assert [commit.iteration for commit in select_commits(far, "best:loss")] == [10]
+    commit = select_commits(near, "best:loss")[0]
+    name = f"{commit.directory}/{read_index(near, commit)[0].files[0].name}"
+
+    def load() -> int:
+        with Checkpointer(near, copy_to=Copy(far)) as checkpointer:
+            return checkpointer.load({"w": torch.zeros(4, dtype=torch.int64)}, "best:loss").iteration
+
+    assert load() == 20
+    change(near, name, flip(4100))
+    assert load() == 20
+    change(far, name, flip(4100))
+    with pytest.raises(CorruptionError, match="for 'best:loss'"):
+        load()
+
+
+def test_tag_that_only_the_copy_has_is_found_there() -> None:
+    near, far = MemoryStorage(), MemoryStorage()
+    with Checkpointer(near, copy_to=Copy(far)) as checkpointer:
+        for iteration in (10, 20):
+            checkpointer.save({"w": torch.full((4,), iteration)}, iteration=iteration)
+    label(far, 10, add_tags=["kept"])
+    with Checkpointer(near, copy_to=Copy(far)) as checkpointer:
+        assert checkpointer.load({"w": torch.zeros(4, dtype=torch.int64)}, "tag:kept").iteration == 10
+        with pytest.raises(CheckpointNotFoundError, match=r"there are no tags.*; tag:x: .*tags are kept"):
+            checkpointer.load({"w": torch.zeros(4, dtype=torch.int64)}, "tag:x")
