@@ -139,7 +139,7 @@ class AfterCommit:
                 writer.check_fence()
             # A save that never claimed the root leaves nothing there: it may be no place for checkpoints.
             append_line(self.storage, line, make=writer is not None)
-        except FencedError:
+        except (FencedError, FileNotFoundError):  # There is no root (yet) that this job may write to.
             return
         except OSError as error:
             logger.warning("the history of %s has no line of this %s: %s", self.storage.location, line.kind, error)
