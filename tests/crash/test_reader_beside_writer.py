@@ -157,6 +157,7 @@ def test_checkpoint_that_vanishes_gives_way_to_its_successor_and_not_to_an_older
         first.save(make_state(1), iteration=10)
     with Checkpointer(storage, keep_last=1) as writer, Checkpointer(storage) as reader:
         writer.save(make_state(2), iteration=20)
+        assert writer.iterations() == [10, 20]  # It has been cleaned up: no thread of the writer's is to take the turn.
 
         def replace() -> None:
             writer.save(make_state(3), iteration=30)
