@@ -1349,7 +1349,7 @@ MUTANTS = (
     ),
     Mutant(
         "load: a lazy conjugate is filled as if it were plain",
-        "distckpt/loading.py",
+        "distckpt/filling.py",
         "is_host and not is_lazy(target.data)",
         "is_host",
         RING,

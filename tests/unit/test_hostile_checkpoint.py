@@ -27,7 +27,7 @@ from distckpt import (
     LoadReport,
     PerRank,
     ShardedTensor,
-    loading,
+    filling,
 )
 from distckpt._C import crc32c, crc32c_blocks
 from distckpt.chunk_table import page_checksums
@@ -480,7 +480,7 @@ def test_no_memory_is_taken_for_tensors_that_the_files_cannot_hold(
     def fail(*_: object) -> None:
         raise AssertionError("memory was taken")
 
-    monkeypatch.setattr(loading, "empty_tensors", fail)
+    monkeypatch.setattr(filling, "empty_tensors", fail)
     with pytest.raises(CorruptionError, match=r"shard-00001.*: \d+ bytes, the index says 4398063288320"):
         read(forge_index(files, enlarge))
 

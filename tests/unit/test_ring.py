@@ -213,7 +213,7 @@ def test_refused_page_locks_are_reported_and_the_load_goes_on() -> None:
 def test_damaged_checkpoint_is_passed_over_and_every_target_on_the_accelerator_filled_anew(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("distckpt.loading.fill_through_ring", partial(fill_through_ring, ring_bytes=256 << 10))
+    monkeypatch.setattr("distckpt.filling.fill_through_ring", partial(fill_through_ring, ring_bytes=256 << 10))
     accelerator, storage = FakeAccelerator(), saved(3.0, 4.0)
     commit = list_commits(storage)[0]
     name = f"{commit.directory}/{read_index(storage, commit)[0].files[0].name}"

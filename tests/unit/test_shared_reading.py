@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from distckpt import Checkpointer, DistributedError, ShardedTensor, host_group, loading, shared_reading
+from distckpt import Checkpointer, DistributedError, ShardedTensor, filling, host_group, loading, shared_reading
 from distckpt.coordinator import Coordinator
 from distckpt.host_group import SLOTS, Board, Host, HostGroup, PeerFailed, group_ranks
 from distckpt.index import Index
@@ -306,14 +306,14 @@ def test_damage_that_only_the_reader_of_a_window_sees_makes_all_fall_back(tmp_pa
 def test_failure_of_one_rank_before_it_reads_stops_the_others_at_once(
     stored: MemoryStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = loading.plan_reads
+    plan = filling.plan_reads
 
     def fail(*arguments: Any) -> Any:
         if threading_name() == "1":
             raise MemoryError("no memory for the plan")
         return plan(*arguments)
 
-    monkeypatch.setattr(loading, "plan_reads", fail)
+    monkeypatch.setattr(filling, "plan_reads", fail)
 
     def run(coordinator: Coordinator) -> str:
         with pytest.raises(DistributedError) as caught:
