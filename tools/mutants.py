@@ -1811,6 +1811,20 @@ MUTANTS = (
         "",
         ("tests/unit/test_train_state.py",),
     ),
+    Mutant(
+        "train state: a fresh sharded optimizer has nothing to fill",
+        "distckpt/training/sharded_optimizer.py",
+        "is_loading=True)\n",
+        "is_loading=False)\n",
+        ("tests/unit/test_sharded_optimizer.py",),
+    ),
+    Mutant(
+        "train state: common values of a sharded optimizer are left out",
+        "distckpt/training/sharded_optimizer.py",
+        "    _add_common(state, stored)\n    return state\n",
+        "    return state\n",
+        ("tests/unit/test_sharded_optimizer.py",),
+    ),
 )
 
 

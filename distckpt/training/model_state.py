@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from distckpt.errors import UnsupportedTypeError
 from distckpt.training.parameter_names import author_names, buffers_of_others, joined, wrapped_name
+from distckpt.training.sharded_optimizer import kinds_of, local_values
 
 State = dict[str, object]
 
@@ -75,6 +76,7 @@ def put_back(models: Mapping[str, nn.Module], state: Mapping[str, object]) -> No
     shows that is not their own memory (values, tensors that hooks or get_extra_state() make)."""
     for prefix, model in models.items():
         if isinstance(model, Sharded):
+            _put_back_objects(model, prefix, state)
             continue
         own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
         memory = {
@@ -111,6 +113,15 @@ def _set_tensor(model: nn.Module, name: str, tensor: object) -> None:
     while last not in module._parameters and last not in module._buffers and (wrapped := wrapped_name(module)):
         module = module._modules[wrapped]  # type: ignore[assignment]
     setattr(module, last, tensor)
+
+
+def _put_back_objects(model: nn.Module, prefix: str, state: Mapping[str, object]) -> None:
+    """What a model that says itself how it is sharded has beside tensors, which are filled in place."""
+    assert isinstance(model, Sharded)
+    loaded = {name: state.get(joined(prefix, name)) for name in model.sharded_state_dict()}
+    objects = {name: local_values(value) for name, value in loaded.items() if "ShardedObject" in kinds_of(value)}
+    if objects:
+        model.load_state_dict(objects, strict=False)
 
 
 def first_on_meta(state: Mapping[str, object]) -> str | None:

@@ -110,7 +110,7 @@ def optimizer_template(
         "state": {},
         "groups": _groups(stored),
         "group_of": {},
-        "other": _emptied(stored.get("other", {})),
+        "other": emptied(stored.get("other", {})),
     }
     sources: list[int | None] = []
     for number, group in enumerate(optimizer.param_groups):
@@ -140,17 +140,17 @@ def _stored_groups(stored: Mapping[str, object]) -> list[object]:
 
 def _groups(stored: Mapping[str, object]) -> object:
     """As many as are stored, whatever the optimizer has now: which of them it takes is decided by name."""
-    return _emptied(_stored_groups(stored))
+    return emptied(_stored_groups(stored))
 
 
-def _emptied(stored: object) -> object:
+def emptied(stored: object) -> object:
     """The same nested value with an empty tensor for each stored one."""
     if isinstance(stored, StoredTensor):
         return torch.empty(stored.global_shape, dtype=getattr(torch, stored.dtype))
     if type(stored) is dict:
-        return {key: _emptied(value) for key, value in stored.items()}
+        return {key: emptied(value) for key, value in stored.items()}
     if type(stored) in (list, tuple):
-        return type(stored)(_emptied(value) for value in stored)  # type: ignore[call-arg,attr-defined]
+        return type(stored)(emptied(value) for value in stored)  # type: ignore[call-arg,attr-defined]
     return stored
 
 

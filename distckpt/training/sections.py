@@ -25,6 +25,7 @@ from distckpt.training.parameter_names import parameters_of, unwrapped
 from distckpt.training.random_streams import RandomStreams
 from distckpt.training.resumable import RECORD
 from distckpt.training.sampler import PositionReport
+from distckpt.training.sharded_optimizer import ShardedOptimizer, local_values, sharded_optimizer_template
 
 SECTIONS = ("model", "optimizer", "scheduler", "scaler", "data", "rng", "progress", "extra", "gradients", "assets")
 LOADED = SECTIONS[:-1]  # Assets are compared, and written out when they are asked for.
@@ -103,16 +104,11 @@ def _where(prefix: str) -> str:
 
 
 def _saved_optimizer(prefix: str, optimizer: object, names: Mapping[int, str], parts: Parts) -> object:
-    if _is_sharded_optimizer(optimizer):
-        # Megatron's convention: it refers to the model's own ShardedTensors.
-        return optimizer.sharded_state_dict(model_state(parts.models, to_save=True))  # type: ignore[attr-defined]
+    if isinstance(optimizer, ShardedOptimizer):
+        return optimizer.sharded_state_dict(model_state(parts.models, to_save=True))
     if isinstance(optimizer, Optimizer):
         return optimizer_state(optimizer, names, _where(prefix))
     return optimizer  # Whatever else has a state_dict(): the state of a job takes it as it is.
-
-
-def _is_sharded_optimizer(optimizer: object) -> bool:
-    return callable(getattr(optimizer, "sharded_state_dict", None))
 
 
 @dataclass(slots=True)
@@ -266,9 +262,10 @@ class SectionLoad:
         stored: Mapping[str, object],
         dtypes: Mapping[str, str],
     ) -> object:
-        if _is_sharded_optimizer(optimizer):
-            state = optimizer.sharded_state_dict(model_state(self.parts.models, to_save=False))  # type: ignore[attr-defined]
-            self.restoration.steps.append(lambda: optimizer.load_state_dict(state))  # type: ignore[attr-defined]
+        if isinstance(optimizer, ShardedOptimizer):
+            weights = model_state(self.parts.models, to_save=False)
+            state = sharded_optimizer_template(optimizer, weights, stored)
+            self.restoration.steps.append(lambda: optimizer.load_state_dict(local_values(state)))  # type: ignore[arg-type]
             return state
         if not isinstance(optimizer, Optimizer):
             return optimizer

@@ -48,10 +48,10 @@ class TrainState:
 
     model: plain, DistributedDataParallel, fully_shard / DTensor, compiled, or one that has a sharded_state_dict(), as
     Megatron's; or several by name. Names are the author's: what wrappers put into them is left out. optimizer: made of
-    these models' parameters; or several by name; or one that has a sharded_state_dict(model's). Its state is stored by
-    parameter name. scheduler, scaler, and what extra holds: objects with state_dict() and load_state_dict(); in extra
-    anything else that a state may hold too. dataloader: see DataPosition; data_axes: mesh axes whose ranks read
-    different data, for loaders that keep one rank's position.
+    these models' parameters; or several by name; or one that has a sharded_state_dict(model's, is_loading=...), as
+    Megatron's. Its state is stored by parameter name. scheduler, scaler, and what extra holds: objects with
+    state_dict() and load_state_dict(); in extra anything else that a state may hold too. dataloader: see DataPosition;
+    data_axes: mesh axes whose ranks read different data, for loaders that keep one rank's position.
 
     generators: name -> torch, NumPy or Python generator, beside the process's own streams. rng_axes, rng_on_change:
     mesh axes whose ranks draw different numbers, and what a load does if one of them has another size: "reseed",

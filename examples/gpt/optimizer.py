@@ -73,8 +73,13 @@ class ShardedAdamW:
             counts_in_norm=split_of(param) is not None or self.parallel.tp.is_first,
         )
 
-    def sharded_state_dict(self, model_state: Mapping[str, list[ShardedTensor]]) -> dict[str, object]:
-        """model_state: the model's sharded_state_dict(). A load fills the moments in place, and replaces the rest."""
+    def sharded_state_dict(
+        self, model_state: Mapping[str, list[ShardedTensor]], is_loading: bool = False
+    ) -> dict[str, object]:
+        """model_state: the model's sharded_state_dict(). A load fills the moments in place, and replaces the rest.
+
+        is_loading: it is to be filled; the moments, here, are there from the start.
+        """
         return {**moment_shards(self.owned, model_state), "steps": self.steps}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
