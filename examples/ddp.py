@@ -86,6 +86,7 @@ def train_step(
 
 def main() -> None:
     args = parse_arguments()
+    args.log_file.parent.mkdir(parents=True, exist_ok=True)
     device = start()
     torch.manual_seed(dist.get_rank())
     model = DistributedDataParallel(make_model(plain=args.plain).to(device))

@@ -62,6 +62,7 @@ def train_step(
 
 def main() -> None:
     args = parse_arguments()
+    args.log_file.parent.mkdir(parents=True, exist_ok=True)
     device = start()
     torch.manual_seed(0)  # fully_shard takes each rank's own weights: they must be alike
     model = make_model(plain=args.plain).to(device)

@@ -90,6 +90,7 @@ def train_base(args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = parse_arguments()
+    args.log_file.parent.mkdir(parents=True, exist_ok=True)
     dist.init_process_group()
     torch.manual_seed(dist.get_rank())
     train_base(args)
