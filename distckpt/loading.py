@@ -280,8 +280,9 @@ class Load:
     def _decide_commit(self, wanted: Sequence[_Wanted]) -> list[_Resolved]:
         """Rank 0: the best commit that has not failed, whose index is sound."""
         if any(w != wanted[0] for w in wanted):
-            asked = sorted({", ".join(f"{k}={v}" for k, v in msgspec.structs.asdict(w).items()) for w in wanted})
-            raise CheckpointError(f"the ranks ask for different loads: {'; '.join(asked)}")
+            asked = {name: sorted({repr(getattr(w, name)) for w in wanted}) for name in _Wanted.__struct_fields__}
+            differing = [f"{name} is {' or '.join(values)}" for name, values in asked.items() if len(values) > 1]
+            raise CheckpointError(f"the ranks ask for different loads: {'; '.join(differing)}")
         storages = self.context.storages
         candidates = self._candidates()
         while left := [candidate for candidate in candidates if candidate not in self._failed]:

@@ -295,7 +295,7 @@ def test_replicas_up_to_64_kib_that_differ_anywhere_are_raised_on_all(storage: M
 def test_ranks_that_load_with_different_strictness_are_told(storage: MemoryStorage) -> None:
     states = [make_state(0), make_state(0)]
     results = on_both(storage, lambda c, rank: c.load(states[rank], strict=rank == 1))
-    check_raised(results, CheckpointError, "the ranks ask for different loads: iteration=None, strict=False; ")
+    check_raised(results, CheckpointError, "the ranks ask for different loads: strict is False or True")
     assert repr(states) == repr([make_state(0), make_state(0)])
 
 

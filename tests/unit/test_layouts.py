@@ -270,7 +270,7 @@ def test_any_layout_loads_as_any_other_from_files(cases: list[Case]) -> None:
 @settings(PROPERTY, max_examples=60)
 @given(all_cases(), st.sampled_from([128, 1024, 1 << 20]))
 def test_any_layout_loads_as_any_other_onto_an_accelerator(cases: list[Case], ring_bytes: int) -> None:
-    with patch("distckpt.loading.fill_through_ring", partial(fill_through_ring, ring_bytes=ring_bytes)):
+    with patch("distckpt.filling.fill_through_ring", partial(fill_through_ring, ring_bytes=ring_bytes)):
         check(cases, MemoryStorage(), on_accelerator=True)
 
 
