@@ -20,7 +20,8 @@ from distckpt import (
     ShardedTensor,
     TrainState,
 )
-from distckpt.testing import MemoryStorage
+from distckpt.coordinator import Coordinator, SingleProcess
+from distckpt.testing import MemoryStorage, run_ranks
 from tests.unit.damage import change, flip, newest
 
 
@@ -347,3 +348,97 @@ def test_number_that_the_smaller_type_cannot_hold_is_an_error() -> None:
 def test_section_that_cannot_be_loaded_is_a_value_error() -> None:
     with pytest.raises(ValueError, match="expected a collection of model, optimizer"):
         load(saved(trained(nn.Linear(2, 2))), trained(nn.Linear(2, 2)), sections=("assets",))
+
+
+def test_position_of_another_kind_of_loader_is_begun_anew_when_allowed() -> None:
+    class Own:
+        at = 3
+
+        def state_dict(self) -> dict[str, object]:
+            return {"at": self.at}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.at = state["at"]
+
+    storage = saved(TrainState(nn.Linear(2, 2), dataloader=Own()))
+    train = TrainState(nn.Linear(2, 2), dataloader=loader())
+    with pytest.raises(MismatchError, match="the position of another kind of loader"):
+        load(storage, train)
+    report = load(storage, train, allow=("data",))
+    assert str(report.data) == "inexact, because the position is that of another kind of loader"
+    assert report.load.unexpected == ("data/loader",)
+
+
+def test_data_that_rightly_begin_with_the_first_batch_are_no_alarm() -> None:
+    """Not shuffled, resumed at the end of an epoch."""
+    train = TrainState(nn.Linear(2, 2), dataloader=loader(), resume_check="error")
+    batches = train.batches()
+    for _ in range(6):
+        next(batches)
+        train.end_step(loss=1.0)
+    storage = saved(train)
+    again = TrainState(nn.Linear(2, 2), dataloader=loader(), resume_check="error")
+    load(storage, again)
+    batches = again.batches()
+    for _ in range(6):
+        next(batches)
+        again.end_step(loss=1.0)
+    assert again.verdict.status == "pass"
+
+
+def test_gradients_are_no_part_of_a_checkpoint_between_steps() -> None:
+    model = nn.Linear(2, 2)
+    train = trained(model)
+    accumulate(model, train)
+    train.end_step()
+    assert "gradients" not in train._state(0, ("model", "gradients", "progress"))
+
+
+def test_sharded_model_on_the_meta_device_is_an_error() -> None:
+    class FullySharded(nn.Linear):
+        def unshard(self) -> None: ...
+
+    with torch.device("meta"):
+        model = FullySharded(2, 2)
+    storage = saved(TrainState(nn.Linear(2, 2)))
+    with pytest.raises(
+        MismatchError, match=r"on the meta device, and an optimizer or fully_shard already refers to it"
+    ):
+        load(storage, TrainState(model), allow=("models.*",))
+
+
+def test_ranks_draw_different_numbers_after_a_change_of_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+    monkeypatch.setattr("distckpt.training.random_streams.seed_all", seeds.append)
+    storage = saved(TrainState(nn.Linear(2, 2)))
+
+    def resume(coordinator: Coordinator) -> None:
+        with Checkpointer(storage, coordinator=coordinator, timeout_s=20) as checkpointer:
+            TrainState(nn.Linear(2, 2), coordinator=coordinator).load(checkpointer)
+
+    run_ranks(2, resume)
+    assert len(set(seeds)) == 2
+
+
+def test_coordinators_that_a_training_state_makes_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Counted] = []
+
+    class Counted(SingleProcess):
+        closed = 0
+
+        def close(self) -> None:
+            self.closed += 1
+
+    def make() -> Counted:
+        made.append(Counted())
+        return made[-1]
+
+    for module in ("progress", "run_record"):
+        monkeypatch.setattr(f"distckpt.training.{module}.default_coordinator", make)
+    train = trained(nn.Linear(2, 2))
+    for _ in range(8):
+        train.end_step(loss=1.0)
+    load(saved(train), train)
+    for _ in range(5):
+        train.end_step(loss=1.0)
+    assert [coordinator.closed for coordinator in made] == [1, 1]

@@ -255,3 +255,21 @@ def test_base_of_files_is_known_by_their_bytes(tmp_path: Path) -> None:
     assert BaseCheckpoint.of_files(file).digest == BaseCheckpoint.of_files(tmp_path / "a").digest
     with pytest.raises(CheckpointNotFoundError, match="no weight files there"):
         BaseCheckpoint.of_files(tmp_path / "b")
+
+
+class Scaled(nn.Module):
+    """An adapter with a buffer of its own."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner.requires_grad_(False)
+        self.gain = nn.Parameter(torch.ones(3))
+        self.register_buffer("count", torch.zeros(()))
+
+
+def test_buffers_of_an_adapter_are_stored_with_it_and_those_of_its_base_are_not(base: Path, tmp_path: Path) -> None:
+    target = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4).eval(), nn.Linear(4, 2))
+    loaded = TrainState(target).load_weights(base)
+    with Checkpointer(tmp_path / "adapter") as checkpointer:
+        TrainState(Scaled(nn.Sequential(target[0], target[2])), base=loaded).save(checkpointer)
+        assert set(checkpointer.read(keys=["model"])["model"]) == {"gain", "count"}  # type: ignore[call-overload]
