@@ -137,8 +137,7 @@ def fill_targets(
     for target, twin in tied:
         fill_tied(target, twin, read)
     fill_converted(converted, read)
-    # Filled behind autograd's back: a backward through the old values must fail.
-    for target in (*in_place, *(target for target, _ in converted)):
+    for target in in_place:  # Filled behind autograd's back: a backward through the old values must fail.
         torch.autograd.graph.increment_version(target.data)
     return Filled(bytes_read, board.obstacle, warning)
 

@@ -1967,13 +1967,6 @@ MUTANTS = (
         SECTIONS,
     ),
     Mutant(
-        "load: a converted tensor of a graph",
-        "distckpt/filling.py",
-        "(*in_place, *(target for target, _ in converted))",
-        "in_place",
-        ("tests/unit/test_templates.py",),
-    ),
-    Mutant(
         "load: another type without being asked",
         "distckpt/matching.py",
         "not (convert_dtypes and _is_convertible(entry, leaf))",
