@@ -26,8 +26,9 @@ class BaseCheckpoint(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of_files(cls, path: str | PathLike[str], patterns: Sequence[str] = WEIGHT_FILES) -> BaseCheckpoint:
-        """Of a weight file, or of the weight files in a directory: the SHA-256 of their names and bytes, all read.
+        """Of a weight file, or of the weight files in a directory: the SHA-256 of their names and bytes.
 
+        All of them are read, by each rank that calls this; a base of our own checkpoints, from load_weights(), is not.
         Raises CheckpointNotFoundError if there is none, OSError.
         """
         place = Path(fspath(path))
@@ -43,7 +44,7 @@ class BaseCheckpoint(msgspec.Struct, frozen=True, kw_only=True):
         return cls(location=str(place), digest=digest.hexdigest())
 
 
-def check_base(stored: object, now: BaseCheckpoint | None, iteration: int) -> None:
+def check_base(stored: BaseCheckpoint | None, now: BaseCheckpoint | None, iteration: int) -> None:
     """Whether this job's base is the one that the stored adapter was trained on. Raises MismatchError if not.
 
     stored: what is recorded of it; None of a checkpoint that holds whole models.
@@ -52,15 +53,14 @@ def check_base(stored: object, now: BaseCheckpoint | None, iteration: int) -> No
         return
     if stored is None:
         raise MismatchError(f"iteration {iteration} holds a whole model, no adapter: pass no base")
-    recorded = msgspec.convert(stored, BaseCheckpoint)
     if now is None:
         raise MismatchError(
-            f"iteration {iteration} holds an adapter, trained on {_described(recorded)}. Load that base first, and "
+            f"iteration {iteration} holds an adapter, trained on {_described(stored)}. Load that base first, and "
             f"pass it: TrainState(..., base=...)"
         )
-    if now.digest != recorded.digest:
+    if now.digest != stored.digest:
         raise MismatchError(
-            f"the adapter of iteration {iteration} was trained on another base: on {_described(recorded)}; this job's "
+            f"the adapter of iteration {iteration} was trained on another base: on {_described(stored)}; this job's "
             f"is {_described(now)}"
         )
 

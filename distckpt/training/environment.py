@@ -21,14 +21,11 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import msgspec
 
 from distckpt.coordinator import Coordinator, agree
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 Severity: TypeAlias = Literal["ignore", "warn", "block", "overridden"]
@@ -43,6 +40,8 @@ DEFAULT_POLICY: Mapping[str, Severity] = {
     "*fingerprint*": "block",
     "assets*": "block",
     "model*class*": "block",
+    "schedulers.*class": "block",
+    "scaler.class": "block",
     "*vocab*": "block",
     "arguments*": "warn",
 }
@@ -71,20 +70,18 @@ class _Place(msgspec.Struct, frozen=True):
     record: str
 
 
-def record_environment(
-    *, arguments: object = None, coordinator: Coordinator | None = None, timeout_s: float = 600.0
-) -> dict[str, Json]:
-    """Versions, devices, git commit, hosts, world size and arguments of this run.
+def record_environment(*, coordinator: Coordinator | None = None, timeout_s: float = 600.0) -> dict[str, Json]:
+    """Versions, devices, git commit, hosts and world size of this run.
 
     Collective if a coordinator is given: then all ranks get one record, rank 0's with the hosts of all. Without one
-    it is of this process alone. arguments: a mapping, Namespace or dataclass; see json_of for what becomes of it.
+    it is of this process alone.
     """
     host = socket.gethostname()
     if coordinator is None or coordinator.world_size == 1:
-        return {**_record_here(arguments), "hosts": [host], "world_size": 1}
+        return {**_record_here(), "hosts": [host], "world_size": 1}
 
     def local() -> _Place:
-        record = _record_here(arguments) if coordinator.rank == 0 else {}
+        record = _record_here() if coordinator.rank == 0 else {}
         return _Place(host, msgspec.json.encode(record).decode())
 
     def decide(places: Sequence[_Place]) -> list[str]:
@@ -98,12 +95,11 @@ def record_environment(
     return joined
 
 
-def _record_here(arguments: object) -> dict[str, Json]:
+def _record_here() -> dict[str, Json]:
     return {
         "versions": _versions(),
         "devices": _devices(),
         "git": _git_state(_script_directory()),
-        "arguments": json_of(arguments),
     }
 
 
@@ -282,19 +278,6 @@ class Differences:
         ]
         return "\n".join(lines)
 
-    def table(self) -> Table:
-        """The same as text, for a terminal."""
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table("", "name", "in the checkpoint", "now")
-        styles = {"block": "bold red", "warn": "yellow", "overridden": "green"}
-        for entry in self._by_severity():
-            style = styles.get(entry.severity, "")
-            cells = (entry.name, _shown(entry.stored), _shown(entry.now))
-            table.add_row(Text(entry.severity, style), *map(Text, cells))
-        return table
-
     def _by_severity(self) -> list[Difference]:
         order = ("block", "warn", "overridden")
         shown = [entry for entry in self.entries if entry.severity in order]
@@ -329,6 +312,11 @@ def compare_records(
         rules = [severity for pattern, severity in policy.items() if fnmatchcase(name, pattern)]
         entries.append(Difference(name, was, is_, "overridden" if matching else rules[-1] if rules else "warn"))
     return Differences(tuple(entries), tuple(pattern for pattern in overrides if pattern not in matched))
+
+
+def value_names(record: object) -> list[str]:
+    """The dotted names of all values in a JSON object, as they are compared; none in what is no object."""
+    return [".".join(path) for path, _ in _flatten(_as_decoded(record))] if isinstance(record, dict) else []
 
 
 def _as_decoded(record: Mapping[str, object]) -> Json:

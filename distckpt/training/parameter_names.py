@@ -7,7 +7,7 @@ DistributedDataParallel adds "module.", torch.compile "_orig_mod.", activation c
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch.distributed
 from torch import nn
@@ -53,6 +53,18 @@ def author_class(module: nn.Module) -> str:
     while len(kind.__bases__) > 1 and kind.__bases__[0].__module__.startswith("torch.distributed."):
         kind = kind.__bases__[-1]
     return kind.__qualname__
+
+
+def class_name(part: object) -> str:
+    """Of a scheduler or scaler, with those that it is composed of."""
+    parts = getattr(part, "_schedulers", None)
+    inside = f"({', '.join(map(class_name, parts))})" if isinstance(parts, (list, tuple)) else ""
+    return f"{type(part).__qualname__}{inside}"
+
+
+def classes_of(parts: Iterable[object]) -> dict[str, dict[str, str]]:
+    """The classes of several by number, as they are recorded."""
+    return {str(place): {"class": class_name(part)} for place, part in enumerate(parts)}
 
 
 def author_names(model: nn.Module) -> Callable[[str], str]:

@@ -2,32 +2,56 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 
 from distckpt.errors import CorruptionError
+from distckpt.training.base_checkpoint import BaseCheckpoint
 
 RECORD = "train_state"  # where TrainState puts its record in a checkpoint's metadata
 VERSION = 1
 _Names = Annotated[list[str], msgspec.Meta(max_length=1000)]
+_Facts = dict[str, Any]
 
 
-class Base(msgspec.Struct, frozen=True):
-    """What an adapter was trained on, as far as it is shown."""
-
-    location: str
-    digest: str
-    iteration: int | None = None
+class _Versioned(msgspec.Struct, frozen=True):
+    version: Annotated[int, msgspec.Meta(ge=1)]
 
 
 class StoredRecord(msgspec.Struct, frozen=True):
-    """What a TrainState says of a checkpoint: sections that are stored, and those of its job that were left out."""
+    """What a TrainState says of a checkpoint: sections that are stored, and those of its job that were left out; the
+    base of an adapter; the checkpoints that it goes back to; and what it was made with, as JSON values."""
 
-    version: int
+    version: Annotated[int, msgspec.Meta(ge=1)]
     sections: _Names
     left_out: _Names
-    base: Base | None = None
+    base: BaseCheckpoint | None = None
+    resumed_from: list[_Facts] = msgspec.field(default_factory=list)
+    environment: _Facts | None = None
+    arguments: Any = None
+    assets: _Facts = msgspec.field(default_factory=dict)
+    models: _Facts = msgspec.field(default_factory=dict)
+    schedulers: _Facts = msgspec.field(default_factory=dict)
+    scaler: _Facts = msgspec.field(default_factory=dict)
+
+
+def stored_record(metadata: object, name: str) -> StoredRecord | None:
+    """The record in the metadata of a checkpoint; None if it was not saved by a TrainState. `name` is the checkpoint's.
+
+    Of one of a newer version only that is known. Raises CorruptionError for a record that is none.
+    """
+    stored = metadata.get(RECORD) if isinstance(metadata, dict) else None
+    if stored is None:
+        return None
+    try:
+        encoded = msgspec.json.encode(stored)
+        version = msgspec.json.decode(encoded, type=_Versioned).version
+        if version > VERSION:
+            return StoredRecord(version, [], [])
+        return msgspec.json.decode(encoded, type=StoredRecord)
+    except (msgspec.MsgspecError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise CorruptionError(f"{name}: metadata: the record of its TrainState is none: {error}") from error
 
 
 class Resumability(msgspec.Struct, frozen=True):
@@ -44,12 +68,8 @@ class Resumability(msgspec.Struct, frozen=True):
 def resumability(metadata: bytes, name: str) -> Resumability:
     """metadata: the index's, as JSON. Raises CorruptionError for a record that is none; `name` is the index's."""
     try:
-        stored = msgspec.json.decode(metadata, type=dict[str, msgspec.Raw]).get(RECORD)
-    except msgspec.ValidationError:  # Metadata of another kind.
-        stored = None
-    try:
-        record = None if stored is None else msgspec.json.decode(stored, type=StoredRecord)
-    except msgspec.ValidationError as error:
+        record = stored_record(msgspec.json.decode(metadata), name)
+    except msgspec.DecodeError as error:
         raise CorruptionError(f"{name}: metadata: {error}") from error
     if record is None:
         return Resumability(

@@ -21,9 +21,9 @@ from distckpt.training.data_position import DataPosition
 from distckpt.training.gradients import clear_gradients, gradient_state, gradient_template
 from distckpt.training.model_state import State, first_on_meta, model_state, put_back
 from distckpt.training.optimizer_state import class_of, optimizer_state, optimizer_template
-from distckpt.training.parameter_names import parameters_of, unwrapped
+from distckpt.training.parameter_names import classes_of, parameters_of, unwrapped
 from distckpt.training.random_streams import RandomStreams
-from distckpt.training.resumable import RECORD
+from distckpt.training.resumable import RECORD, stored_record
 from distckpt.training.sampler import PositionReport
 from distckpt.training.sharded_optimizer import ShardedOptimizer, local_values, sharded_optimizer_template
 
@@ -165,7 +165,9 @@ class SectionLoad:
         if {"gradients", "progress"} <= set(self.wanted) and not _micro_step(contents):
             restoration.steps.append(partial(clear_gradients, self.parts.models))
         for section in self._sections_to_load(contents, [name for name in makers if name in self.wanted]):
-            if section == "optimizer" and self._is_of_another_class(tree):
+            if (section == "optimizer" and self._is_of_another_class(tree)) or (
+                section == "scheduler" and section in self.allow and self._has_other_schedulers(contents)
+            ):
                 restoration.begun_anew.append(section)
                 continue
             state[section] = makers[section]()
@@ -245,6 +247,11 @@ class SectionLoad:
             )
         return False
 
+    def _has_other_schedulers(self, contents: Contents) -> bool:
+        record = stored_record(contents.metadata, f"iteration {contents.iteration}")
+        now = classes_of(self.parts.schedulers())
+        return record is not None and bool(record.schedulers) and record.schedulers != now
+
     def _optimizers(self, tree: Mapping[str, object]) -> object:
         parts, model = self.parts, tree.get("model")
         names = parts.names()
@@ -269,7 +276,8 @@ class SectionLoad:
             return state
         if not isinstance(optimizer, Optimizer):
             return optimizer
-        template = optimizer_template(optimizer, names, stored, dtypes, _where(prefix))
+        template = optimizer_template(optimizer, names, stored, dtypes, _where(prefix), self.allow)
+        self.restoration.warnings += template.warnings
         self.restoration.steps.append(template.restore)
         return template.state
 

@@ -56,12 +56,18 @@ def test_what_no_train_state_saved_is_unknown(metadata: Any) -> None:
 
 
 def test_record_of_a_newer_version_is_unknown() -> None:
-    record = b'{"train_state": {"version": 99, "sections": [], "left_out": []}}'
+    record = b'{"train_state": {"version": 99, "sections": "of another kind"}}'
     assert str(resumability(record, "index")) == "unknown, because its record has version 99, this package knows 1"
 
 
 @pytest.mark.parametrize(
-    "record", [b'{"train_state": 3}', b'{"train_state": {"version": 1, "sections": 7, "left_out": []}}']
+    "record",
+    [
+        b'{"train_state": 3}',
+        b'{"train_state": {"version": 0, "sections": [], "left_out": []}}',
+        b'{"train_state": {"version": 1, "sections": 7, "left_out": []}}',
+        b"x",
+    ],
 )
 def test_record_that_is_none_is_corrupt(record: bytes) -> None:
     with pytest.raises(CorruptionError, match="index: metadata"):

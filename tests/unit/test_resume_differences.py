@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import ExponentialLR, LambdaLR, LinearLR, SequentialLR
 
-from distckpt import Checkpointer, MismatchError, TrainState
+from distckpt import BaseCheckpoint, Checkpointer, CorruptionError, MismatchError, TrainState
 from distckpt.coordinator import Coordinator
 from distckpt.testing import MemoryStorage, run_ranks
 from distckpt.training.assets import extract_assets
 from distckpt.training.progress import ResumeCheckFailed
 from distckpt.training.sampler import ResumableSampler
+from distckpt.training.sections import SECTIONS
 
 STEPS = 20
 
@@ -198,6 +199,132 @@ def test_another_model_class_is_an_error_unless_it_is_allowed() -> None:
         with pytest.raises(MismatchError, match=r"block: models.model.class: \"Linear\" -> \"test_another_model"):
             train.load(checkpointer)
         train.load(checkpointer, allow=("models.*",))
+
+
+def test_scheduler_of_another_class_is_an_error_or_begins_anew_when_allowed() -> None:
+    """Its state would be taken in part, by names that both have."""
+    storage = saved()
+    job = Job(1)
+    scheduler = SequentialLR(job.optimizer, [LinearLR(job.optimizer), ExponentialLR(job.optimizer, 0.9)], [3])
+    train = TrainState(job.model, job.optimizer, scheduler=scheduler, dataloader=job.sampler)
+    with Checkpointer(storage) as checkpointer:
+        with pytest.raises(
+            MismatchError, match=r'block: schedulers.0.class: "LambdaLR" -> "SequentialLR\(LinearLR, ExponentialLR\)"'
+        ):
+            train.load(checkpointer)
+        assert train.load(checkpointer, allow=("scheduler",)).begun_anew == ("scheduler",)
+    assert scheduler.last_epoch == 0
+
+
+def test_scaler_of_another_class_is_an_error() -> None:
+    class Scaler(torch.amp.GradScaler):
+        pass
+
+    storage = saved(scaler=torch.amp.GradScaler("cpu"))
+    with pytest.raises(MismatchError, match=r'block: scaler\.class: "GradScaler" -> "test_scaler'):
+        resumed(storage, scaler=Scaler("cpu"))
+    resumed(storage, scaler=torch.amp.GradScaler("cpu"))
+
+
+@pytest.mark.parametrize("arguments", [{"epochs": 3, "data": {"path": "x"}}, None])
+def test_override_of_no_argument_is_an_error_that_names_those_there_are(arguments: Any) -> None:
+    storage = saved(arguments=arguments)
+    there_are = "data.path, epochs" if arguments else "none recorded"
+    with pytest.raises(MismatchError, match=f"there is no argument 'epoch'; there are {there_are}"):
+        resumed(storage, arguments=arguments, overrides={"epoch": 5})
+    if arguments:
+        resumed(storage, arguments={**arguments, "epochs": 5}, overrides={"epochs": 5, "data.path": "x"})
+
+
+def test_what_differs_by_rank_is_recorded_and_compared_as_rank_0_has_it() -> None:
+    class First(nn.Linear):
+        pass
+
+    class Last(nn.Linear):
+        pass
+
+    storage = MemoryStorage()
+    asset_of = {"file": Path(__file__)}, {"file": Path(__file__).parent / "test_resumable.py"}
+
+    def run(coordinator: Coordinator) -> list[str]:
+        rank = coordinator.rank
+        model = nn.ModuleDict({f"layer{rank}": nn.Linear(2, 2)})
+        stage = (First if rank == 0 else Last)(2, 2)
+        train = TrainState(
+            {"body": model, f"own{rank}": stage},
+            arguments={"lr": 0.1, "local_rank": rank},
+            assets=asset_of[rank],
+            coordinator=coordinator,
+        )
+        with Checkpointer(storage, coordinator=coordinator, mesh={"pp": (rank, 2)}, timeout_s=20) as checkpointer:
+            train.save(checkpointer)
+            report = train.load(checkpointer)
+        return [entry.name for entry in report.differences.entries]
+
+    assert run_ranks(2, run) == [[], []]
+
+
+def test_ranks_with_different_bases_are_told() -> None:
+    def run(coordinator: Coordinator) -> str:
+        base = BaseCheckpoint(location="base", digest=f"digest {coordinator.rank}")
+        train = TrainState(nn.Linear(2, 2), base=base, coordinator=coordinator)
+        storage = MemoryStorage()
+        with (
+            Checkpointer(storage, coordinator=coordinator, timeout_s=20) as checkpointer,
+            pytest.raises(MismatchError) as got,
+        ):
+            train.save(checkpointer)
+        return str(got.value)
+
+    for text in run_ranks(2, run):
+        assert "rank 0 has the digest 'digest 0', rank 1 'digest 1'" in text
+
+
+# Records of others
+
+
+def spoiled(change: Callable[[dict[str, Any]], object], more: dict[str, Any] | None = None) -> MemoryStorage:
+    """A checkpoint whose record is another one."""
+    storage, job = MemoryStorage(), Job()
+    metadata = job.train._record_of(SECTIONS, None)
+    change(metadata["train_state"])  # type: ignore[arg-type]
+    with Checkpointer(storage) as checkpointer:
+        checkpointer.save({**job.train._state(0, SECTIONS), **(more or {})}, iteration=1, metadata=metadata)
+    return storage
+
+
+def test_record_of_a_newer_version_is_no_resume() -> None:
+    with pytest.raises(MismatchError, match="its record has version 99, this package knows 1"):
+        resumed(spoiled(lambda record: record.update(version=99, sections="another kind")))
+
+
+def test_section_that_is_not_known_is_an_error_unless_it_is_allowed() -> None:
+    storage = spoiled(lambda record: record["sections"].append("ema"), {"ema": {"weight": torch.ones(2)}})
+    with pytest.raises(MismatchError, match="has sections that this package does not know: ema"):
+        resumed(storage)
+    resumed(storage, allow=("ema",))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("version", "x"),
+        ("version", 0),
+        ("sections", 3),
+        ("base", 3),
+        ("base", {"location": 1, "digest": "x"}),
+        ("environment", [1]),
+        ("assets", 3),
+        ("models", None),
+        ("schedulers", [1]),
+        ("scaler", "x"),
+        ("arguments", {(1, 2): 3}),
+        ("resumed_from", {"a": 1}),
+    ],
+)
+def test_record_that_is_none_is_corrupt(name: str, value: object) -> None:
+    with pytest.raises(CorruptionError, match="the record of its TrainState is none"):
+        resumed(spoiled(lambda record: record.update({name: value})))
 
 
 @pytest.fixture
