@@ -21,13 +21,13 @@ from distckpt.index import OnChange
 from distckpt.training.base_checkpoint import BaseCheckpoint
 from distckpt.training.data_position import DataPosition
 from distckpt.training.environment import Differences
-from distckpt.training.learning_rate import override_learning_rate
+from distckpt.training.learning_rate import check_learning_rate, note_initial_rates, override_learning_rate
 from distckpt.training.progress import CheckMode, Progress
 from distckpt.training.random_state import Generator
 from distckpt.training.random_streams import RandomStreams
 from distckpt.training.resume_check import HISTORY_STEPS, ResumeVerdict
 from distckpt.training.resume_report import ResumeReport
-from distckpt.training.run_record import RunRecord
+from distckpt.training.run_record import RunRecord, stored_arguments
 from distckpt.training.sections import LOADED, SECTIONS, Parts, SectionLoad, saved_sections, weights_template
 
 logger = logging.getLogger("distckpt")
@@ -95,6 +95,7 @@ class TrainState:
             extra=extra,
             trainable_only=base is not None,
         )
+        note_initial_rates(self._parts.schedulers())
         self._loader = dataloader
         self._coordinator = coordinator
         self._iterator: Iterator[object] | None = None  # in an epoch
@@ -319,16 +320,24 @@ class TrainState:
         _check_collection("allow", allow)
         load = SectionLoad(self._parts, sections, allow, self._progress.template, self._restore_progress)
         differences = Differences(())
+        factor: float | None = None
         self._record.facts()  # Collective: not where one rank may fail ahead of the others.
 
         def template(contents: Contents) -> dict[str, object]:
-            nonlocal differences
+            nonlocal differences, factor
+            factor = check_learning_rate(
+                overrides or {},
+                self._parts.optimizers.values(),
+                self._parts.schedulers(),
+                stored=contents.tree.get("optimizer") if "optimizer" in sections else None,
+                arguments=stored_arguments(contents),
+            )
             differences = self._record.compare(contents, overrides or {}, allow)
             return load.template(contents)
 
         allowed = (*allow, *(f"{name}/*" for name in allow if name in SECTIONS))
         report = ckpt.load(template, iteration, allow=allowed, device=device, convert_dtypes=convert_dtypes)
-        self._go_on(report, sections, overrides or {})
+        self._go_on(report, sections, overrides or {}, factor)
         restored = load.restoration
         resumed = ResumeReport(
             step=self.step,
@@ -343,15 +352,16 @@ class TrainState:
             _log(resumed)
         return resumed
 
-    def _go_on(self, report: LoadReport, sections: Collection[str], overrides: Mapping[str, object]) -> None:
+    def _go_on(
+        self, report: LoadReport, sections: Collection[str], overrides: Mapping[str, object], factor: float | None
+    ) -> None:
         """After a load, on all ranks."""
         self._iterator, self._is_fresh = None, True
         self._is_in_hand = self._has_given = False
         if "progress" in sections:
             self._record.note_resume(report.save_id, report.iteration, overrides)
-        if "lr" in overrides:
-            peak = float(str(overrides["lr"]))
-            override_learning_rate(self._parts.optimizers.values(), self._parts.schedulers(), peak)
+        if factor is not None:
+            override_learning_rate(self._parts.optimizers.values(), self._parts.schedulers(), factor)
             self._progress.expect_learning_rates()
         self._progress.begin_check()
 

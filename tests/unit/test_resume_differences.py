@@ -236,6 +236,16 @@ def test_override_of_no_argument_is_an_error_that_names_those_there_are(argument
         resumed(storage, arguments={**arguments, "epochs": 5}, overrides={"epochs": 5, "data.path": "x"})
 
 
+@pytest.mark.parametrize("lr", ["fast", -1.0])
+def test_override_that_is_no_rate_changes_nothing(lr: object) -> None:
+    job = Job(1)
+    before = job.model.weight.clone()
+    with Checkpointer(saved()) as checkpointer, pytest.raises(MismatchError, match="expected a finite number"):
+        job.train.load(checkpointer, overrides={"lr": lr})
+    assert torch.equal(before, job.model.weight)
+    assert job.train.step == 0
+
+
 def test_what_differs_by_rank_is_recorded_and_compared_as_rank_0_has_it() -> None:
     class First(nn.Linear):
         pass
