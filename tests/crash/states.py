@@ -140,7 +140,9 @@ def unexplained(storage: Storage) -> set[str]:
 def _files_of(storage: Storage, commit: Commit) -> set[str]:
     index = read_index(storage, commit)[0]
     names = [index.chunk_table.name, *(file.name for file in index.files)]
-    # Parity that a crash has left unfinished goes with its checkpoint.
-    extras = (name for name in storage.list(commit.directory) if name.startswith(("verified-", "parity-")))
+    # Parity that a crash has left unfinished goes with its checkpoint; the mark of one who was about to remove it stays
+    # for a while, as whoever labels it looks for that.
+    own = ("verified-", "parity-", "retired-")
+    extras = (name for name in storage.list(commit.directory) if name.startswith(own))
     names += [name for name in extras if index.save_id in name]
     return {f"{commit.directory}/{name}" for name in names}
