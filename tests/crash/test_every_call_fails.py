@@ -63,6 +63,7 @@ FAULTS = {
 PROTECTED: Mapping[str, Any] = {**OPTIONS, "parity": 2, "verify_after_save": True}
 
 
+READS = ("list", "open", "read_into", "age_s", "free_space")
 Save = Callable[[Checkpointer, dict[str, object]], object]
 
 
@@ -139,6 +140,8 @@ def try_every_call(roots: Roots, failing_rank: int, fault: Fault, save: Save) ->
     for number, call in enumerate(calls, 1):
         if fault.moment == "half" and not call.startswith("write "):
             continue  # It has no half.
+        if fault.code == 0 and call.startswith(READS) and calls[number - 2].startswith(READS):
+            continue  # A crash leaves what one at the read before it has left.
         inner = roots.copy()
         crashing = CrashingStorage(inner, fail_at=before + number, error=fault.error(), moment=fault.moment)
         save_with_fault(inner, crashing, failing_rank, roots, save)
@@ -147,12 +150,15 @@ def try_every_call(roots: Roots, failing_rank: int, fault: Fault, save: Save) ->
 
 
 RANKS = pytest.mark.parametrize(("world_size", "failing_rank"), [(1, 0), (2, 0), (2, 1)])
+# A full disk and a quota are other numbers to one and the same code: on two ranks one error stands for them.
+EVERY = [(1, 0, name) for name in FAULTS] + [
+    (2, rank, name) for rank in (0, 1) for name in FAULTS if name not in ("ENOSPC", "EDQUOT")
+]
 
 
-@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
-@RANKS
-def test_any_call_of_a_save_may_fail(tmp_path: Path, world_size: int, failing_rank: int, fault: Fault) -> None:
-    try_every_call(Roots("memory", world_size, tmp_path), failing_rank, fault, save_now)
+@pytest.mark.parametrize(("world_size", "failing_rank", "name"), EVERY)
+def test_any_call_of_a_save_may_fail(tmp_path: Path, world_size: int, failing_rank: int, name: str) -> None:
+    try_every_call(Roots("memory", world_size, tmp_path), failing_rank, FAULTS[name], save_now)
 
 
 @pytest.mark.parametrize("name", ["EIO after the effect", "ENOSPC in the middle of a write", "crash"])

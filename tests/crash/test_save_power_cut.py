@@ -6,6 +6,7 @@ The sequence has a roll-back, so that an iteration is replaced, and retention th
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -112,7 +113,8 @@ def test_power_cut_at_any_moment_of_saves_and_retention(recorded: tuple[int, Seq
     world_size, ops = recorded
     assert marks_before(ops, len(ops)) == [*(f"saved {iteration}" for iteration, _ in SAVES), "closed"]
     counts = [0] * (len(SAVES) + 2)
-    for saved, tree in states(ops):
+    # What lies there is as if one rank had written it, but for its number of files: a part of the moments will do.
+    for saved, tree in islice(states(ops), 0, None, 1 if world_size == 1 else 4):
         clock_s = [0.0]
         storage = in_memory(tree, clock_s)
         found = check_promises(storage, saved, world_size)
@@ -121,7 +123,7 @@ def test_power_cut_at_any_moment_of_saves_and_retention(recorded: tuple[int, Seq
         clock_s[0] += STALE_AFTER_S
         sweep(storage, grace_s=0)
         assert unexplained(storage) == set()
-    assert min(counts[: len(SAVES)]) > 15
+    assert min(counts[: len(SAVES)]) > (15 if world_size == 1 else 5)
 
 
 def test_power_cut_at_any_moment_on_real_files(recorded: tuple[int, Sequence[Op]], tmp_path: Path) -> None:
