@@ -346,9 +346,7 @@ def mismatch_error(
             shown = keys[:_SHOWN] + ([f"... and {len(keys) - _SHOWN} more"] if len(keys) > _SHOWN else [])
             lines += [f"  {len(keys)} {title}:", *(f"    {key}" for key in shown)]
     if strict and not mismatched:
-        lines.append(
-            "  allow=(pattern, ...) lets keys be missing or unread, strict=False all of them; the report lists them."
-        )
+        lines.append("  allow=(pattern, ...) lets keys be missing or unread; the report lists them.")
     return MismatchError(
         "\n".join(lines),
         missing=tuple(missing),

@@ -8,10 +8,12 @@ StatefulDataLoader's, is that of one rank, and goes on only where the ranks are 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 from distckpt import PerRank
 from distckpt.errors import MismatchError, UnsupportedTypeError
+from distckpt.training.fingerprint import fingerprint_of
 from distckpt.training.sampler import PositionReport, ResumableSampler, position_report
 
 CONSUMED = "consumed_samples"
@@ -40,6 +42,7 @@ class DataPosition:
                 f"StatefulDataLoader, or pass dataloader=None and the position in extra"
             )
         self._keeper = keeper
+        self._data = None if self.sampler is not None else getattr(loader, "dataset", None)
 
     def counted(self) -> object:
         """Where it is, if that is counted in samples of all ranks; else None."""
@@ -49,14 +52,30 @@ class DataPosition:
     def state(self) -> dict[str, object]:
         """To be saved."""
         own = self._keeper.state_dict()
-        return {"position": dict(own)} if CONSUMED in own else {"loader": PerRank(dict(own), self._axes)}
+        if CONSUMED in own:
+            return {"position": dict(own)}
+        state: dict[str, object] = {"loader": PerRank(dict(own), self._axes)}
+        return state if self._fingerprint is None else state | {"fingerprint": self._fingerprint}
+
+    @cached_property
+    def _fingerprint(self) -> str | None:
+        """Of the data of a loader that says nothing of them itself, if they can be read by number."""
+        is_indexed = hasattr(self._data, "__len__") and hasattr(self._data, "__getitem__")
+        return fingerprint_of(self._data) if is_indexed else None
 
     def template(self, stored: Mapping[str, object], accept_other_data: bool) -> dict[str, object]:
         """To be loaded. stored: the section of Contents.tree. Raises MismatchError for a position in other data."""
         own = self._keeper.state_dict()
         if CONSUMED not in own:
             on_change = "skip" if accept_other_data else "exact"
-            return {"loader": PerRank(None, self._axes, on_change=on_change)}  # type: ignore[arg-type]
+            was = stored.get("fingerprint")
+            if not accept_other_data and None not in (was, self._fingerprint) and was != self._fingerprint:
+                raise MismatchError(
+                    f"data: the position is one in other data: the fingerprint is {self._fingerprint!r}, it was "
+                    f"{was!r}. Give the job the data that it had, or allow 'data' to go on with the loader's state"
+                )
+            template: dict[str, object] = {"loader": PerRank(None, self._axes, on_change=on_change)}  # type: ignore[arg-type]
+            return template | ({"fingerprint": None} if "fingerprint" in stored else {})
         position = stored.get("position")
         if not isinstance(position, dict) and accept_other_data:
             return {}
@@ -66,7 +85,6 @@ class DataPosition:
                 "samples of all ranks. Allow 'data' to start from the first sample",
                 missing=("data/position",),
             )
-        assert isinstance(position, dict)
         report = PositionReport(True) if self.sampler is None else position_report(position, own)
         if report.is_other_data and not accept_other_data:
             raise MismatchError(

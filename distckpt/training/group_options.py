@@ -116,11 +116,31 @@ def fitting_options(
             )
         else:
             taken[name] = value
+            if _is_changed(name, value, stored, group):
+                warnings.append(
+                    f"{where}/{name}: {value!r:.60} goes on, as stored; this job's {group[name]!r:.60} is not used"
+                )
     warnings.extend(
         f"{where}/{name}: nothing is stored of it, it stays {group[name]!r:.60}"
         for name in sorted(group.keys() - stored.keys() - OF_SCHEDULERS - {"params"})
     )
     return taken, warnings
+
+
+def _is_changed(name: str, value: object, stored: Options, group: Mapping[str, object]) -> bool:
+    """Whether this job was given another value than the one that goes on. What schedulers move is no such value."""
+    if name not in group or (name in OF_SCHEDULERS and name != "initial_lr"):
+        return False
+    is_moved = name == "lr" and "initial_lr" in stored and "initial_lr" in group
+    is_cycled = name in ("betas", "momentum") and "max_momentum" in stored
+    if (
+        is_moved
+        or is_cycled
+        or isinstance(value, (Tensor, np.ndarray))
+        or isinstance(group[name], (Tensor, np.ndarray))
+    ):
+        return False
+    return value != group[name]
 
 
 def _is_alike(stored: object, present: object) -> bool:

@@ -1,7 +1,7 @@
 """The learning rate on purpose: another one than the checkpoint's, for optimizers and their schedulers.
 
-A rate and all that was derived from it are multiplied by one factor, the same on all ranks, which makes of a schedule
-what it had been with the other rate from the start. Lower ends that are given as rates (eta_min) stay.
+A stored rate and all that was derived from it are multiplied by one factor, the same on all ranks, which makes of a
+schedule what it had been with the other rate from the start. Lower ends that are given as rates (eta_min) stay.
 """
 
 from __future__ import annotations
@@ -57,6 +57,41 @@ def note_initial_rates(schedulers: Iterable[object]) -> None:
             for group in scheduler.optimizer.param_groups:
                 rate = group["lr"]
                 group.setdefault("initial_lr", rate.clone() if isinstance(rate, Tensor) else rate)
+
+
+def check_groups(schedulers: Iterable[object]) -> None:
+    """After a load. Raises MismatchError for a scheduler whose stored state is of another number of groups than its
+    optimizer has: its next step would fail, or leave a group out."""
+    for scheduler in schedulers:
+        rates, optimizer = getattr(scheduler, "base_lrs", None), getattr(scheduler, "optimizer", None)
+        if isinstance(rates, list) and isinstance(optimizer, Optimizer) and len(rates) != len(optimizer.param_groups):
+            raise MismatchError(
+                f"scheduler: a {type(scheduler).__qualname__} of {len(rates)} parameter groups is stored, and its "
+                f"optimizer has {len(optimizer.param_groups)}; the state has been changed. Keep the groups, or make "
+                f"the scheduler after the load, and leave its section out"
+            )
+
+
+def follow_schedulers(schedulers: Iterable[object]) -> None:
+    """Give groups the rates that their schedulers are at, where one of the two has begun anew and the other goes on."""
+    for scheduler in schedulers:
+        rates, optimizer = getattr(scheduler, "_last_lr", None), getattr(scheduler, "optimizer", None)
+        if isinstance(rates, list) and isinstance(optimizer, Optimizer) and len(rates) == len(optimizer.param_groups):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(rate)
+                else:
+                    group["lr"] = rate
+
+
+def unset_overrides(overrides: Mapping[str, object], optimizers: Iterable[object]) -> list[str]:
+    """Warnings of overrides that look like options of an optimizer, which are recorded and not set."""
+    options = {name for group in _groups(optimizers) for name in group} | {"learning_rate"}
+    return [
+        f"overrides: {name!r} is recorded, and not set: only 'lr' is. What is stored goes on"
+        for name in overrides
+        if name != "lr" and name.rpartition(".")[2] in options
+    ]
 
 
 def check_learning_rate(

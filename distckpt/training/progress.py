@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from distckpt import PerRank
 from distckpt.contents import StoredTensor
 from distckpt.coordinator import Coordinator, agree, default_coordinator
-from distckpt.errors import CheckpointError
+from distckpt.errors import CheckpointError, UnsupportedTypeError
 from distckpt.training.fingerprint import hash_batch
 from distckpt.training.learning_rate import learning_rates
 from distckpt.training.resume_check import COMPARED_STEPS, MAX_STORED_STEPS, ResumeCheck, ResumeVerdict, StepHistory
@@ -67,10 +67,18 @@ class Progress:
         self._unsettled_steps = 0
         self._coordinator = coordinator
         self._owns_coordinator = coordinator is None
+        self.has_stepped = False  # the optimizer, since end_step() was called last
         for optimizer in self._optimizers:
-            optimizer.register_step_pre_hook(self._before_step)
+            try:
+                optimizer.register_step_pre_hook(self._before_step)
+            except AttributeError as error:  # As of accelerate: a wrapper that is no whole torch optimizer.
+                raise UnsupportedTypeError(
+                    f"optimizer: a {type(optimizer).__qualname__} has no hook ahead of its step, as torch optimizers "
+                    f"have; pass the one that it wraps (its .optimizer)"
+                ) from error
 
     def _before_step(self, *_: object) -> None:
+        self.has_stepped = True
         rates = learning_rates(self._optimizers)
         self._used = tuple(rate.clone() if isinstance(rate, Tensor) else rate for rate in rates)
 
@@ -90,12 +98,14 @@ class Progress:
     ) -> None:
         """Count and record a step. Raises ResumeCheckFailed on all ranks, DistributedError."""
         self.step += 1
-        self.micro_step = 0
+        self.micro_step, self.has_stepped = 0, False
         used = self._used if rates is None else tuple(rates)
         self._history.record(self.step, loss=loss, grad_norm=grad_norm, learning_rates=used, batch=self._batch)
         self._batch = None
         if self._check is not None:
-            self.verdict = self._check.tell(self._history.records()[-1])
+            last = self._history.records()[-1]
+            # In order of size: groups and optimizers may be in another order than they were.
+            self.verdict = self._check.tell(replace(last, learning_rates=tuple(sorted(last.learning_rates))))
             self._unsettled_steps -= 1
             if self._unsettled_steps == 0:
                 self._settle()
@@ -192,6 +202,7 @@ class Progress:
             steps, losses.tolist(), grad_norms.tolist(), of_rank.get("of_steps"), of_rank.get("first")
         )
         self.step, self.micro_step, self._batch, self._used = step, micro_step, None, ()
+        self.has_stepped = False
         self.verdict = ResumeVerdict("not checked", ("no step was made yet",))
         self._check = ResumeCheck(
             self._history.records(),
@@ -202,13 +213,13 @@ class Progress:
 
     def _comparable(self, rates: object) -> tuple[float, ...]:
         """Stored learning rates; none if the parameters are in other groups now."""
-        stored = tuple(rate for rate in rates if isinstance(rate, float)) if isinstance(rates, list) else ()
+        stored = tuple(sorted(rate for rate in rates if isinstance(rate, float))) if isinstance(rates, list) else ()
         return stored if len(stored) == len(learning_rates(self._optimizers)) else ()
 
     def expect_learning_rates(self) -> None:
         """They were changed on purpose after the load: the next step is to use those."""
         if self._check is not None:
-            self._check.learning_rates = tuple(float(rate) for rate in learning_rates(self._optimizers))
+            self._check.learning_rates = tuple(sorted(float(rate) for rate in learning_rates(self._optimizers)))
 
 
 def _is_count(value: object) -> TypeGuard[int]:

@@ -38,6 +38,9 @@ _OF_SECTION = {
 _TIMEOUT_S = 600.0
 
 
+_MAX_RESUMES = 100  # that are recorded
+
+
 class _OfRank(msgspec.Struct, frozen=True):
     """From every rank: the digest of its base; from rank 0 also its record, as JSON."""
 
@@ -72,6 +75,7 @@ class RunRecord:
         }
         self._agreed: dict[str, object] | None = None
         self._resumed: list[dict[str, object]] = []
+        self._stored_resumed: list[dict[str, object]] = []  # of the checkpoint that is being loaded
 
     def facts(self) -> dict[str, object]:
         """What is compared on a resume, and the base. Raises MismatchError if ranks have different bases."""
@@ -124,6 +128,7 @@ class RunRecord:
         if stored is None:
             return Differences(())
         _check_known(stored, contents, allow)
+        self._stored_resumed = list(stored.resumed_from)
         check_base(stored.base, self._base, contents.iteration)
         left_out = {name for name in _OF_SECTION if not getattr(stored, name) or not now[name]}
         compared = [name for name in _COMPARED if name not in left_out]
@@ -155,7 +160,14 @@ class RunRecord:
 
     def note_resume(self, save_id: str, iteration: int, overrides: Mapping[str, object]) -> None:
         """What is saved from now on goes back to this checkpoint, with these arguments changed on purpose."""
-        self._resumed.append({"save_id": save_id, "iteration": iteration, "overrides": json_of(dict(overrides))})
+        changed = json_of(dict(overrides))
+        own: dict[str, object] = {"save_id": save_id, "iteration": iteration, "overrides": changed}
+        self._resumed = [*self._stored_resumed, own][-_MAX_RESUMES:]
+        arguments = self.facts()["arguments"]
+        if isinstance(arguments, dict) and isinstance(
+            changed, dict
+        ):  # In force from now on, whatever the job was given.
+            arguments.update({name: value for name, value in changed.items() if name in arguments})
 
 
 def stored_arguments(contents: Contents) -> object:

@@ -19,11 +19,12 @@ from distckpt.contents import Contents, StoredTensor
 from distckpt.errors import CorruptionError, MismatchError
 from distckpt.training.data_position import DataPosition
 from distckpt.training.gradients import clear_gradients, gradient_state, gradient_template
+from distckpt.training.learning_rate import check_groups
 from distckpt.training.model_state import State, first_on_meta, model_state, put_back
 from distckpt.training.optimizer_state import class_of, optimizer_state, optimizer_template
 from distckpt.training.parameter_names import classes_of, parameters_of, unwrapped
 from distckpt.training.random_streams import RandomStreams
-from distckpt.training.resumable import RECORD, stored_record
+from distckpt.training.resumable import stored_record
 from distckpt.training.sampler import PositionReport
 from distckpt.training.sharded_optimizer import ShardedOptimizer, local_values, sharded_optimizer_template
 
@@ -82,7 +83,7 @@ def saved_sections(parts: Parts, micro_step: int) -> dict[str, object]:
     }
     names = parts.names()
     if parts.optimizers:
-        sections["optimizer"] = _by_prefix(
+        sections["optimizer"] = _under_prefixes(
             {prefix: _saved_optimizer(prefix, own, names, parts) for prefix, own in parts.optimizers.items()}
         )
     as_they_are = {"scheduler": parts.scheduler, "scaler": parts.scaler, "extra": parts.extra}
@@ -95,7 +96,7 @@ def saved_sections(parts: Parts, micro_step: int) -> dict[str, object]:
     return sections
 
 
-def _by_prefix(states: dict[str, object]) -> object:
+def _under_prefixes(states: dict[str, object]) -> object:
     return states.get("", states)
 
 
@@ -171,6 +172,7 @@ class SectionLoad:
                 restoration.begun_anew.append(section)
                 continue
             state[section] = makers[section]()
+        restoration.steps.append(partial(check_groups, self.parts.schedulers()))
         state["restoration"] = restoration
         return state
 
@@ -219,12 +221,7 @@ class SectionLoad:
     def _model(self) -> State:
         models = self.parts.models
         state = model_state(models, to_save=False, trainable_only=self.parts.trainable_only)
-        meta = first_on_meta(state)
-        if meta is not None and (self.parts.optimizers or _is_fully_sharded(models)):
-            raise MismatchError(
-                f"model: {meta!r} is on the meta device, and an optimizer or fully_shard already refers to it. Make it "
-                f"real first: model.to_empty(device=...)"
-            )
+        _check_meta(self.parts, state)
         self.restoration.steps.append(partial(put_back, models, state))
         return state
 
@@ -236,7 +233,7 @@ class SectionLoad:
             if not isinstance(optimizer, Optimizer) or not isinstance(was, str) or was == class_of(optimizer):
                 continue
             where = f"{_where(prefix)}/class"
-            if any(fnmatchcase(where, pattern) for pattern in self.allow):
+            if where in self.allow:
                 continue
             if "optimizer" in self.allow:
                 return True
@@ -259,7 +256,7 @@ class SectionLoad:
         made: dict[str, object] = {}
         for prefix, optimizer in parts.optimizers.items():
             made[prefix] = self._optimizer(prefix, optimizer, names, _stored_optimizer(tree, prefix), dtypes)
-        return _by_prefix(made)
+        return _under_prefixes(made)
 
     def _optimizer(
         self,
@@ -329,14 +326,8 @@ def stored_section(contents: Contents, name: str) -> dict[str, object]:
 def _stored_sections(contents: Contents) -> set[str]:
     """Those of which something is stored, and those that had nothing to store (a scaler that is switched off)."""
     found = {str(name) for name in contents.tree} | {key.partition("/")[0] for key in contents.per_rank}
-    return found | _recorded_sections(contents)
-
-
-def _recorded_sections(contents: Contents) -> set[str]:
-    """Those that the TrainState which saved it says it holds."""
-    record = contents.metadata.get(RECORD) if isinstance(contents.metadata, dict) else None
-    names = record.get("sections") if isinstance(record, dict) else None
-    return {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()
+    record = stored_record(contents.metadata, f"iteration {contents.iteration}")
+    return found | (set() if record is None else set(record.sections))
 
 
 def _micro_step(contents: Contents) -> object:
@@ -347,24 +338,43 @@ def _dtypes(model: Mapping[object, object]) -> dict[str, str]:
     return {str(name): stored.dtype for name, stored in model.items() if isinstance(stored, StoredTensor)}
 
 
+def _check_meta(parts: Parts, state: State) -> None:
+    """Raises MismatchError for a model on the meta device to which something refers that would keep what it has."""
+    meta = first_on_meta(state)
+    if meta is not None and (parts.optimizers or _is_fully_sharded(parts.models)):
+        raise MismatchError(
+            f"model: {meta!r} is on the meta device, and an optimizer or fully_shard already refers to it. Make "
+            f"it real first: model.to_empty(device=...)"
+        )
+
+
 def _is_fully_sharded(models: Mapping[str, nn.Module]) -> bool:
     """Whether fully_shard was applied: it goes by the parameters that it has seen."""
     return any(callable(getattr(module, "unshard", None)) for model in models.values() for module in model.modules())
 
 
-def weights_template(models: Mapping[str, nn.Module], section: str, contents: Contents) -> dict[str, object]:
-    """The state to fill for a load of the weights alone. Raises MismatchError if no such section is stored."""
+def weights_template(parts: Parts, section: str, allow: Collection[str], contents: Contents) -> dict[str, object]:
+    """The state to fill for a load of the weights alone; what is allowed and of another shape is left as it is.
+
+    Raises MismatchError if no such section is stored.
+    """
     stored: object = contents.tree
     for name in section.split("/"):
         stored = stored.get(name) if isinstance(stored, dict) else None
     if not isinstance(stored, dict):
         raise MismatchError(
-            f"iteration {contents.iteration} has no section {section!r}; it has {sorted(contents.tree)}. Name the one "
-            f"that holds the model: load_weights(..., section=...)",
+            f"iteration {contents.iteration} has no section {section!r}; it has {sorted(map(str, contents.tree))}. "
+            f"Name the one that holds the model: load_weights(..., section=...)",
             missing=(section,),
         )
-    weights = model_state(models, to_save=False)
+    weights = model_state(parts.models, to_save=False)
+    _check_meta(parts, weights)
+    for name, weight in list(weights.items()):
+        found = stored.get(name)
+        is_other = isinstance(found, StoredTensor) and found.global_shape != tuple(getattr(weight, "shape", ()))
+        if is_other and any(fnmatchcase(f"{section}/{name}", pattern) for pattern in allow):
+            del weights[name]
     state: dict[str, object] = weights
     for name in reversed(section.split("/")):
         state = {name: state}
-    return state | {"restoration": Restoration([partial(put_back, models, weights)])}
+    return state | {"restoration": Restoration([partial(put_back, parts.models, weights)])}

@@ -15,13 +15,19 @@ from torch import Tensor, nn
 from distckpt import Checkpointer, LoadReport, PendingSave, PerRank, SaveReport
 from distckpt.contents import Contents
 from distckpt.coordinator import Coordinator
-from distckpt.errors import CheckpointError, CheckpointNotFoundError
+from distckpt.errors import CheckpointError, CheckpointNotFoundError, MismatchError
 from distckpt.filling import DeviceOf
 from distckpt.index import OnChange
 from distckpt.training.base_checkpoint import BaseCheckpoint
 from distckpt.training.data_position import DataPosition
 from distckpt.training.environment import Differences
-from distckpt.training.learning_rate import check_learning_rate, note_initial_rates, override_learning_rate
+from distckpt.training.learning_rate import (
+    check_learning_rate,
+    follow_schedulers,
+    note_initial_rates,
+    override_learning_rate,
+    unset_overrides,
+)
 from distckpt.training.progress import CheckMode, Progress
 from distckpt.training.random_state import Generator
 from distckpt.training.random_streams import RandomStreams
@@ -31,6 +37,7 @@ from distckpt.training.run_record import RunRecord, stored_arguments
 from distckpt.training.sections import LOADED, SECTIONS, Parts, SectionLoad, saved_sections, weights_template
 
 logger = logging.getLogger("distckpt")
+_OF_RATES = frozenset(("optimizer", "scheduler"))  # sections that have a part in the learning rate
 T = TypeVar("T")
 
 
@@ -102,8 +109,10 @@ class TrainState:
         self._is_fresh = False  # a position was loaded, and no batch given since
         self._is_in_hand = False  # a batch was given to the loop, which has not said what became of it
         self._has_given = False  # batches come from batches()
-        position = self._parts.position
-        self._position = 0, None if position is None else position.counted()  # step, data: at the last save or load
+        # Step and data position at the last save or load; a loader's own is not asked for before it is needed.
+        sampler = None if self._parts.position is None else self._parts.position.sampler
+        counted: object = None if sampler is None else (sampler.epoch, sampler.consumed_samples)
+        self._position = 0, counted
         self._record = RunRecord(
             self._parts, arguments=arguments, assets=assets or {}, base=base, coordinator=coordinator
         )
@@ -260,6 +269,11 @@ class TrainState:
                 f"a batch was given to the loop after step {self.step}, and neither end_step() nor end_micro_step() "
                 f"was called for it: a resume would leave it out. Save after one of them"
             )
+        if self._progress.has_stepped:
+            raise CheckpointError(
+                f"the optimizer has made a step since step {self.step} ended, and end_step() was not called for it: a "
+                f"resume would count it out. Call it after each step of the optimizer, ahead of a save"
+            )
         position = self._parts.position
         if position is None or position.counted() is None:
             return
@@ -318,27 +332,23 @@ class TrainState:
         """
         _check_collection("sections", sections, LOADED)
         _check_collection("allow", allow)
+        overrides = overrides or {}
         load = SectionLoad(self._parts, sections, allow, self._progress.template, self._restore_progress)
-        differences = Differences(())
-        factor: float | None = None
+        compared: list[tuple[Differences, float | None]] = []
         self._record.facts()  # Collective: not where one rank may fail ahead of the others.
 
         def template(contents: Contents) -> dict[str, object]:
-            nonlocal differences, factor
-            factor = check_learning_rate(
-                overrides or {},
-                self._parts.optimizers.values(),
-                self._parts.schedulers(),
-                stored=contents.tree.get("optimizer") if "optimizer" in sections else None,
-                arguments=stored_arguments(contents),
-            )
-            differences = self._record.compare(contents, overrides or {}, allow)
-            return load.template(contents)
+            compared[:] = [self._compare(contents, sections, allow, overrides)]
+            state = load.template(contents)
+            _check_overridden(overrides, load.restoration.begun_anew)
+            return state
 
         allowed = (*allow, *(f"{name}/*" for name in allow if name in SECTIONS))
         report = ckpt.load(template, iteration, allow=allowed, device=device, convert_dtypes=convert_dtypes)
-        self._go_on(report, sections, overrides or {}, factor)
+        ((differences, factor),) = compared
         restored = load.restoration
+        self._go_on(report, sections, overrides, factor, restored.begun_anew)
+        unset = unset_overrides(overrides, self._parts.optimizers.values())
         resumed = ResumeReport(
             step=self.step,
             load=report,
@@ -346,14 +356,36 @@ class TrainState:
             begun_anew=tuple(restored.begun_anew),
             unread=tuple(restored.unread),
             differences=differences,
-            warnings=(*restored.warnings, *_unused(allow, report, differences)),
+            warnings=(*restored.warnings, *unset, *_unused(allow, report, differences)),
         )
         if ckpt.rank == 0:
             _log(resumed)
         return resumed
 
+    def _compare(
+        self,
+        contents: Contents,
+        sections: Collection[str],
+        allow: Collection[str],
+        overrides: Mapping[str, object],
+    ) -> tuple[Differences, float | None]:
+        """What differs from the run that was saved, and by what learning rates are to be multiplied, if they are."""
+        factor = check_learning_rate(
+            overrides,
+            self._parts.optimizers.values(),
+            self._parts.schedulers(),
+            stored=contents.tree.get("optimizer") if "optimizer" in sections else None,
+            arguments=stored_arguments(contents),
+        )
+        return self._record.compare(contents, overrides, allow), factor
+
     def _go_on(
-        self, report: LoadReport, sections: Collection[str], overrides: Mapping[str, object], factor: float | None
+        self,
+        report: LoadReport,
+        sections: Collection[str],
+        overrides: Mapping[str, object],
+        factor: float | None,
+        begun_anew: Collection[str],
     ) -> None:
         """After a load, on all ranks."""
         self._iterator, self._is_fresh = None, True
@@ -362,14 +394,20 @@ class TrainState:
             self._record.note_resume(report.save_id, report.iteration, overrides)
         if factor is not None:
             override_learning_rate(self._parts.optimizers.values(), self._parts.schedulers(), factor)
+        if _OF_RATES & set(begun_anew):
+            follow_schedulers(self._parts.schedulers())
+        if factor is not None or _OF_RATES & set(begun_anew):
             self._progress.expect_learning_rates()
         self._progress.begin_check()
 
     def _restore_progress(self, progress: Mapping[str, object]) -> None:
-        sampler = None if self._parts.position is None else self._parts.position.sampler
-        self._progress.restore(progress, at_epoch_start=sampler is not None and sampler.consumed_samples == 0)
         position = self._parts.position
-        self._position = self.step, None if position is None else position.counted()
+        counted = None if position is None else position.counted()
+        sampler = None if position is None else position.sampler
+        # A loader that keeps one rank's position does not say where an epoch begins.
+        is_start = sampler.consumed_samples == 0 if sampler is not None else position is not None and counted is None
+        self._progress.restore(progress, at_epoch_start=is_start)
+        self._position = self.step, counted
 
     def load_weights(
         self,
@@ -392,7 +430,7 @@ class TrainState:
         def template(contents: Contents) -> dict[str, object]:
             nonlocal digest
             digest = contents.digest
-            return weights_template(self._parts.models, section, contents)
+            return weights_template(self._parts, section, allow, contents)
 
         with Checkpointer(root, coordinator=self._coordinator) as source:
             report = source.load(template, iteration, allow=tuple(allow), device=device, convert_dtypes=convert_dtypes)
@@ -414,11 +452,22 @@ def _check_collection(what: str, given: Collection[str], known: Collection[str] 
         raise ValueError(f"{what}={given!r}: expected a collection{of}")
 
 
+def _check_overridden(overrides: Mapping[str, object], begun_anew: Collection[str]) -> None:
+    """Raises MismatchError for a learning rate that is to be scaled from one that does not go on."""
+    anew = sorted(_OF_RATES & set(begun_anew))
+    if "lr" in overrides and anew:
+        raise MismatchError(
+            f"overrides: 'lr' is given, and the {' and '.join(anew)} of this job begins anew: it has the rate that it "
+            f"was made with. Make it with the one that is wanted, and override nothing"
+        )
+
+
 def _unused(allow: Collection[str], report: LoadReport, differences: Differences) -> Iterator[str]:
     """Warnings of what was allowed and does not exist: a typing error allows nothing."""
     names = [*report.missing, *report.unexpected, *(entry.name for entry in differences.entries)]
     for pattern in allow:
-        if pattern not in SECTIONS and not any(fnmatchcase(name, pattern) for name in names):
+        is_of_optimizer = pattern.startswith(("optimizer/", "schedulers."))  # They allow more than keys.
+        if pattern not in SECTIONS and not is_of_optimizer and not any(fnmatchcase(name, pattern) for name in names):
             yield f"allow: nothing had to be allowed as {pattern!r}"
 
 

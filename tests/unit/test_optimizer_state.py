@@ -34,6 +34,7 @@ class Job:
             return float(loss.detach())
 
         self.optimizer.step(closure)
+        self.train.end_step()
 
     @property
     def groups(self) -> list[dict[str, Any]]:

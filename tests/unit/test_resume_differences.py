@@ -361,3 +361,156 @@ def test_assets_come_back_to_the_byte(tokenizer: Path, tmp_path: Path) -> None:
         extract_assets(checkpointer, tmp_path / "out")
     for file in ("tokenizer.json", "extra/merges.txt"):
         assert (tmp_path / "out" / "tokenizer" / file).read_bytes() == (tokenizer / file).read_bytes()
+
+
+# Rates that are other ones
+
+
+def scheduled(rate: float, make: Any = torch.optim.SGD, steps: int = 0, **options: Any) -> Any:
+    """An optimizer, its scheduler and the training state of both."""
+    model = nn.Linear(2, 2)
+    optimizer = make(model.parameters(), lr=rate)
+    scheduler = LambdaLR(optimizer, lambda step: 0.5**step)
+    train = TrainState(model, optimizer, scheduler=scheduler, **options)
+    for _ in range(steps):
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        scheduler.step()
+        train.end_step(loss=1.0)
+    return train, optimizer, scheduler
+
+
+def saved_of(train: TrainState) -> MemoryStorage:
+    storage = MemoryStorage()
+    with Checkpointer(storage) as checkpointer:
+        train.save(checkpointer)
+    return storage
+
+
+def test_rate_that_the_job_was_made_with_and_is_not_used_is_warned_of() -> None:
+    storage = saved_of(scheduled(0.8, steps=2)[0])
+    train, optimizer, _ = scheduled(0.5)
+    with Checkpointer(storage) as checkpointer:
+        report = train.load(checkpointer)
+    (warning,) = report.warnings
+    assert "initial_lr: 0.8 goes on, as stored; this job's 0.5 is not used" in warning
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.2)
+    again = scheduled(0.8)[0]
+    with Checkpointer(storage) as checkpointer:
+        assert again.load(checkpointer).warnings == ()
+
+
+def test_rate_is_not_overridden_where_its_optimizer_begins_anew() -> None:
+    storage = saved_of(scheduled(0.001, torch.optim.AdamW, steps=2)[0])
+    train, optimizer, _ = scheduled(0.1)
+    with (
+        Checkpointer(storage) as checkpointer,
+        pytest.raises(MismatchError, match="the optimizer of this job begins anew"),
+    ):
+        train.load(checkpointer, allow=("optimizer",), overrides={"lr": 0.1})
+    assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_optimizer_that_begins_anew_takes_the_rate_that_its_scheduler_is_at() -> None:
+    storage = saved_of(scheduled(0.8, torch.optim.AdamW, steps=2)[0])
+    train, optimizer, _ = scheduled(0.8, resume_check="error")
+    with Checkpointer(storage) as checkpointer:
+        train.load(checkpointer, allow=("optimizer",))
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.2)
+
+
+def test_override_stays_in_force_when_the_same_command_is_started_again() -> None:
+    def start(storage: MemoryStorage) -> float:
+        train, optimizer, _ = scheduled(0.8, arguments={"lr": 0.8})
+        with Checkpointer(storage) as checkpointer:
+            train.load(checkpointer, overrides={"lr": 0.4})
+            train.end_step(loss=1.0)
+            train.save(checkpointer)
+        return float(optimizer.param_groups[0]["lr"])
+
+    storage = saved_of(scheduled(0.8, steps=2, arguments={"lr": 0.8})[0])
+    assert [start(storage) for _ in range(3)] == [pytest.approx(0.1)] * 3
+
+
+def test_lineage_of_resumes_goes_on() -> None:
+    storage = saved_of(scheduled(0.8, steps=1)[0])
+    recorded: list[Any] = []
+    for number in range(3):
+        train = scheduled(0.8)[0]
+        with Checkpointer(storage) as checkpointer:
+            train.load(checkpointer, overrides={"lr": 0.4} if number == 0 else None)
+            train.end_step(loss=1.0)
+            train.save(checkpointer)
+            checkpointer.load(lambda contents: recorded.append(contents.metadata) or {})  # type: ignore[func-returns-value]
+    resumes = recorded[-1]["train_state"]["resumed_from"]
+    assert [(one["iteration"], one["overrides"]) for one in resumes] == [(1, {"lr": 0.4}), (2, {}), (3, {})]
+
+
+def test_override_that_is_not_set_anywhere_is_warned_of() -> None:
+    storage = saved_of(scheduled(0.8, steps=1, arguments={"weight_decay": 0.1})[0])
+    train = scheduled(0.8, arguments={"weight_decay": 0.3})[0]
+    with Checkpointer(storage) as checkpointer:
+        report = train.load(checkpointer, overrides={"weight_decay": 0.3})
+    assert report.warnings == (
+        "overrides: 'weight_decay' is recorded, and not set: only 'lr' is. What is stored goes on",
+    )
+
+
+def test_groups_in_another_order_are_no_alarm() -> None:
+    def make(order: int) -> Any:
+        model = nn.Linear(2, 2)
+        groups = [{"params": [model.weight], "lr": 0.1}, {"params": [model.bias], "lr": 0.01}][::order]
+        optimizer = torch.optim.SGD(groups)
+        return model, optimizer, TrainState(model, optimizer, resume_check="error")
+
+    def run(made: Any, steps: int) -> None:
+        model, optimizer, train = made
+        for _ in range(steps):
+            model(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+            train.end_step(loss=1.0)
+
+    first, second = make(1), make(-1)
+    run(first, 8)
+    with Checkpointer(saved_of(first[2])) as checkpointer:
+        second[2].load(checkpointer)
+    run(second, 6)
+    assert second[2].verdict.status == "pass"
+
+
+def test_scheduler_of_another_number_of_groups_is_an_error() -> None:
+    storage = saved_of(scheduled(0.8, steps=1)[0])
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD([{"params": [model.weight]}, {"params": [model.bias]}], lr=0.8)
+    train = TrainState(model, optimizer, scheduler=LambdaLR(optimizer, lambda step: 0.5**step))
+    with (
+        Checkpointer(storage) as checkpointer,
+        pytest.raises(MismatchError, match=r"of 1 parameter groups is stored, and its optimizer has 2"),
+    ):
+        train.load(checkpointer)
+
+
+def test_step_of_the_optimizer_that_was_not_told_is_an_error_at_the_save() -> None:
+    train, optimizer, _ = scheduled(0.8)
+    optimizer.step()
+    with pytest.raises(CheckpointError, match=r"the optimizer has made a step .* end_step\(\) was not called for it"):
+        saved_of(train)
+
+
+def test_data_of_a_loader_that_keeps_one_ranks_position_are_known() -> None:
+    class Loader:
+        def __init__(self, rows: list[int]) -> None:
+            self.dataset = rows
+
+        def state_dict(self) -> dict[str, object]:
+            return {"at": 1}
+
+        def load_state_dict(self, _: dict[str, object]) -> None: ...
+
+    storage = saved_of(TrainState(nn.Linear(2, 2), dataloader=Loader([1, 2, 3])))
+    with Checkpointer(storage) as checkpointer:
+        TrainState(nn.Linear(2, 2), dataloader=Loader([1, 2, 3])).load(checkpointer)
+        other = TrainState(nn.Linear(2, 2), dataloader=Loader([1, 2, 4]))
+        with pytest.raises(MismatchError, match="data: the position is one in other data: the fingerprint is"):
+            other.load(checkpointer)
+        other.load(checkpointer, allow=("data",))

@@ -273,3 +273,19 @@ def test_buffers_of_an_adapter_are_stored_with_it_and_those_of_its_base_are_not(
     with Checkpointer(tmp_path / "adapter") as checkpointer:
         TrainState(Scaled(nn.Sequential(target[0], target[2])), base=loaded).save(checkpointer)
         assert set(checkpointer.read(keys=["model"])["model"]) == {"gain", "count"}  # type: ignore[call-overload]
+
+
+def test_head_of_another_size_keeps_its_weights_when_allowed(base: Path) -> None:
+    target = nn.Sequential(*model(0.0)[:2], nn.Linear(4, 7))
+    before = target[2].weight.clone()
+    with pytest.raises(MismatchError, match=r"model/2.weight: the state has \(7, 4\), stored is \(2, 4\)"):
+        TrainState(target).load_weights(base)
+    TrainState(target).load_weights(base, allow=("model/2.*",))
+    assert torch.equal(target[2].weight, before)
+    assert torch.equal(target[0].weight, stored_weight(base))
+
+
+def test_weights_of_a_meta_model_with_an_optimizer_are_refused(base: Path) -> None:
+    target = model(0.0, device="meta")
+    with pytest.raises(MismatchError, match="on the meta device, and an optimizer"):
+        TrainState(target, torch.optim.SGD(target.parameters(), lr=0.1)).load_weights(base)
