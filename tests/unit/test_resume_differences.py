@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import ExponentialLR, LambdaLR, LinearLR, SequentialLR
 
-from distckpt import BaseCheckpoint, Checkpointer, CorruptionError, MismatchError, TrainState
+from distckpt import BaseCheckpoint, Checkpointer, CheckpointError, CorruptionError, MismatchError, TrainState
 from distckpt.coordinator import Coordinator
 from distckpt.testing import MemoryStorage, run_ranks
 from distckpt.training.assets import extract_assets
