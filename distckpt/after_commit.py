@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -119,9 +118,12 @@ class AfterCommit:
             free = storage.free_space()
             if self._free_before is None and free is not None:
                 self._free_before = free.size_bytes
-            with nullcontext() if copier is None else copier.lock:
-                spared = None if copier is None else copier.held
-                retire_superfluous(storage, self.retention, first_epoch=first_epoch, unsound=unsound, spared=spared)
+            retire = partial(retire_superfluous, storage, self.retention, first_epoch=first_epoch, unsound=unsound)
+            if copier is None:
+                retire()
+            else:
+                with copier.giving_up() as may_retire:
+                    retire(may_retire=may_retire)
             sweep(storage, grace_s=self.grace_s)
         except FencedError:
             return  # What lies here is a newer job's business now.

@@ -12,8 +12,8 @@ import logging
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -69,7 +69,7 @@ class _Stopped(Exception):
 class Copier:
     """Copies from one root to another. Rank 0's; safe to use from any thread.
 
-    log: takes the line of a copy. lock: held by whoever retires checkpoints of the source, with `held` spared.
+    log: takes the line of a copy. No lock is held over anything that can take time: saves must not wait for it.
     """
 
     source: Storage
@@ -78,8 +78,9 @@ class Copier:
     timeout_s: float
     world_size: int
     log: Callable[[HistoryLine, Writer], None]
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    held: Commit | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _held: Commit | None = None  # which is being copied
+    _retiring: set[Commit] = field(default_factory=set)
     _waiting: set[Commit] = field(default_factory=set)
     _failures: Counter[Commit] = field(default_factory=Counter)
     _stop: threading.Event = field(default_factory=threading.Event)
@@ -91,17 +92,34 @@ class Copier:
 
     def submit(self, commit: Commit, writer: Writer, *, first_epoch: int) -> None:
         """Copy a commit when its turn comes. first_epoch: the oldest epoch whose copies may go."""
-        with self.lock:
+        with self._lock:
             self._waiting.add(commit)
         self._worker.submit(partial(self._work, writer, first_epoch))
 
+    @contextmanager
+    def giving_up(self) -> Iterator[Callable[[Commit], bool]]:
+        """For whoever retires checkpoints of the source in the body: asks of each whether it may go. One that is being
+        copied may not; the copy of one that may does not begin meanwhile."""
+        try:
+            yield self._may_retire
+        finally:
+            with self._lock:
+                self._retiring.clear()
+
+    def _may_retire(self, commit: Commit) -> bool:
+        with self._lock:
+            if commit == self._held:
+                return False
+            self._retiring.add(commit)
+            return True
+
     def close(self, timeout_s: float) -> None:
         """Wait for what is being copied, and for the newest that is not yet; then stop."""
-        with self.lock:
+        with self._lock:
             self._waiting = {max(self._waiting)} if self._waiting else set()
         if not self._worker.wait(timeout_s):
             self._stop.set()
-            left = self.held
+            left = self._held
             what = "a copy" if left is None else f"copying iteration {left.iteration}"
             logger.warning(
                 "%s to %s is not done after %g s, and is given up; the next job goes on with it",
@@ -123,13 +141,13 @@ class Copier:
                 self._tidy(writer, first_epoch)
             except FencedError as error:
                 logger.warning("%s is copied to no more: %s", self.target.location, error)
-                with self.lock:
+                with self._lock:
                     self._waiting.clear()
             except _Stopped:
                 return
             finally:
-                with self.lock:
-                    self.held = None
+                with self._lock:
+                    self._held = None
 
     def _look_back(self) -> None:
         """Once: what an earlier job of this root committed, and did not get to copy."""
@@ -140,14 +158,14 @@ class Copier:
             logger.warning("what was not copied to %s yet is not known: %s", self.target.location, error)
             return
         self._has_looked_back = True
-        with self.lock:
+        with self._lock:
             self._waiting.update(earlier)
 
     def _hold_next(self, tried: set[Commit]) -> Commit | None:
-        with self.lock:
-            left = self._waiting - tried
-            self.held = None if self._stop.is_set() else max(left, default=None)
-            return self.held
+        with self._lock:
+            left = self._waiting - tried - self._retiring
+            self._held = None if self._stop.is_set() else max(left, default=None)
+            return self._held
 
     def _copy(self, commit: Commit, writer: Writer) -> None:
         pauses = iter(RETRY_AFTER_S)
@@ -177,7 +195,7 @@ class Copier:
     def _copy_once(self, commit: Commit, writer: Writer, tries: int) -> None:
         writer.check_fences()
         if self._is_outlived(commit):
-            with self.lock:
+            with self._lock:
                 self._waiting.discard(commit)
             return
         if commit in unsound_commits(self.source, [commit]):
@@ -192,7 +210,7 @@ class Copier:
             may_publish=writer.check_fences,
             on_bytes=self._look_up,
         )
-        with self.lock:
+        with self._lock:
             self._waiting.discard(commit)
         self.log(line_of(replace(report, tries=tries), self.world_size), writer)
         logger.info("copied iteration %d to %s in %.1f s", commit.iteration, self.target.location, report.seconds)
@@ -215,7 +233,7 @@ class Copier:
         """For now, or for good."""
         self._failures[commit] += 1
         is_gone = self._is_gone(commit)
-        with self.lock:
+        with self._lock:
             if is_gone or self._failures[commit] >= _ROUNDS:
                 self._waiting.discard(commit)
         if is_gone:
@@ -226,7 +244,7 @@ class Copier:
 
     def _make_room(self, writer: Writer) -> None:
         """Sweep the target, but not what the copies that wait have there: they go on with it."""
-        with self.lock:
+        with self._lock:
             waiting = set(self._waiting)
         for commit in waiting:
             with suppress(FileNotFoundError, CheckpointError):

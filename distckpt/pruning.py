@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import msgspec
 
@@ -111,12 +111,12 @@ def retire_superfluous(
     *,
     first_epoch: int = 0,
     unsound: Collection[Commit] = (),
-    spared: Commit | None = None,
+    may_retire: Callable[[Commit], bool] = lambda _: True,
 ) -> list[Commit]:
     """Retire what a policy gives up; which that was. For the job itself, after a commit; the files go at a sweep.
 
     first_epoch: see distckpt.retention.judge. unsound: commits that this job knows not to be what was written.
-    spared: what stays for now, as it is being read. Raises OSError.
+    may_retire: asked of each that is to go, just before; what it refuses stays for now. Raises OSError.
     """
     commits = list_commits(storage)
     if not retention.has_rules and retention.max_bytes is None:
@@ -127,7 +127,7 @@ def retire_superfluous(
             return []
     records = survey(storage, commits)
     verdicts = _judge(storage, records, retention, first_epoch=first_epoch, unsound=unsound)
-    return _retire(storage, [verdict for verdict in verdicts if verdict.commit != spared], records)
+    return _retire(storage, [verdict for verdict in verdicts if verdict.stays or may_retire(verdict.commit)], records)
 
 
 def _judge(

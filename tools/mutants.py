@@ -499,8 +499,8 @@ MUTANTS = (
     Mutant(
         "copy: retention takes what is being copied",
         "distckpt/pruning.py",
-        "if verdict.commit != spared",
-        "if True",
+        "if verdict.stays or may_retire(verdict.commit)",
+        "",
         COPIER,
     ),
     Mutant(

@@ -26,6 +26,7 @@ from distckpt import (
 )
 from distckpt.commit import Commit, Writer, list_commits, read_index, read_tracker, writer_epochs
 from distckpt.coordinator import Coordinator
+from distckpt.copier import Copier
 from distckpt.copying import copy_commit
 from distckpt.storage import Storage
 from distckpt.testing import Crash, CrashingStorage, MemoryStorage, run_ranks
@@ -200,6 +201,53 @@ def test_slow_copy_delays_neither_saves_nor_cleaning_up() -> None:
         assert 4 in checkpointer.iterations()
         assert {2, 3}.isdisjoint(checkpointer.iterations())
         second.gate.set()
+
+
+def test_removal_that_hangs_delays_neither_the_next_save_nor_close(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distckpt.after_commit._LAST_LINES_S", 0.05)
+
+    class Stuck(MemoryStorage):
+        is_stuck = False
+        gate, is_waiting = threading.Event(), threading.Event()
+
+        def remove(self, name: str) -> None:
+            if self.is_stuck and "/index-" in name:
+                self.is_waiting.set()
+                assert self.gate.wait(30)
+            super().remove(name)
+
+    root = Stuck()
+    checkpointer = Checkpointer(root, keep_last=1, copy_to=Copy(MemoryStorage()), timeout_s=0.5)
+    checkpointer.save(state_of(1), iteration=1)
+    copier = checkpointer._after_commit.copier
+    assert copier is not None
+    assert copier._worker.wait(30)
+    root.is_stuck = True
+    checkpointer.save(state_of(2), iteration=2)
+    assert root.is_waiting.wait(30)
+    others = threading.Thread(target=lambda: (checkpointer.save(state_of(3), iteration=3), checkpointer.close()))
+    others.start()
+    others.join(10)
+    is_done = not others.is_alive()
+    root.gate.set()
+    others.join(30)
+    assert is_done
+
+
+def test_what_is_being_retired_is_not_begun_to_be_copied() -> None:
+    root, second = MemoryStorage(), MemoryStorage()
+    with Checkpointer(root) as checkpointer:
+        checkpointer.save(state_of(1), iteration=1)
+    [commit], writer = list_commits(root), Writer.claim(root, second)
+    copier = Copier(root, second, Copy(second), 30, 1, lambda *_: None)
+    with copier.giving_up() as may_retire:
+        assert may_retire(commit)
+        copier.submit(commit, writer, first_epoch=0)
+        assert copier._worker.wait(30)
+        assert iterations_in(second) == []
+    copier.submit(commit, writer, first_epoch=0)
+    assert copier._worker.wait(30)
+    assert iterations_in(second) == [1]
 
 
 # Failures
