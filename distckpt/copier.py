@@ -12,11 +12,12 @@ import logging
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+from distckpt.cataloging import Record, survey, tag_holders
 from distckpt.commit import (
     Commit,
     Writer,
@@ -218,7 +219,8 @@ class Copier:
     def _is_outlived(self, commit: Commit) -> bool:
         """Whether retention there would take it at once."""
         newer = {other.iteration for other in list_commits(self.target) if other > commit}
-        return self.wanted.keep_last is not None and len(newer) >= self.wanted.keep_last
+        is_outlived = self.wanted.keep_last is not None and len(newer) >= self.wanted.keep_last
+        return is_outlived and commit not in _protected(_labelled(self.source))
 
     def _look_up(self, _: int) -> None:
         if self._stop.is_set():
@@ -254,13 +256,43 @@ class Copier:
         sweep(self.target, grace_s=self.wanted.removal_grace_s)
 
     def _tidy(self, writer: Writer, first_epoch: int) -> None:
-        """After a copy: retention there, and labels that came since. What fails is done after the next one."""
+        """After a copy: labels that came since, then retention there. What fails is done after the next one."""
         try:
             writer.check_fences()
-            retire_superfluous(self.target, Retention(keep_last=self.wanted.keep_last), first_epoch=first_epoch)
-            for commit in set(list_commits(self.target)).intersection(list_commits(self.source)):
-                with suppress(CheckpointError, FileNotFoundError):
-                    copy_labels(self.source, self.target, commit, read_head(self.source, commit).save_id)
+            spared = self._bring_labels()
+            retire_superfluous(
+                self.target,
+                Retention(keep_last=self.wanted.keep_last),
+                first_epoch=first_epoch,
+                may_retire=lambda commit: commit not in spared,
+            )
             self._make_room(writer)
         except OSError as error:
             logger.warning("cleaning up in %s failed, the copies are safe: %s", self.target.location, error)
+
+    def _bring_labels(self) -> set[Commit]:
+        """To all copies; those that must stay, as they are protected in the source, or that may not be known."""
+        records = _labelled(self.source)
+        spared = _protected(records)
+        there = set(list_commits(self.target))
+        for record in records:
+            if record.head is None:
+                spared.add(record.commit)
+            elif record.commit in there:
+                try:
+                    copy_labels(self.source, self.target, record.commit, record.head.save_id)
+                except (CheckpointError, FileNotFoundError) as error:
+                    logger.warning("the labels of %s are not brought over: %s", record.commit.name, error)
+                    spared.add(record.commit)
+        return spared
+
+
+def _labelled(storage: Storage) -> list[Record]:
+    return survey(storage, list_commits(storage), labelled_only=True)
+
+
+def _protected(records: Iterable[Record]) -> set[Commit]:
+    """Those that no retention may take, going by their labels; ones that cannot be read may have been a pin."""
+    records = list(records)
+    read = {r.commit for r in records if r.labels.labels.pinned or r.labels.damage is not None}
+    return read | set(tag_holders(records).values())

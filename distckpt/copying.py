@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias
+
+import msgspec
 
 from distckpt._C import Memory, crc32c
 from distckpt.checkpoint_files import BlockFile, CheckedFile, OnBytes, is_damage
@@ -39,6 +40,7 @@ from distckpt.commit import (
 from distckpt.errors import CheckpointError, CorruptionError
 from distckpt.heartbeat import Heartbeat
 from distckpt.index import MAX_INDEX_BYTES, Index
+from distckpt.labels import Labels, ReadLabels, change_labels, read_labels
 from distckpt.parity import ParityRecord, open_parity, put_record, read_record
 from distckpt.report import CopyReport
 from distckpt.selecting import open_selected, select_commits
@@ -47,8 +49,6 @@ from distckpt.storage import PosixStorage, Storage, WriteFile, new_file
 logger = logging.getLogger("distckpt")
 _WINDOW_BYTES = 8 << 20
 _STEP_S = 0.2
-_MAX_LABELS_BYTES = 16 << 20
-_LABELS = re.compile(r"labels-\d+-([0-9a-f]{32})\.json")
 _OpenFile: TypeAlias = Callable[[Storage], BlockFile]
 OFFLINE = b"copy"  # content of the marker of a copy that no job makes: it dies of age alone
 
@@ -124,14 +124,26 @@ def copy_commit(
 
 
 def copy_labels(source: Storage, target: Storage, commit: Commit, save_id: str) -> None:
-    """Put the labels of a checkpoint beside its copy that are not there yet: each change of them is a new file."""
-    there = set(target.list(commit.directory))
-    for name in source.list(commit.directory):
-        match = _LABELS.fullmatch(name)
-        if match is not None and match[1] == save_id and name not in there:
-            with suppress(FileNotFoundError, CorruptionError):  # Changed again since; or too long for labels.
-                data = read_file(source, f"{commit.directory}/{name}", _MAX_LABELS_BYTES)
-                target.put_if_absent(f"{commit.directory}/{name}", data)
+    """Add the labels of a checkpoint to those of its copy, which has labels of its own: nothing is taken from it.
+
+    Raises CheckpointNotFoundError if the copy is, or may be, removed meanwhile; CheckpointError; OSError.
+    """
+    found = read_labels(source, commit.directory, save_id)
+    if found.number:
+        change_labels(target, commit, save_id, partial(_with_labels, found))
+
+
+def _with_labels(found: ReadLabels, labels: Labels) -> Labels:
+    """The labels of a copy, with those of its source. What cannot be read there may have been a pin."""
+    of_source = found.labels
+    tags = {tag: max(number, labels.tags.get(tag, 0)) for tag, number in of_source.tags.items()}
+    return msgspec.structs.replace(
+        labels,
+        tags=labels.tags | tags,
+        note=of_source.note or labels.note,
+        pinned=labels.pinned or of_source.pinned or found.damage is not None,
+        metrics=labels.metrics | of_source.metrics,
+    )
 
 
 @dataclass(slots=True)

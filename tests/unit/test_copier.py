@@ -137,6 +137,43 @@ def test_copy_of_a_job_that_has_not_loaded_takes_nothing_from_earlier_ones() -> 
     assert iterations_in(second) == [5]
 
 
+@pytest.mark.parametrize("labels", [{"pinned": True}, {"add_tags": ["best"]}], ids=["pin", "tag"])
+@pytest.mark.parametrize("where", ["source", "copy"])
+def test_copy_that_was_labelled_in_either_root_after_it_was_made_stays(labels: dict[str, object], where: str) -> None:
+    root, second = MemoryStorage(), MemoryStorage()
+    with Checkpointer(root, copy_to=Copy(second, keep_last=1, removal_grace_s=0)) as checkpointer:
+        copier = checkpointer._after_commit.copier
+        assert copier is not None
+        for iteration in (1, 2, 3):
+            checkpointer.save(state_of(iteration), iteration=iteration)
+            assert copier._worker.wait(30)
+            if iteration == 1:
+                distckpt.label(root if where == "source" else second, 1, **labels)  # type: ignore[arg-type]
+                distckpt.label(root, 1, note="a change there, too")
+    assert iterations_in(second) == [3, 1]
+    assert {entry.note for entry in distckpt.catalog(second)} == {"", "a change there, too"}
+
+
+def test_protected_checkpoint_is_copied_although_newer_ones_would_outlive_it() -> None:
+    root, second = MemoryStorage(), MemoryStorage()
+    with Checkpointer(root) as checkpointer:
+        for iteration in (1, 2, 3):
+            checkpointer.save(state_of(iteration), iteration=iteration)
+    distckpt.label(root, 1, pinned=True)
+    run_job(root, Copy(second, keep_last=1), 4)
+    assert iterations_in(second) == [4, 1]
+
+
+def test_tag_that_names_another_copy_leaves_the_one_that_has_it_in_the_source() -> None:
+    root, second = MemoryStorage(), MemoryStorage()
+    run_job(root, second, 1, 2)
+    distckpt.label(second, 1, add_tags=["best"])
+    distckpt.label(second, 2, add_tags=["best"])
+    distckpt.label(root, 1, add_tags=["best"])
+    run_job(root, Copy(second, keep_last=1), 3, resume=True)
+    assert 1 in iterations_in(second)
+
+
 def test_checkpoint_that_is_being_copied_is_not_retired_until_it_is() -> None:
     root, second = MemoryStorage(), Gated(1)
     with Checkpointer(root, keep_last=1, removal_grace_s=0, copy_to=Copy(second)) as checkpointer:

@@ -13,6 +13,7 @@ from distckpt import Checkpointer, CheckpointError, CheckpointNotFoundError, Cor
 from distckpt.commit import find_commits, list_commits, pending_marker, read_head, read_tracker
 from distckpt.coordinator import Coordinator
 from distckpt.copying import copy_checkpoint
+from distckpt.labels import Labels, read_labels
 from distckpt.removing import STALE_AFTER_S, sweep
 from distckpt.storage import PosixStorage
 from distckpt.storage.contract import read_all
@@ -99,17 +100,39 @@ def test_copying_again_copies_nothing(saved: MemoryStorage) -> None:
     assert not [call for call in counting.calls if call.startswith(("create", "write", "replace", "put_if_absent"))]
 
 
+def labels_of(storage: MemoryStorage) -> Labels:
+    [commit] = list_commits(storage)
+    return read_labels(storage, commit.directory, read_head(storage, commit).save_id).labels
+
+
 def test_labels_that_came_since_are_copied_to_a_copy_that_is_there() -> None:
     source, target = saved_root(10), MemoryStorage()
     copy_checkpoint(source, target)
-    [commit] = list_commits(source)
-    name = f"{commit.directory}/labels-000001-{read_head(source, commit).save_id}.json"
-    source.put_if_absent(name, b"{}")
-    foreign = name.replace("/labels-000001", "/labels-000002").replace(name[-10:], "0000.json")
-    source.put_if_absent(foreign, b"{}")
+    distckpt.label(source, 10, add_tags=["best"], note="good", metrics={"loss": 1.0})
     copy_checkpoint(source, target)
-    assert read_all(target, name) == b"{}"
-    assert foreign not in tree(target)
+    assert labels_of(target) == labels_of(source)
+
+
+def test_labels_of_a_copy_are_never_taken_from_it() -> None:
+    source, target = saved_root(10), MemoryStorage()
+    copy_checkpoint(source, target)
+    distckpt.label(target, 10, add_tags=["mine"], pinned=True, note="old", metrics={"loss": 9.0, "other": 3.0})
+    for loss in (1.0, 2.0, 3.0):
+        distckpt.label(source, 10, add_tags=["best"], note="good", metrics={"loss": loss})
+        copy_checkpoint(source, target)
+    found = labels_of(target)
+    assert (found.tags.keys(), found.note, found.pinned) == ({"best", "mine"}, "good", True)
+    assert found.metrics == {"loss": 3.0, "other": 3.0}
+    assert len([name for name in files_of(target, 10) if "/labels-" in name]) == 2
+
+
+def test_labels_that_cannot_be_read_are_a_pin_of_the_copy() -> None:
+    source, target = saved_root(10), MemoryStorage()
+    distckpt.label(source, 10, note="good")
+    [name] = [name for name in files_of(source, 10) if "/labels-" in name]
+    change(source, name, flip(30))
+    copy_checkpoint(source, target)
+    assert labels_of(target).pinned
 
 
 def test_other_checkpoint_of_the_same_place_is_never_replaced(saved: MemoryStorage) -> None:

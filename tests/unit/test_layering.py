@@ -75,6 +75,7 @@ ALLOWED: dict[str, set[str]] = {
         *(
             "errors",
             "storage",
+            "cataloging",
             "commit",
             "copying",
             "pruning",
@@ -106,7 +107,18 @@ ALLOWED: dict[str, set[str]] = {
     "opening": VALUES | PORTS | {"index", "planner", "protecting"},
     "copying": VALUES
     | FORMAT
-    | {"_C", "storage", "checkpoint_files", "commit", "heartbeat", "parity", "removing", "report", "selecting"},
+    | {
+        "_C",
+        "storage",
+        "checkpoint_files",
+        "commit",
+        "heartbeat",
+        "labels",
+        "parity",
+        "removing",
+        "report",
+        "selecting",
+    },
     "parity": VALUES | FORMAT | {"_C", "storage", "commit", "checkpoint_files"},
     "rebuilding": VALUES | FORMAT | {"_C", "storage", "assembling", "commit", "checkpoint_files"},
     "repairing": VALUES
