@@ -100,6 +100,8 @@ def copy_commit(
         pending = pending_marker(commit.iteration, index.save_id)
         target.make_directory(commit.directory)
         target.replace(pending, marker)  # Whoever began this copy before, it is ours now.
+        # It was retired here once: its files are no garbage any more. In this order: one of the two is always there.
+        target.remove(f"{commit.directory}/retired-{index.save_id}")
         with Heartbeat(target, pending, active=True):
             copy.copy_files()
             # Directory first: the index must not name a file that a crash can lose.
@@ -108,6 +110,7 @@ def copy_commit(
             if not target.put_if_absent(commit.name, data) and not copy.is_there(data):
                 raise CheckpointError(f"{commit.name} was put into {target.location} meanwhile, of another save")
             may_publish()  # Again: a newer job may have swept our files away before the index was there.
+            copy.check_names()
         target.remove(pending)
     if list_commits(target)[0] == commit and read_tracker(target) != commit.iteration:
         target.replace(TRACKER, str(commit.iteration).encode())
@@ -188,6 +191,20 @@ class _Copy:
         if verified.rpartition("/")[2] in self.source.list(directory):
             self.target.put_if_absent(verified, b"")
 
+    def check_names(self) -> None:
+        """After the index was put: that nobody has swept away a file that it names, or there is no copy. Raises
+        CheckpointError."""
+        directory = self.commit.directory
+        named = {self.index.chunk_table.name, *(file.name for file in self.index.files)}
+        gone = sorted(named - set(self.target.list(directory)))
+        if gone:
+            self.target.remove(self.commit.name)
+            self.target.sync_directory(directory)
+            raise CheckpointError(
+                f"{self.target.location}: {len(gone)} files of iteration {self.commit.iteration} were removed while it "
+                f"was copied, {gone[0]} first: it is not there. Copy it again."
+            )
+
     def _parity(self) -> ParityRecord | None:
         """A checkpoint whose parity is damaged is copied without it."""
         try:
@@ -246,16 +263,23 @@ class _Copy:
 
     def _copy_table(self, there: set[str]) -> None:
         table = self.index.chunk_table
-        if table.name in there:
-            with suppress(CorruptionError):
-                _read_table(self.target, self.commit.directory, self.index)
-                self.on_bytes(table.size_bytes)
-                return
+        if table.name in there and self._has_table():
+            self.on_bytes(table.size_bytes)
+            return
         content = _read_table(self.source, self.commit.directory, self.index)
         with self._put(table.name, table.size_bytes) as out:
             out.write(0, content)
         self.bytes_copied += len(content)
         self.on_bytes(len(content))
+
+    def _has_table(self) -> bool:
+        try:
+            _read_table(self.target, self.commit.directory, self.index)
+        except (CorruptionError, OSError) as error:
+            if not is_damage(error):
+                raise
+            return False
+        return True
 
     @contextmanager
     def _put(self, name: str, size_bytes: int) -> Iterator[WriteFile]:

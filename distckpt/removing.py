@@ -176,7 +176,7 @@ def _garbage(storage: Storage, iteration: int, grace_s: float) -> list[str]:
             is_being_retired = save_id in groups.retired and not _is_older(storage, retired, RETIRING_S)
             garbage += [f for f in markers if not (is_being_retired and f.startswith("retired-"))]
             continue
-        is_under_way = save_id in groups.pending - groups.retired and not _is_dead(storage, pending)
+        is_under_way = save_id in groups.pending and not _is_dead(storage, pending)
         has_grace = save_id in groups.retired and not _is_older(storage, retired, grace_s)
         if not is_under_way and not has_grace:
             garbage += [f for f in files if f not in markers] + markers

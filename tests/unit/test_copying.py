@@ -20,7 +20,7 @@ from distckpt.storage.contract import read_all
 from distckpt.testing import Crash, CrashingStorage, MemoryStorage, run_ranks
 from tests.unit.damage import change, flip
 from tests.unit.protocol import Clock, io_error, tree
-from tests.unit.saved_roots import check_loads, save, saved_root
+from tests.unit.saved_roots import RANKS, check_loads, save, saved_root
 
 
 @pytest.fixture(scope="module")
@@ -282,6 +282,56 @@ def test_copy_is_announced_before_its_files_and_the_marker_goes_last(saved: Memo
     [removed] = [i for i, call in enumerate(changes) if call == f"remove {marker}"]
     moved = [i for i, call in enumerate(changes) if call.startswith("move")]
     assert announced < min(moved) < max(moved) < committed < removed
+
+
+def test_copy_of_what_retention_there_gave_up_once_is_no_garbage_while_it_is_made(saved: MemoryStorage) -> None:
+    clock = Clock()
+    target = MemoryStorage(clock=clock)
+    copy_checkpoint(saved, target, 10)
+    copy_checkpoint(saved, target, 20)
+    assert [one.iteration for one in distckpt.prune(target, distckpt.Retention(keep_last=1)).removed] == [10]
+    clock.now_s += 3600.0
+    swept: list[str] = []
+    copy_checkpoint(saved, target, 10, on_bytes=lambda _: swept.extend(sweep(target, grace_s=0)))
+    assert swept == []
+    assert files_of(target, 10) == files_of(saved, 10)
+
+
+@pytest.mark.parametrize("part", ["/shard-00001", "/chunks-"])
+def test_copy_that_loses_a_file_before_it_is_committed_is_none(saved: MemoryStorage, part: str) -> None:
+    [name] = [name for name in files_of(saved, 20) if part in name]
+
+    class Swept(MemoryStorage):
+        def put_if_absent(self, new: str, data: bytes) -> bool:
+            if "/index-" in new:
+                self.remove(name)
+            return super().put_if_absent(new, data)
+
+    target = Swept()
+    with pytest.raises(CheckpointError, match=f"1 files of iteration 20 were removed while .*{part[1:]}"):
+        copy_checkpoint(saved, target)
+    assert list_commits(target) == list_commits(target.power_cut()) == []
+    assert len(shard_names(target, 20)) + (part != "/chunks-") >= RANKS
+
+
+def test_chunk_table_that_is_gone_when_it_is_looked_at_is_copied(saved: MemoryStorage) -> None:
+    [name] = [name for name in files_of(saved, 20) if "/chunks-" in name]
+
+    class Swept(MemoryStorage):
+        def open(self, opened: str):  # type: ignore[no-untyped-def]
+            if opened == name and not self.is_swept:
+                self.is_swept = True
+                self.remove(name)
+            return super().open(opened)
+
+        is_swept = True
+
+    target = Swept()
+    copy_checkpoint(saved, target)
+    target.remove(list_commits(target)[0].name)
+    target.is_swept = False
+    copy_checkpoint(saved, target)
+    assert files_of(target, 20) == files_of(saved, 20)
 
 
 # Bandwidth
