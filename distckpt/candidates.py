@@ -25,13 +25,11 @@ def find_candidates(
     select: Callable[[Storage], list[Commit]],
     *,
     by_branch: bool,
-    names_one: bool = False,
 ) -> list[Candidate]:
     """What `select` finds in each root, best first; of a commit that several have, the nearest first.
 
     select: raises CheckpointNotFoundError where there is nothing. by_branch: in the order of by_lineage, for what comes
-    after the newest. names_one: what is found best in the nearest root that has anything, and its copies, and no other.
-    Raises CheckpointNotFoundError if no root has anything; OSError if one cannot be looked at: it may
+    after the newest. Raises CheckpointNotFoundError if no root has anything; OSError if one cannot be looked at: it may
     have the newest.
     """
     found: list[list[Commit]] = []
@@ -45,9 +43,6 @@ def find_candidates(
     if len(missing) == len(storages):
         near = tuple(path for error in missing for path in error.candidates)
         raise CheckpointNotFoundError("; ".join(map(str, missing)), candidates=near)
-    if names_one:
-        named = next(commits[0] for commits in found if commits)
-        found = [[commit for commit in list_commits(storage) if commit == named] for storage in storages]
     if len(storages) == 1:
         [commits] = found
         return [Candidate(commit) for commit in (by_lineage(storages[0], commits) if by_branch else commits)]
@@ -55,6 +50,11 @@ def find_candidates(
     if by_branch:
         ordered = order_by_lineage(ordered, _heads(storages, found))
     return [Candidate(commit, root) for commit in ordered for root, commits in enumerate(found) if commit in commits]
+
+
+def copies_of(storages: Sequence[Storage], commit: Commit) -> list[Candidate]:
+    """A commit in the roots that have it. Raises OSError."""
+    return [Candidate(commit, root) for root, storage in enumerate(storages) if commit in list_commits(storage)]
 
 
 def _heads(storages: Sequence[Storage], found: Sequence[Sequence[Commit]]) -> dict[Commit, IndexHead]:

@@ -201,18 +201,22 @@ def newest_by_iteration(commits: Iterable[Commit]) -> list[Commit]:
     return list(newest.values())
 
 
-def newest_verified(storage: Storage) -> Commit | None:
-    """The newest commit that was read back after it was saved, if its iteration was not committed again; None if none
-    was. Raises OSError."""
-    for commit in newest_by_iteration(list_commits(storage)):
-        try:
-            save_id = read_head(storage, commit).save_id
-        except (CorruptionError, FileNotFoundError):
-            continue
-        marker = verified_marker(commit.iteration, save_id)
-        if marker.rpartition("/")[2] in storage.list(commit.directory):
+def newest_verified(*storages: Storage) -> Commit | None:
+    """The newest commit of roots that was read back after it was saved, if its iteration was not committed again; None
+    if none was. Raises OSError."""
+    commits = {commit for storage in storages for commit in list_commits(storage)}
+    for commit in newest_by_iteration(commits):
+        if any(_is_verified(storage, commit) for storage in storages):
             return commit
     return None
+
+
+def _is_verified(storage: Storage, commit: Commit) -> bool:
+    try:
+        save_id = read_head(storage, commit).save_id
+    except (CorruptionError, FileNotFoundError):
+        return False
+    return verified_marker(commit.iteration, save_id).rpartition("/")[2] in storage.list(commit.directory)
 
 
 def newest_verified_iteration(storage: Storage) -> int | None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from distckpt.adapters import ADAPTERS
 from distckpt.applying import apply_request
-from distckpt.candidates import Candidate, find_candidates
+from distckpt.candidates import Candidate, copies_of, find_candidates
 from distckpt.checkpoint_files import check_files_hold, is_damage
 from distckpt.commit import Commit, decode_index_of, read_index, tracker_warning
 from distckpt.contents import Contents
@@ -39,7 +39,7 @@ from distckpt.matching import (
 )
 from distckpt.repairing import rebuild_damaged
 from distckpt.report import LoadReport, slowest_ranks
-from distckpt.selecting import parse_selector, select_commits, selector_text
+from distckpt.selecting import parse_selector, select_commits, select_one, selector_text
 from distckpt.shared_reading import row_bytes
 from distckpt.state_dict import FlatState, flatten
 from distckpt.storage import Storage
@@ -331,12 +331,11 @@ class Load:
 
     def _candidates(self) -> list[Candidate]:
         """Rank 0: in the order in which they are to be tried."""
-        selector = self.iteration
+        selector, storages = self.iteration, self.context.storages
+        if isinstance(selector, str):
+            return copies_of(storages, select_one(storages, selector))
         return find_candidates(
-            self.context.storages,
-            lambda storage: select_commits(storage, selector),
-            by_branch=bool(self._failed),
-            names_one=isinstance(selector, str),
+            storages, lambda storage: select_commits(storage, selector), by_branch=bool(self._failed)
         )
 
     def _compare(self, index: Index) -> _Differences:

@@ -16,13 +16,13 @@ from __future__ import annotations
 import operator
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
 from distckpt.cataloging import Record, survey, tag_holders
 from distckpt.commit import Commit, find_commits, iteration_of, list_commits, newest_by_iteration, newest_verified
 from distckpt.errors import CheckpointError, CheckpointNotFoundError
-from distckpt.metrics import check_name
+from distckpt.metrics import Metrics, check_name
 from distckpt.roots import open_root
 from distckpt.storage import Storage
 from distckpt.surroundings import describe_iteration, not_found
@@ -80,23 +80,58 @@ def select_commits(storage: Storage, selector: Selector) -> list[Commit]:
     wanted = parse_selector(selector)
     if not isinstance(wanted, str):
         return _of_iteration(storage, wanted)
-    commits = list_commits(storage)
+    if _is_path(wanted):
+        if not list_commits(storage):
+            raise not_found(storage)
+        return _of_iteration(storage, _iteration_of_path(storage, wanted))
+    return [_named([storage], wanted)]
+
+
+def select_one(storages: Sequence[Storage], selector: str) -> Commit:
+    """The commit that a text means in several roots taken as one, the nearest first. Of copies in several, the tags of
+    all count, and of two values of a metric the nearest.
+
+    Raises CheckpointNotFoundError, which says what there is; ValueError; OSError.
+    """
+    if not _is_path(selector):
+        return _named(storages, selector)
+    found: list[Commit] = []
+    missing: list[CheckpointNotFoundError] = []
+    for storage in storages:
+        try:
+            found += select_commits(storage, selector)
+        except CheckpointNotFoundError as error:
+            missing.append(error)
+    if not found:
+        raise _joined(missing)
+    return max(found)
+
+
+def _named(storages: Sequence[Storage], selector: str) -> Commit:
+    commits = sorted({commit for storage in storages for commit in list_commits(storage)}, reverse=True)
     if not commits:
-        raise not_found(storage)
-    word, _, name = wanted.partition(":")
-    if wanted == "latest-verified":
-        commit = newest_verified(storage)
-        if commit is None:
-            raise _not_found(storage, wanted, "none was read back after it was saved (verify_after_save)")
-        return [commit]
-    if word == "best" and name:
-        return [_best(storage, wanted, survey(storage, newest_by_iteration(commits)))]
-    if word == "tag" and name:
-        holders = tag_holders(survey(storage, commits, labelled_only=True))
+        raise _joined([not_found(storage) for storage in storages])
+    word, _, name = selector.partition(":")
+    if word == "best":
+        return _best(storages, selector, _survey(storages, newest_by_iteration(commits)))
+    if word == "tag":
+        holders = tag_holders(_survey(storages, commits, labelled_only=True))
         if name not in holders:
-            raise _not_found(storage, wanted, f"no checkpoint has this tag; {_listed('tags', holders)}")
-        return [holders[name]]
-    return _of_iteration(storage, _iteration_of_path(storage, wanted))
+            raise _not_found(storages, selector, f"no checkpoint has this tag; {_listed('tags', holders)}")
+        return holders[name]
+    verified = newest_verified(*storages)
+    if verified is None:
+        raise _not_found(storages, selector, "none was read back after it was saved (verify_after_save)")
+    return verified
+
+
+def _survey(storages: Sequence[Storage], commits: Sequence[Commit], *, labelled_only: bool = False) -> list[Record]:
+    """Of several roots: a commit has a record for each that has it, that of the nearest first."""
+    records: list[Record] = []
+    for storage in storages:
+        there = set(list_commits(storage))
+        records += survey(storage, [c for c in commits if c in there], labelled_only=labelled_only)
+    return records
 
 
 def _of_iteration(storage: Storage, iteration: int | None) -> list[Commit]:
@@ -110,17 +145,20 @@ def _of_iteration(storage: Storage, iteration: int | None) -> list[Commit]:
         raise CheckpointNotFoundError(f"{error}{describe_iteration(storage, iteration)}") from None
 
 
-def _best(storage: Storage, selector: str, records: Iterable[Record]) -> Commit:
+def _best(storages: Sequence[Storage], selector: str, records: Iterable[Record]) -> Commit:
     name, is_max = best_of(selector)
-    good = [record for record in records if record.is_good]
+    metrics: dict[Commit, Metrics] = {}
+    for record in records:
+        if record.is_good:
+            metrics[record.commit] = record.metrics | metrics.get(record.commit, {})
     measured = [
-        (value if is_max else -value, record.commit)
-        for record in good
-        if (value := record.metrics.get(name)) is not None
+        (value if is_max else -value, commit)
+        for commit, values in metrics.items()
+        if (value := values.get(name)) is not None
     ]
     if not measured:
-        names = {metric for record in good for metric, value in record.metrics.items() if value is not None}
-        raise _not_found(storage, selector, f"no checkpoint has this metric; {_listed('metrics', names)}")
+        names = {metric for values in metrics.values() for metric, value in values.items() if value is not None}
+        raise _not_found(storages, selector, f"no checkpoint has this metric; {_listed('metrics', names)}")
     return max(measured)[1]
 
 
@@ -142,9 +180,18 @@ def _iteration_of_path(storage: Storage, path: str) -> int:
     return iteration
 
 
-def _not_found(storage: Storage, selector: str, why: str) -> CheckpointNotFoundError:
-    iterations = sorted({commit.iteration for commit in list_commits(storage)})
-    return CheckpointNotFoundError(f"{selector}: {why}. {storage.location} has iterations {iterations[-10:]}")
+def _not_found(storages: Sequence[Storage], selector: str, why: str) -> CheckpointNotFoundError:
+    has = [
+        f"{storage.location} has iterations {sorted({c.iteration for c in list_commits(storage)})[-10:]}"
+        for storage in storages
+    ]
+    return CheckpointNotFoundError(f"{selector}: {why}. {'; '.join(has)}")
+
+
+def _joined(errors: Sequence[CheckpointNotFoundError]) -> CheckpointNotFoundError:
+    """One error for all roots that were looked in."""
+    near = tuple(path for error in errors for path in error.candidates)
+    return CheckpointNotFoundError("; ".join(map(str, errors)), candidates=near)
 
 
 def open_selected(root: str | os.PathLike[str] | Storage, iteration: Selector) -> tuple[Storage, int | str | None]:

@@ -844,9 +844,9 @@ MUTANTS = (
     ),
     Mutant(
         "selectors: each of two roots has a best of its own",
-        "distckpt/candidates.py",
-        "    if names_one:\n",
-        "    if False:\n",
+        "distckpt/loading.py",
+        "select_one(storages, selector)",
+        "select_one(storages[:1], selector)",
         SELECTING,
     ),
     Mutant(

@@ -18,9 +18,9 @@ from distckpt import (
     repair,
     verify,
 )
-from distckpt.commit import Commit, Writer, list_commits, read_index, unsound_marker
+from distckpt.commit import Commit, Writer, list_commits, read_index, unsound_marker, verified_marker
 from distckpt.coordinator import Coordinator
-from distckpt.selecting import Selector, parse_selector, select_commits
+from distckpt.selecting import Selector, parse_selector, select_commits, select_one
 from distckpt.storage import PosixStorage, Storage
 from distckpt.testing import MemoryStorage, run_ranks
 from tests.unit.damage import change, flip
@@ -234,6 +234,43 @@ def test_selected_checkpoint_is_read_from_its_copy_and_no_other_is() -> None:
         load()
 
 
+def test_best_latest_verified_and_tags_are_those_of_both_roots() -> None:
+    """The nearest has given up what is best, and a later checkpoint there was not read back."""
+    near = MemoryStorage()
+    writer = Writer.claim(near)
+    for iteration, loss in ((10, 3.0), (20, 1.0), (30, 2.0)):
+        save(writer, iteration, metrics={"loss": loss})
+    far = near.power_cut()
+    oldest, best, newest = reversed(list_commits(near))
+    label(near, 10, add_tags=["a"])
+    label(far, 30, add_tags=["a"])
+    label(far, 20, add_tags=["a"])
+    for storage, commit in ((near, oldest), (far, best)):
+        storage.put_if_absent(verified_marker(commit.iteration, read_index(storage, commit)[0].save_id), b"")
+    near.remove(best.name)
+    storages = [near, far]
+    assert select_one(storages, "best:loss") == best
+    assert select_one(storages, "latest-verified") == best
+    assert select_one(storages, "tag:a") == best
+    assert select_one(storages, "iter_0000020") == best
+    label(near, 30, metrics={"loss": 0.5})
+    assert select_one(storages, "best:loss") == newest
+    label(far, 20, metrics={"loss": 0.25})
+    assert select_one(storages, "best:loss") == best
+    with pytest.raises(CheckpointNotFoundError, match=r"best:acc: .*metrics are loss.*has iterations \[10, 30\]; .*20"):
+        select_one(storages, "best:acc")
+
+
+def test_of_two_values_of_a_metric_that_of_the_nearest_root_counts() -> None:
+    near = MemoryStorage()
+    writer = Writer.claim(near)
+    for iteration, loss in ((10, 1.0), (20, 2.0)):
+        save(writer, iteration, metrics={"loss": loss})
+    far = near.power_cut()
+    label(near, 10, metrics={"loss": 3.0})
+    assert select_one([near, far], "best:loss") == list_commits(near)[0]
+
+
 def test_tag_that_only_the_copy_has_is_found_there() -> None:
     near, far = MemoryStorage(), MemoryStorage()
     with Checkpointer(near, copy_to=Copy(far)) as checkpointer:
@@ -242,5 +279,5 @@ def test_tag_that_only_the_copy_has_is_found_there() -> None:
     label(far, 10, add_tags=["kept"])
     with Checkpointer(near, copy_to=Copy(far)) as checkpointer:
         assert checkpointer.load({"w": torch.zeros(4, dtype=torch.int64)}, "tag:kept").iteration == 10
-        with pytest.raises(CheckpointNotFoundError, match=r"there are no tags.*; tag:x: .*tags are kept"):
+        with pytest.raises(CheckpointNotFoundError, match=r"tag:x: .*tags are kept.*memory:.*; memory: has"):
             checkpointer.load({"w": torch.zeros(4, dtype=torch.int64)}, "tag:x")
