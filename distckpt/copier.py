@@ -151,10 +151,10 @@ class Copier:
                     self._held = None
 
     def _look_back(self) -> None:
-        """Once: what an earlier job of this root committed, and did not get to copy."""
+        """Once: what earlier jobs of this root committed, and did not get to copy."""
         try:
-            copied = list_commits(self.target)
-            earlier = [commit for commit in list_commits(self.source) if not copied or commit > copied[0]]
+            missing = set(list_commits(self.source)).difference(list_commits(self.target))
+            earlier = missing - unsound_commits(self.source, missing)
         except OSError as error:
             logger.warning("what was not copied to %s yet is not known: %s", self.target.location, error)
             return
@@ -219,8 +219,8 @@ class Copier:
     def _is_outlived(self, commit: Commit) -> bool:
         """Whether retention there would take it at once."""
         newer = {other.iteration for other in list_commits(self.target) if other > commit}
-        is_outlived = self.wanted.keep_last is not None and len(newer) >= self.wanted.keep_last
-        return is_outlived and commit not in _protected(_labelled(self.source))
+        has_enough = self.wanted.keep_last is not None and len(newer) >= self.wanted.keep_last
+        return (has_enough or commit.iteration in newer) and commit not in _protected(_labelled(self.source))
 
     def _look_up(self, _: int) -> None:
         if self._stop.is_set():

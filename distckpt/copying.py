@@ -35,7 +35,6 @@ from distckpt.commit import (
     read_file,
     read_index,
     read_tracker,
-    verified_marker,
 )
 from distckpt.errors import CheckpointError, CorruptionError
 from distckpt.heartbeat import Heartbeat
@@ -63,9 +62,9 @@ def copy_checkpoint(
 ) -> CopyReport:
     """Copy the newest checkpoint under a root, or the selected one, to another root, which is made if missing.
 
-    Called again after it was cut short, it goes on; of a checkpoint that is there already nothing is copied. Parity,
-    labels and the marker of a checkpoint that was read back go with it. on_bytes: told how many bytes were copied, or
-    found there, since it was told last.
+    Called again after it was cut short, it goes on; of a checkpoint that is there already nothing is copied. Parity
+    and labels go with it; that it was read back does not, as the copy was not. on_bytes: told how many bytes were
+    copied, or found there, since it was told last.
 
     Raises CheckpointNotFoundError; CorruptionError if what is to be copied is damaged; CheckpointError if another
     checkpoint has its place in the target; OSError.
@@ -187,9 +186,6 @@ class _Copy:
         self._copy_table(there)
         if parity is not None:
             self._copy_parity(parity, there)
-        verified = verified_marker(self.commit.iteration, index.save_id)
-        if verified.rpartition("/")[2] in self.source.list(directory):
-            self.target.put_if_absent(verified, b"")
 
     def check_names(self) -> None:
         """After the index was put: that nobody has swept away a file that it names, or there is no copy. Raises

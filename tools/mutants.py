@@ -504,6 +504,20 @@ MUTANTS = (
         COPIER,
     ),
     Mutant(
+        "copy: what is older than the newest copy is not looked back for",
+        "distckpt/copier.py",
+        "            earlier = missing - unsound_commits(self.source, missing)\n",
+        "            earlier = {c for c in missing if list_commits(self.target)[:1] < [c]}\n",
+        COPIER,
+    ),
+    Mutant(
+        "copy: what was saved again is copied, and removed",
+        "distckpt/copier.py",
+        "(has_enough or commit.iteration in newer)",
+        "has_enough",
+        COPIER,
+    ),
+    Mutant(
         "copy: what is there is taken for whole",
         "distckpt/copying.py",
         "if name in there and self._is_whole(open_file):",

@@ -24,7 +24,7 @@ from distckpt import (
     FencedError,
     LoadReport,
 )
-from distckpt.commit import Commit, Writer, list_commits, read_index, read_tracker, writer_epochs
+from distckpt.commit import Commit, Writer, list_commits, read_index, read_tracker, unsound_marker, writer_epochs
 from distckpt.coordinator import Coordinator
 from distckpt.copier import Copier
 from distckpt.copying import copy_commit
@@ -116,7 +116,8 @@ def test_everything_that_is_committed_is_copied_byte_by_byte() -> None:
 def test_ranks_copy_what_all_of_them_saved() -> None:
     root, second = MemoryStorage(), MemoryStorage()
     save(root, 10, 20, copy_to=Copy(second), parity=2, verify_after_save=True)
-    assert files_of(second, 20) == files_of(root, 20)
+    near, far = files_of(root, 20), files_of(second, 20)
+    assert far == {name: data for name, data in near.items() if "/verified-" not in name} != near  # It was not read.
     assert distckpt.verify(second).is_sound
 
 
@@ -218,6 +219,35 @@ def test_newest_is_copied_first() -> None:
     order = [line.iteration for line in distckpt.history(root) if line.kind == "copy"]
     assert order == [1, 4, 3, 2]
     assert read_tracker(second) == 4
+
+
+def test_what_was_not_copied_when_a_job_ended_is_copied_by_the_next_although_newer_ones_were() -> None:
+    root, second = MemoryStorage(), Gated(1)
+    with Checkpointer(root, copy_to=Copy(second)) as checkpointer:
+        checkpointer.save(state_of(1), iteration=1)
+        assert second.is_waiting.wait(30)
+        for iteration in (2, 3):
+            checkpointer.save(state_of(iteration), iteration=iteration)
+        threading.Timer(0.2, second.gate.set).start()
+    assert iterations_in(second) == [3, 1]
+    run_job(root, second, 4)
+    assert iterations_in(second) == [4, 3, 2, 1]
+
+
+def test_looking_back_leaves_out_what_is_unsound_or_was_saved_again() -> None:
+    root, second = MemoryStorage(), MemoryStorage()
+    with Checkpointer(root) as checkpointer:
+        for iteration in (1, 2, 2):
+            checkpointer.save(state_of(iteration), iteration=iteration)
+            assert checkpointer._after_commit.wait(30)
+    with Checkpointer(root) as checkpointer:  # It has not loaded, and removes nothing.
+        checkpointer.save(state_of(2), iteration=2)
+    oldest = list_commits(root)[-1]
+    root.put_if_absent(unsound_marker(1, read_index(root, oldest)[0].save_id), b"")
+    assert len(list_commits(root)) == 3
+    for iteration in (3, 4):
+        run_job(root, second, iteration)
+    assert [line.iteration for line in distckpt.history(root) if "copy" in line.kind] == [3, 2, 4]
 
 
 def test_what_retention_there_would_take_at_once_is_not_copied() -> None:
