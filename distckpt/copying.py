@@ -16,7 +16,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,6 +33,7 @@ from distckpt.commit import (
     list_commits,
     pending_marker,
     read_file,
+    read_head,
     read_index,
     read_tracker,
 )
@@ -42,6 +43,7 @@ from distckpt.index import MAX_INDEX_BYTES, Index
 from distckpt.labels import Labels, ReadLabels, change_labels, read_labels
 from distckpt.parity import ParityRecord, open_parity, put_record, read_record
 from distckpt.report import CopyReport
+from distckpt.roots import check_place
 from distckpt.selecting import open_selected, select_commits
 from distckpt.storage import PosixStorage, Storage, WriteFile, new_file
 
@@ -66,16 +68,39 @@ def copy_checkpoint(
     and labels go with it; that it was read back does not, as the copy was not. on_bytes: told how many bytes were
     copied, or found there, since it was told last.
 
-    Raises CheckpointNotFoundError; CorruptionError if what is to be copied is damaged; CheckpointError if another
-    checkpoint has its place in the target; OSError.
+    Raises CheckpointNotFoundError; CorruptionError if what is to be copied is damaged; CheckpointError if the target
+    lies in an iteration, holds checkpoints of another run, or another one in its place; OSError.
     """
     if max_bytes_per_s is not None and not max_bytes_per_s > 0:
         raise ValueError(f"max_bytes_per_s={max_bytes_per_s}: expected more than 0, or None")
     source, selector = open_selected(source, iteration)
     target = PosixStorage(target) if isinstance(target, (str, os.PathLike)) else target
     commit = select_commits(source, selector)[0]
+    check_place(target)
+    _check_is_of_one_run(source, target, commit)
     limit = max_bytes_per_s or 0.0
     return copy_commit(source, target, commit, marker=OFFLINE, max_bytes_per_s=limit, on_bytes=on_bytes)
+
+
+def _check_is_of_one_run(source: Storage, target: Storage, commit: Commit) -> None:
+    """Raise CheckpointError if checkpoints of another run would come after this one, or stand between, there."""
+    theirs = list_commits(target)
+    if all(other.epoch < commit.epoch for other in theirs):
+        return
+    if _saves_and_parents(source, list_commits(source)).isdisjoint(_saves_and_parents(target, theirs)):
+        raise CheckpointError(
+            f"{target.location} holds checkpoints of another run than {source.location}: their order would be mixed, "
+            f"and neither run could tell which is newest. Copy to a root of its own. Nothing was written."
+        )
+
+
+def _saves_and_parents(storage: Storage, commits: Iterable[Commit]) -> set[str]:
+    found: set[str] = set()
+    for commit in commits:
+        with suppress(CheckpointError, FileNotFoundError):
+            head = read_head(storage, commit)
+            found |= {head.save_id, head.parent or head.save_id}
+    return found
 
 
 def copy_commit(

@@ -51,14 +51,20 @@ def root_above(path: str) -> tuple[str, int] | None:
 def claim_root(storage: Storage, second: Storage | None = None) -> Writer:
     """Writer.claim, for a job's first save. Raises CheckpointError where a root would begin inside an iteration."""
     for root in (storage, second):
-        if not isinstance(root, PosixStorage) or is_root(root):
-            continue
-        found = root_above(root.location)
-        if found is not None:
-            above, iteration = found
-            raise CheckpointError(
-                f"{root.location} is no place for checkpoints: it lies in iteration {iteration} of {above}. To save "
-                f"there, give Checkpointer the root {above}; to go on from that iteration, also load iteration "
-                f"{iteration} first. Nothing was written."
-            )
+        if root is not None:
+            check_place(root)
     return Writer.claim(storage, second)
+
+
+def check_place(root: Storage) -> None:
+    """Raise CheckpointError where a root would begin inside an iteration."""
+    if not isinstance(root, PosixStorage) or is_root(root):
+        return
+    found = root_above(root.location)
+    if found is not None:
+        above, iteration = found
+        raise CheckpointError(
+            f"{root.location} is no place for checkpoints: it lies in iteration {iteration} of {above}. To save "
+            f"there, give the root {above}; to go on from that iteration, also load iteration {iteration} first. "
+            f"Nothing was written."
+        )

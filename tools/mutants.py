@@ -518,6 +518,20 @@ MUTANTS = (
         COPIER,
     ),
     Mutant(
+        "copy: a root of another run is a target",
+        "distckpt/copying.py",
+        "    _check_is_of_one_run(source, target, commit)\n",
+        "",
+        COPYING,
+    ),
+    Mutant(
+        "copy: an iteration's directory is a target",
+        "distckpt/copying.py",
+        "    check_place(target)\n",
+        "",
+        COPYING,
+    ),
+    Mutant(
         "copy: what is there is taken for whole",
         "distckpt/copying.py",
         "if name in there and self._is_whole(open_file):",

@@ -141,11 +141,41 @@ def test_labels_that_cannot_be_read_are_a_pin_of_the_copy() -> None:
 
 
 def test_other_checkpoint_of_the_same_place_is_never_replaced(saved: MemoryStorage) -> None:
-    target = saved_root(10, 20)
+    target = saved.power_cut()
+    change(target, list_commits(target)[0].name, flip(20))
     before = tree(target)
     with pytest.raises(CheckpointError, match=r"another iter_0000020/index-000001-000002.json .*root of its own"):
         copy_checkpoint(saved, target)
     assert tree(target) == before
+
+
+def test_root_of_another_run_is_no_target(saved: MemoryStorage) -> None:
+    target = saved_root(7)
+    before = tree(target)
+    with pytest.raises(CheckpointError, match=r"holds checkpoints of another run than .* a root of its own"):
+        copy_checkpoint(saved, target)
+    assert tree(target) == before
+
+
+def test_root_to_which_the_run_has_moved_on_is_a_target(saved: MemoryStorage) -> None:
+    """Its first root was wiped meanwhile: what it has saved since has its parent among the copies."""
+    target = MemoryStorage()
+    copy_checkpoint(saved, target, 20)
+    with Checkpointer(target) as checkpointer:
+        checkpointer.read(20)
+        checkpointer._save_context.parent = read_head(target, list_commits(target)[0]).save_id
+        checkpointer.save({"w": torch.ones(3)}, iteration=30)
+    target.remove(find_commits(target, 20)[0].name)
+    copy_checkpoint(saved, target, 10)
+    assert [commit.iteration for commit in list_commits(target)] == [30, 10]
+
+
+def test_directory_of_an_iteration_is_no_target(tmp_path: Path) -> None:
+    save(PosixStorage(tmp_path / "a", io_backend="threads"), 10)
+    save(PosixStorage(tmp_path / "b", io_backend="threads"), 10)
+    for inside in ("iter_0000010", "iter_0000010/copies"):
+        with pytest.raises(CheckpointError, match=r"no place for checkpoints: it lies in iteration 10 of .*b"):
+            copy_checkpoint(tmp_path / "a", tmp_path / "b" / inside)
 
 
 def test_what_is_not_there_is_not_found(saved: MemoryStorage) -> None:

@@ -117,6 +117,7 @@ ALLOWED: dict[str, set[str]] = {
         "parity",
         "removing",
         "report",
+        "roots",
         "selecting",
     },
     "parity": VALUES | FORMAT | {"_C", "storage", "commit", "checkpoint_files"},
