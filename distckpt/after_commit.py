@@ -43,7 +43,8 @@ class AfterCommit:
     """The work that follows the commits of one Checkpointer, in their order. Rank 0's; safe to use from any thread.
 
     retention, grace_s: as of Checkpointer. timeout_s: how long the program's end waits for it. hooks: called with each
-    commit, one after the other. copier, links: None if nothing is copied, or linked to.
+    commit, one after the other. copier, links: None if nothing is copied, or linked to; nothing is either
+    if the writer has not claimed the second root.
     """
 
     storage: Storage
@@ -73,7 +74,9 @@ class AfterCommit:
         assert commit is not None
         self._worker.submit(partial(self._clean_up, writer, first_epoch, frozenset(unsound)))
         self.log(line_of(report, self.world_size), writer)
-        if self.copier is not None:  # After the save's line in the history, which comes before the copy's.
+        if (
+            self.copier is not None and writer.second is not None
+        ):  # After the save's line in the history, which comes before the copy's.
             self.copier.submit(commit, writer, first_epoch=first_epoch)
         told = CommittedSave(report, self.storage.location, commit.directory)
         for hook in self.hooks:

@@ -295,9 +295,9 @@ class Writer:
     second: Storage | None = None
 
     @classmethod
-    def claim(cls, storage: Storage, second: Storage | None = None) -> Writer:
+    def claim(cls, storage: Storage, second: Storage | None = None, *, above: int = 0) -> Writer:
         """Step 1, in both roots: the order of commits must be one over them, although one of them may have been wiped.
-        Raises OSError."""
+        above: epoch that is to be exceeded, too. Raises OSError."""
         roots = [storage] if second is None else [storage, second]
         for root in roots:
             root.make_directory("")
@@ -306,7 +306,7 @@ class Writer:
             claimed = [writer_epochs(root) for root in roots]
             # Of commits too: a root may have been copied without its writer files.
             commits = [commit for root in roots for commit in list_commits(root)]
-            epoch = max([*(e for epochs in claimed for e in epochs), *(c.epoch for c in commits)], default=0) + 1
+            epoch = max([*(e for epochs in claimed for e in epochs), *(c.epoch for c in commits), above]) + 1
             if all(root.put_if_absent(f"writer-{epoch:06d}", owner) for root in roots):
                 break
         for root, epochs in zip(roots, claimed, strict=True):
@@ -404,6 +404,11 @@ class Writer:
 def _largest_values(index: Index) -> str:
     largest = sorted(index.values.items(), key=lambda item: -len(bytes(item[1])))[:3]
     return ", ".join(f"{key!r} ({len(bytes(value))} bytes)" for key, value in largest)
+
+
+def highest_epoch(storage: Storage) -> int:
+    """Of all jobs that have claimed this root, or committed to it; 0 if there was none. Raises OSError."""
+    return max([*writer_epochs(storage), *(commit.epoch for commit in list_commits(storage))], default=0)
 
 
 def writer_epochs(storage: Storage) -> list[int]:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
-from distckpt.commit import TRACKER, Writer, indexes_in, iteration_directories, iteration_of, writer_epochs
+from distckpt.commit import (
+    TRACKER,
+    Writer,
+    highest_epoch,
+    indexes_in,
+    iteration_directories,
+    iteration_of,
+    writer_epochs,
+)
 from distckpt.errors import CheckpointError
 from distckpt.removing import saves_in
 from distckpt.storage import PosixStorage, Storage
 
+logger = logging.getLogger("distckpt")
 _MAX_DEPTH = 4  # from a path inside an iteration's directory up to it
 
 
@@ -49,11 +59,26 @@ def root_above(path: str) -> tuple[str, int] | None:
 
 
 def claim_root(storage: Storage, second: Storage | None = None) -> Writer:
-    """Writer.claim, for a job's first save. Raises CheckpointError where a root would begin inside an iteration."""
-    for root in (storage, second):
-        if root is not None:
-            check_place(root)
-    return Writer.claim(storage, second)
+    """Writer.claim, for a job's first save; of the first root alone if the second cannot be written, with a warning.
+    Raises CheckpointError where a root would begin inside an iteration; OSError."""
+    check_place(storage)
+    if second is None:
+        return Writer.claim(storage)
+    above = 0
+    try:
+        check_place(second)
+        above = highest_epoch(second)
+        return Writer.claim(storage, second)
+    except OSError as error:
+        writer = Writer.claim(storage, above=above)  # If it was the first that failed, it does here again.
+        logger.warning(
+            "%s cannot be claimed, so this job copies nothing to it; saves go on in %s, and the next job copies what "
+            "is missing there: %s",
+            second.location,
+            storage.location,
+            error,
+        )
+        return writer
 
 
 def check_place(root: Storage) -> None:

@@ -532,6 +532,20 @@ MUTANTS = (
         COPYING,
     ),
     Mutant(
+        "copy: a second root that cannot be claimed does not count in the order",
+        "distckpt/roots.py",
+        "        above = highest_epoch(second)\n",
+        "        above = 0\n",
+        COPIER,
+    ),
+    Mutant(
+        "copy: it goes on to a root that was not claimed",
+        "distckpt/after_commit.py",
+        " and writer.second is not None",
+        "",
+        COPIER,
+    ),
+    Mutant(
         "copy: what is there is taken for whole",
         "distckpt/copying.py",
         "if name in there and self._is_whole(open_file):",

@@ -639,11 +639,53 @@ def test_second_root_that_cannot_be_looked_at_is_no_absence() -> None:
     root, second = MemoryStorage(), Unreachable()
     run_job(root, second, 1)
     second.is_down = True
+    with Checkpointer(root, copy_to=Copy(second)) as checkpointer, pytest.raises(OSError, match="injected"):
+        loaded(checkpointer)
+
+
+@pytest.mark.parametrize("is_readable", [True, False])
+def test_second_root_that_cannot_be_claimed_stops_no_save(is_readable: bool, caplog: pytest.LogCaptureFixture) -> None:
+    class Unwritable(MemoryStorage):
+        is_down = False
+
+        def list(self, directory: str):  # type: ignore[no-untyped-def]
+            if self.is_down and not is_readable:
+                raise io_error(errno.ESTALE)
+            return super().list(directory)
+
+        def put_if_absent(self, name: str, data: bytes) -> bool:
+            if self.is_down:
+                raise io_error(errno.EROFS)
+            return super().put_if_absent(name, data)
+
+    second = Unwritable()
+    run_job(MemoryStorage(), second, 1)
+    run_job(MemoryStorage(), second, 2)
+    second.is_down = True
+    root = MemoryStorage()
+    before = tree(second) if is_readable else None
     with Checkpointer(root, copy_to=Copy(second)) as checkpointer:
-        with pytest.raises(OSError, match="injected"):
-            loaded(checkpointer)
-        with pytest.raises(OSError, match="injected"):
-            checkpointer.save(state_of(2), iteration=2)
+        for iteration in (3, 4):
+            checkpointer.save(state_of(iteration), iteration=iteration)
+    assert iterations_in(root) == [4, 3]
+    assert kinds(root) == ["save", "save"]
+    assert "memory: cannot be claimed, so this job copies nothing to it" in caplog.text
+    if is_readable:
+        assert tree(second) == before
+        assert min(list_commits(root)) > max(list_commits(second))  # The order is one, all the same.
+    second.is_down = False
+    run_job(root, second, 5)
+    assert {3, 4, 5} <= {*iterations_in(second)}
+
+
+def test_first_root_that_cannot_be_claimed_stops_the_save() -> None:
+    class Unwritable(MemoryStorage):
+        def put_if_absent(self, name: str, data: bytes) -> bool:
+            raise io_error(errno.EROFS)
+
+    copy_to = Copy(MemoryStorage())
+    with Checkpointer(Unwritable(), copy_to=copy_to) as checkpointer, pytest.raises(OSError, match="injected"):
+        checkpointer.save(state_of(1), iteration=1)
 
 
 # How it is asked for
