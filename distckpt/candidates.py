@@ -57,6 +57,26 @@ def copies_of(storages: Sequence[Storage], commit: Commit) -> list[Candidate]:
     return [Candidate(commit, root) for root, storage in enumerate(storages) if commit in list_commits(storage)]
 
 
+def newer_work(storages: Sequence[Storage], nearest: Commit, chosen: Candidate, created_unix_s: float) -> str | None:
+    """A warning, if the newest of the first root is of an older epoch than the commit that is chosen, but was saved
+    later: by a job that did not look at the other root, so that its epochs began anew. created_unix_s: of the chosen.
+    """
+    if nearest >= chosen.commit:
+        return None
+    try:
+        head = read_head(storages[0], nearest)
+    except (CheckpointError, OSError):
+        return None
+    if head.created_unix_s <= created_unix_s:
+        return None
+    return (
+        f"iteration {chosen.commit.iteration} of {storages[chosen.root].location} is taken for the newest, but "
+        f"iteration {nearest.iteration} in {storages[0].location} was saved later, by a job that had not looked at the "
+        f"other root (no copy_to). To go on from that one, load iteration {nearest.iteration}. This job removes "
+        f"nothing that earlier ones saved, until it has loaded another"
+    )
+
+
 def _heads(storages: Sequence[Storage], found: Sequence[Sequence[Commit]]) -> dict[Commit, IndexHead]:
     """Of each commit, from the nearest root in which it can be read."""
     heads: dict[Commit, IndexHead] = {}

@@ -363,7 +363,7 @@ class Checkpointer:
         self._wait_for_clean_up()
         load = Load(self._load_context, state, iteration, strict, device, label, convert_dtypes, allow, unseen)
         report, index = load.run()
-        self._has_resumed = True
+        self._has_resumed = not load.leaves_newer  # Else what was not loaded must not go for what was.
         self._save_context.parent = index.save_id
         if self._coordinator.rank == 0:
             logger.info(

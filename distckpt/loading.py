@@ -17,7 +17,7 @@ import numpy as np
 
 from distckpt.adapters import ADAPTERS
 from distckpt.applying import apply_request
-from distckpt.candidates import Candidate, copies_of, find_candidates
+from distckpt.candidates import Candidate, copies_of, find_candidates, newer_work
 from distckpt.checkpoint_files import check_files_hold, is_damage
 from distckpt.commit import Commit, decode_index_of, read_index, tracker_warning
 from distckpt.contents import Contents
@@ -150,6 +150,7 @@ class Load:
     allow: Sequence[str] = ()
     unseen: BaseException | None = None  # of an earlier save: raised everywhere if any rank has not seen it
     state: State = field(default_factory=dict)
+    leaves_newer: bool = False  # rank 0's: whether something in the first root was saved later than what is loaded
     _flat: FlatState = field(default_factory=FlatState)
     _request: Request = field(default_factory=Request)
     _failed: dict[Candidate, str] = field(default_factory=dict)
@@ -325,8 +326,10 @@ class Load:
         ]
         nearest = max((candidate.commit for candidate in candidates if not candidate.root), default=None)
         if self.iteration is None and nearest is not None:
-            tracker = tracker_warning(storages[0], nearest)
-            odd += [] if tracker is None else [tracker]
+            assert self._decoded is not None
+            newer = newer_work(storages, nearest, chosen, self._decoded.created_unix_s)
+            self.leaves_newer = newer is not None
+            odd += [one for one in (tracker_warning(storages[0], nearest), newer) if one is not None]
         return "; ".join(odd) or None
 
     def _candidates(self) -> list[Candidate]:

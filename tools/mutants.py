@@ -546,6 +546,20 @@ MUTANTS = (
         COPIER,
     ),
     Mutant(
+        "load: later work in the first root is not told of",
+        "distckpt/candidates.py",
+        "    if head.created_unix_s <= created_unix_s:\n",
+        "    if True:\n",
+        COPIER,
+    ),
+    Mutant(
+        "load: later work in the first root is removed",
+        "distckpt/checkpointer.py",
+        "self._has_resumed = not load.leaves_newer",
+        "self._has_resumed = True",
+        COPIER,
+    ),
+    Mutant(
         "copy: what is there is taken for whole",
         "distckpt/copying.py",
         "if name in there and self._is_whole(open_file):",

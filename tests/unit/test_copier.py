@@ -627,6 +627,32 @@ def test_fall_back_over_both_roots_goes_along_the_branch() -> None:
     assert (value, report.copy_used, report.fell_back_from.keys()) == (1, "memory:", {2})
 
 
+def test_later_work_of_a_job_that_did_not_know_of_the_second_root_is_warned_of_and_kept(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The first root was wiped, and that job went on there alone: its epochs began anew."""
+    second = MemoryStorage()
+    for iteration in (100, 110):
+        run_job(MemoryStorage(), second, iteration)
+    root = MemoryStorage()
+    with Checkpointer(root) as checkpointer:
+        checkpointer.save(state_of(200), iteration=200)
+    with Checkpointer(root, copy_to=Copy(second), keep_last=1, removal_grace_s=0) as checkpointer:
+        value, report = loaded(checkpointer)
+        assert value == 110
+        [warning] = report.warnings
+        assert "iteration 200 in memory: was saved later" in warning
+        assert warning in caplog.text
+        for iteration in (111, 112):
+            checkpointer.save(state_of(iteration), iteration=iteration)
+        assert {200, 110} <= {*checkpointer.iterations()}
+        assert 200 in iterations_in(root)
+        assert loaded(checkpointer, 200)[1].warnings == ()
+        checkpointer.save(state_of(201), iteration=201)
+        assert checkpointer._after_commit.wait(30)
+        assert 111 not in iterations_in(root)
+
+
 def test_second_root_that_cannot_be_looked_at_is_no_absence() -> None:
     class Unreachable(MemoryStorage):
         is_down = False
