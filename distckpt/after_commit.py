@@ -98,12 +98,13 @@ class AfterCommit:
     def close(self, timeout_s: float) -> None:
         """Wait for all of it, so long at the most, and say what is left behind."""
         deadline = time.monotonic() + timeout_s
-        if not self.wait(timeout_s):
+        is_idle = self.wait(timeout_s)
+        if not is_idle:
             self._worker.abandon()
             logger.warning("cleaning up still goes on after %g s, and is no longer waited for", timeout_s)
         if self.copier is not None:
             self.copier.close(max(0.0, deadline - time.monotonic()))
-            self.wait(_LAST_LINES_S)  # It has its lines from the copies.
+            self.wait(_LAST_LINES_S if is_idle else 0.0)  # It has its lines from the copies.
         if not self._hook_worker.wait(max(0.0, deadline - time.monotonic())):
             left_out = self._hook_worker.abandon()
             logger.warning(

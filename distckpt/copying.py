@@ -36,6 +36,7 @@ from distckpt.commit import (
     read_head,
     read_index,
     read_tracker,
+    writer_epochs,
 )
 from distckpt.errors import CheckpointError, CorruptionError
 from distckpt.heartbeat import Heartbeat
@@ -83,9 +84,10 @@ def copy_checkpoint(
 
 
 def _check_is_of_one_run(source: Storage, target: Storage, commit: Commit) -> None:
-    """Raise CheckpointError if checkpoints of another run would come after this one, or stand between, there."""
+    """Raise CheckpointError if the target is another run's: nothing there shares a save or a parent with the source,
+    and a job saves there, or this commit would not be the newest there. A run's old copies need share nothing."""
     theirs = list_commits(target)
-    if all(other.epoch < commit.epoch for other in theirs):
+    if not theirs or (not writer_epochs(target) and max(theirs) < commit):
         return
     if _saves_and_parents(source, list_commits(source)).isdisjoint(_saves_and_parents(target, theirs)):
         raise CheckpointError(

@@ -679,10 +679,10 @@ def test_second_root_that_cannot_be_claimed_stops_no_save(is_readable: bool, cap
                 raise io_error(errno.ESTALE)
             return super().list(directory)
 
-        def put_if_absent(self, name: str, data: bytes) -> bool:
+        def make_directory(self, name: str) -> None:
             if self.is_down:
                 raise io_error(errno.EROFS)
-            return super().put_if_absent(name, data)
+            super().make_directory(name)
 
     second = Unwritable()
     run_job(MemoryStorage(), second, 1)

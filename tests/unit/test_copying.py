@@ -150,11 +150,25 @@ def test_other_checkpoint_of_the_same_place_is_never_replaced(saved: MemoryStora
 
 
 def test_root_of_another_run_is_no_target(saved: MemoryStorage) -> None:
-    target = saved_root(7)
-    before = tree(target)
-    with pytest.raises(CheckpointError, match=r"holds checkpoints of another run than .* a root of its own"):
-        copy_checkpoint(saved, target)
-    assert tree(target) == before
+    of_a_job = saved_root(7)  # It is older, and its job would save older ones than the copy.
+    newer = MemoryStorage()
+    copy_checkpoint(saved_root(1, 2, 3), newer, 3)
+    for target in (of_a_job, newer):
+        before = tree(target)
+        with pytest.raises(CheckpointError, match=r"holds checkpoints of another run than .* a root of its own"):
+            copy_checkpoint(saved, target)
+        assert tree(target) == before
+
+
+def test_copies_of_a_run_go_on_after_it_has_removed_all_in_between() -> None:
+    source, target = MemoryStorage(), MemoryStorage()
+    with Checkpointer(source, keep_last=1, removal_grace_s=0) as checkpointer:
+        for iteration in (10, 20, 30, 40):
+            checkpointer.save({"w": torch.ones(3)}, iteration=iteration)
+            assert checkpointer.iterations() == [iteration]
+            if iteration in (10, 40):
+                copy_checkpoint(source, target)
+    assert [commit.iteration for commit in list_commits(target)] == [40, 10]
 
 
 def test_root_to_which_the_run_has_moved_on_is_a_target(saved: MemoryStorage) -> None:
