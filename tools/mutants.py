@@ -732,8 +732,8 @@ MUTANTS = (
     Mutant(
         "closing does not wait for what follows a commit",
         "distckpt/after_commit.py",
-        "        if not self.wait(timeout_s):\n",
-        "        if False:\n",
+        "        is_idle = self.wait(timeout_s)\n",
+        "        is_idle = True\n",
         AFTER_COMMIT,
     ),
     Mutant(
@@ -908,15 +908,15 @@ MUTANTS = (
     Mutant(
         "selectors: the best may be known to be bad",
         "distckpt/selecting.py",
-        "    good = [record for record in records if record.is_good]\n",
-        "    good = list(records)\n",
+        "        if record.is_good:\n",
+        "        if True:\n",
         SELECTING,
     ),
     Mutant(
         "roots: one begins inside an iteration",
         "distckpt/roots.py",
-        "        if found is not None:\n",
-        "        if False:\n",
+        "    if found is not None:\n",
+        "    if False:\n",
         SURROUNDINGS,
     ),
     Mutant(
