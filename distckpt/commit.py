@@ -18,8 +18,11 @@ A save of iteration I by the job that holds epoch E:
     If the name is taken by our own save_id, an earlier attempt succeeded and its reply was lost.
     Why the name: (epoch, commit_seq) orders all commits of a root without opening a file, also those of
     one iteration that was saved again and those of a job that passed step 5 just before it was fenced.
- 7. Look again: if a higher epoch has come since step 5, the save counts as failed, committed or not.
-    Why: the successor may take our files for those of a dead save, and what is reported must stay.
+ 7. Look again: if a file that the index names is gone, remove the index, durably, and fail: no checkpoint.
+    If a higher epoch has come since step 5, the save counts as failed, committed or not.
+    Why: to a sweep whose clock is ahead, or after a long silence of rank 0, our files were those of a dead save, and
+    a sweep claims no epoch; the successor may take them for such too. Nothing that the save replaces has gone yet,
+    and what is reported must stay. Once the index is there, no sweep that begins takes them.
  8. Tracker. Replace latest_checkpointed_iteration.txt. It is a convenience: "newest" is decided by 6.
  9. Protect, if that is asked for (distckpt.protecting): read everything back, then put verified-<save_id>; write
     parity files, sync the directory, then put their record.
@@ -40,6 +43,7 @@ after the index that names it is there; repair alone replaces one, whole, by wha
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -49,7 +53,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from distckpt.errors import CheckpointError, CheckpointNotFoundError, Committed, CorruptionError, FencedError
-from distckpt.index import MAX_INDEX_BYTES, Index, IndexHead, decode_index, decode_index_head, encode_index
+from distckpt.index import (
+    MAX_INDEX_BYTES,
+    Index,
+    IndexHead,
+    decode_index,
+    decode_index_head,
+    encode_index,
+    names_in,
+)
 from distckpt.storage import Storage, drop_cache
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -57,6 +69,7 @@ HEARTBEAT_S = 20.0
 _ITERATION = re.compile(r"iter_(\d{7,})")
 _INDEX = re.compile(r"index-(\d{6,})-(\d{6,})\.json")
 _WRITER = re.compile(r"writer-(\d{6,})")
+_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EINVAL, errno.ENAMETOOLONG)  # A name in a head may be any text.
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -367,6 +380,7 @@ class Writer:
             self._put_index(commit, index.save_id, data)
         except OSError as error:
             raise CommitFailed(str(error), self._is_committed(commit, index.save_id)) from error
+        self._check_files(commit, index)
         try:
             self.check_fence()
         except (FencedError, OSError) as error:
@@ -387,6 +401,24 @@ class Writer:
             raise CommitFailed(f"{commit.name} is there already, and whose it is cannot be read", committed)
         if committed == "no":
             raise FencedError(f"{commit.name} is there already, of another save: another job writes to this root")
+
+    def _check_files(self, commit: Commit, index: Index) -> None:
+        """After the index is there. Raises CommitFailed."""
+        try:
+            gone = missing_files(self.storage, commit, index, self.storage.list(commit.directory))
+            if gone:
+                self.storage.remove(commit.name)
+                self.storage.sync_directory(commit.directory)
+        except OSError as error:
+            raise CommitFailed(f"whether its files are still there cannot be told: {error}", "unknown") from error
+        if gone:
+            more = f" and {len(gone) - 1} more files" if len(gone) > 1 else ""
+            raise CommitFailed(
+                f"{commit.directory}/{gone[0]}{more} of this save went while it was under way, and its index was "
+                f"removed. A prune, or another job, took it for a save that had died: its marker looked older than "
+                f"the limit for that. Look whether the hosts' clocks agree, and save again.",
+                "no",
+            )
 
     def _is_committed(self, commit: Commit, save_id: str) -> Committed:
         """After a put of the index that may have had its effect or not."""
@@ -409,6 +441,24 @@ def _largest_values(index: Index) -> str:
 def highest_epoch(storage: Storage) -> int:
     """Of all jobs that have claimed this root, or committed to it; 0 if there was none. Raises OSError."""
     return max([*writer_epochs(storage), *(commit.epoch for commit in list_commits(storage))], default=0)
+def missing_files(storage: Storage, commit: Commit, index: Index | IndexHead, names: Iterable[str]) -> list[str]:
+    """Those that an index names and that are not there. names: of its directory, listed when the index was there, or
+    before. Raises OSError."""
+    listed = set(names)
+    return [name for name in names_in(index) if name not in listed and _is_gone(storage, f"{commit.directory}/{name}")]
+
+
+def _is_gone(storage: Storage, name: str) -> bool:
+    """Asked for by name: a listing may come from what this host remembers of the directory."""
+    try:
+        storage.open(name).close()
+    except ValueError:
+        return True
+    except OSError as error:
+        if error.errno not in _NO_FILE:
+            raise
+        return True
+    return False
 
 
 def writer_epochs(storage: Storage) -> list[int]:

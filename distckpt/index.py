@@ -137,6 +137,7 @@ class _Version(msgspec.Struct):
 class FileSize(msgspec.Struct, frozen=True):
     """A file that an index names."""
 
+    name: str
     size_bytes: Natural
 
 
@@ -160,6 +161,11 @@ class IndexHead(msgspec.Struct, frozen=True, kw_only=True):
     def size_bytes(self) -> int:
         """Of the files that the index names."""
         return sum(file.size_bytes for file in self.files) + self.chunk_table.size_bytes
+
+
+def names_in(index: Index | IndexHead) -> list[str]:
+    """Of the files that an index names. Of a head nothing has checked them."""
+    return [index.chunk_table.name, *(file.name for file in index.files)]
 
 
 @postponed_collection()

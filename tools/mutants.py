@@ -239,6 +239,27 @@ MUTANTS = (
         COMMIT,
     ),
     Mutant(
+        "nobody looks after the commit whether its files were swept",
+        "distckpt/commit.py",
+        "        self._check_files(commit, index)\n",
+        "",
+        COMMIT,
+    ),
+    Mutant(
+        "the index of files that were swept goes until a power cut",
+        "distckpt/commit.py",
+        "remove(commit.name)\n                self.storage.sync_directory(commit.directory)\n",
+        "remove(commit.name)\n",
+        COMMIT,
+    ),
+    Mutant(
+        "a file that is not listed counts as gone",
+        "distckpt/commit.py",
+        "if name not in listed and _is_gone(",
+        "if name not in listed and bool(",
+        COMMIT,
+    ),
+    Mutant(
         "no fence before cleaning up",
         "distckpt/after_commit.py",
         "            writer.check_fence()\n            free =",

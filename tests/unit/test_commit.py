@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import threading
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -189,6 +190,49 @@ def test_sweep_removes_at_once_what_a_fenced_job_left_under_way(storage: HookedS
     Writer.claim(storage)
     assert sweep(storage, grace_s=0)
     assert list(storage.list("iter_0000030")) == []
+
+
+def swept_under_way(storage: HookedStorage, clock: Clock) -> MemoryStorage:
+    """A root with 10 good, where a save of it anew was silent too long, and a sweep came before its index was put."""
+    writer = Writer.claim(storage)
+    save(writer, 10)
+    sweep(storage, grace_s=0)
+
+    def sweep_and_put(name: str, data: bytes) -> bool:
+        clock.now_s += 601
+        assert sweep(storage, grace_s=0)
+        return MemoryStorage.put_if_absent(storage, name, data)
+
+    storage.put_instead = sweep_and_put
+    with pytest.raises(CommitFailed, match=r"chunks-.* of this save went.*save again") as caught:
+        save(writer, 10)
+    assert caught.value.committed == "no"
+    return storage
+
+
+def test_save_whose_files_were_swept_is_no_checkpoint_and_replaces_none(storage: HookedStorage, clock: Clock) -> None:
+    swept_under_way(storage, clock)
+    (commit,) = list_commits(storage)
+    assert (commit.commit_seq, newest_iteration(storage)) == (1, 10)
+    assert read_index(storage, commit)[0].chunk_table.name in storage.list(commit.directory)
+
+
+def test_power_cut_does_not_bring_back_the_index_of_files_that_were_swept(storage: HookedStorage, clock: Clock) -> None:
+    swept_under_way(storage, clock)
+    for seed in range(20):
+        assert [commit.commit_seq for commit in list_commits(storage.power_cut(seed))] == [1]
+
+
+def test_file_that_a_listing_does_not_show_yet_is_not_gone(clock: Clock) -> None:
+    """On a network file system, what this host remembers of a directory may be older than another rank's file."""
+
+    class Forgetful(HookedStorage):
+        def list(self, directory: str) -> Sequence[str]:
+            return [name for name in super().list(directory) if not name.startswith("chunks-")]
+
+    storage = Forgetful(clock=clock)
+    save(Writer.claim(storage), 10)
+    assert newest_iteration(storage) == 10
 
 
 def test_power_cut_after_a_claim_cannot_bring_the_older_writer_back(storage: MemoryStorage) -> None:
