@@ -23,6 +23,7 @@ from distckpt.commit import (
     indexes_in,
     iteration_directories,
     list_commits,
+    missing_files,
     read_file,
 )
 from distckpt.errors import CheckpointError
@@ -40,7 +41,8 @@ _SHARD = re.compile(r"shard-(\d{5,})(?:\.\d+)?-of-(\d{5,})-([0-9a-f]{32})\.safet
 @dataclass(frozen=True, slots=True)
 class Record:
     """What is known of one commit. head: None if its index is damaged, and `damage` says why. size_bytes: of its index,
-    the files that it names, and parity; 0 if that is not known."""
+    the files that it names, and parity; 0 if that is not known. missing: files that its index names and that are not
+    there. has_parity: from which they may be made again."""
 
     commit: Commit
     head: IndexHead | None
@@ -49,11 +51,13 @@ class Record:
     is_verified: bool
     is_unsound: bool
     size_bytes: int
+    missing: tuple[str, ...] = ()
+    has_parity: bool = False
 
     @property
     def is_good(self) -> bool:
         """Whether nothing is known against it."""
-        return self.head is not None and not self.is_unsound
+        return self.head is not None and not self.is_unsound and not self.missing
 
     @property
     def metrics(self) -> Metrics:
@@ -66,9 +70,10 @@ class CheckpointEntry(msgspec.Struct, frozen=True, kw_only=True):
     """One checkpoint of a catalog.
 
     directory: below the root. damage: why its index cannot be read; then what only that says is missing ("", None,
-    empty). bytes: of its index, the files that it names, and parity. metrics: of its save and added later, which win.
-    tags: those that name this checkpoint. verified: it was read back after it was saved; unsound: and was not what was
-    written. labels_damage: why its newest labels cannot be read, which retention takes for a pin.
+    empty); or which of its files are not there. bytes: of its index, the files that it names, and parity. metrics: of
+    its save and added later, which win. tags: those that name this checkpoint. verified: it was read back after it was
+    saved; unsound: and was not what was written. labels_damage: why its newest labels cannot be read, which retention
+    takes for a pin.
     """
 
     iteration: int
@@ -188,6 +193,8 @@ def _record(
         f"verified-{head.save_id}" in names,
         f"unsound-{head.save_id}" in names,
         size_bytes,
+        tuple(missing_files(storage, commit, head, names)),
+        f"parity-{head.save_id}.json" in names,
     )
 
 
@@ -241,6 +248,7 @@ def entry_of(record: Record, holders: Mapping[str, Commit], now_unix_s: float, s
             metadata = decode_value(bytes(head.metadata), f"{commit.name}: metadata")
         except CheckpointError as error:
             damage = str(error)
+        damage = damage or _missing_text(record)
     else:
         with suppress(OSError):
             age_s = storage.age_s(commit.name)
@@ -266,6 +274,14 @@ def entry_of(record: Record, holders: Mapping[str, Commit], now_unix_s: float, s
         damage=damage,
         labels_damage=record.labels.damage,
     )
+
+
+def _missing_text(record: Record) -> str | None:
+    if not record.missing:
+        return None
+    more = f" and {len(record.missing) - 1} more of its files" if len(record.missing) > 1 else ""
+    ways = "; `distckpt repair` may make what is missing again" if record.has_parity else ""
+    return f"{record.commit.directory}/{record.missing[0]}{more} is missing{ways}"
 
 
 def incomplete_saves(root: str | os.PathLike[str] | Storage) -> list[IncompleteSave]:

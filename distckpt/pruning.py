@@ -162,7 +162,8 @@ def _facts(record: Record, tagged: Collection[Commit], unsound: Collection[Commi
         # Labels that cannot be read may have been a pin.
         is_protected=labels.labels.pinned or labels.damage is not None or record.commit in tagged,
         is_readable=record.head is not None,
-        is_sound=not record.is_unsound and record.commit not in unsound,
+        is_sound=not record.is_unsound and not record.missing and record.commit not in unsound,
+        is_repairable=bool(record.missing) and record.has_parity,
     )
 
 

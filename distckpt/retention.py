@@ -24,7 +24,8 @@ class Retention:
     ago. max_bytes: what all of them may take together; of what the rules keep, the least wanted goes first.
 
     Always kept: tagged and pinned ones, the newest, what the tracker names, the last good one. A checkpoint whose
-    iteration was saved again is given up for the new one; a damaged one takes no other's place.
+    iteration was saved again is given up for the new one; a damaged one, or one that lacks files, takes no other's
+    place.
     """
 
     keep_last: int | None = None
@@ -71,7 +72,8 @@ class Retention:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """Of one commit. is_protected: tagged or pinned. is_readable: its index. is_sound: not known to be damaged."""
+    """Of one commit. is_protected: tagged or pinned. is_readable: its index. is_sound: not known to be damaged.
+    is_repairable: files are missing that may be made again."""
 
     commit: Commit
     size_bytes: int = 0
@@ -80,6 +82,7 @@ class Facts:
     is_protected: bool = False
     is_readable: bool = True
     is_sound: bool = True
+    is_repairable: bool = False
 
     @property
     def is_good(self) -> bool:
@@ -174,6 +177,8 @@ def _always(
             always[commit] = "tagged or pinned"
         elif not fact.is_readable:
             always[commit] = "its index cannot be read"
+        elif fact.is_repairable:
+            always[commit] = "files of it are missing, and parity may make them again"
         elif commit.epoch < first_epoch:
             always[commit] = "of an earlier job, from which this one has not resumed"
     return always

@@ -976,6 +976,20 @@ MUTANTS = (
         METRICS,
     ),
     Mutant(
+        "a checkpoint that lacks files takes another's place",
+        "distckpt/pruning.py",
+        "not record.is_unsound and not record.missing and",
+        "not record.is_unsound and",
+        PRUNING,
+    ),
+    Mutant(
+        "what parity may make again goes",
+        "distckpt/retention.py",
+        "        elif fact.is_repairable:\n",
+        "        elif False:\n",
+        PRUNING,
+    ),
+    Mutant(
         "prune: a dry run removes",
         "distckpt/pruning.py",
         "    if not dry_run:\n",

@@ -10,7 +10,8 @@ import torch
 
 from distckpt import Checkpointer, catalog, incomplete_saves, label
 from distckpt.cataloging import disk_usage
-from distckpt.commit import Commit, Writer, list_commits, new_save_id, unsound_marker
+from distckpt.commit import Commit, Writer, list_commits, new_save_id, read_index, unsound_marker
+from distckpt.index import encode_index
 from distckpt.removing import STALE_AFTER_S, retire, sweep
 from distckpt.storage import PosixStorage
 from distckpt.storage.contract import read_all
@@ -61,6 +62,27 @@ def test_damaged_index_is_an_entry_that_says_why() -> None:
     # There is nobody else's that its labels could be.
     assert (entries[20].tags, entries[20].pinned) == (("best",), True)
     assert [entries[i].unsound for i in (10, 20, 30)] == [True, False, False]
+
+
+def test_checkpoint_of_which_a_file_is_missing_is_an_entry_that_says_which() -> None:
+    storage = saved_root(10, 20)
+    (shard, *_) = [name for name in storage.list("iter_0000020") if name.startswith("shard-")]
+    storage.remove(f"iter_0000020/{shard}")
+    newer, older = catalog(storage)
+    assert newer.damage == f"iter_0000020/{shard} is missing"
+    assert older.damage is None
+
+
+def test_file_names_of_a_hostile_index_are_looked_for_nowhere_else() -> None:
+    storage = MemoryStorage()
+    save_id = save(Writer.claim(storage), 10)
+    index, _ = read_index(storage, list_commits(storage)[0])
+    for number, name in enumerate(("../writer-000001", "/etc/passwd", "n" * 5000, "", "a\0b"), 2):
+        table = msgspec.structs.replace(index.chunk_table, name=name)
+        hostile = msgspec.structs.replace(index, commit_seq=number, chunk_table=table)
+        storage.put_if_absent(Commit(1, number, 10).name, encode_index(hostile))
+    assert [entry.damage is None for entry in catalog(storage)] == [False] * 5 + [True]
+    assert catalog(storage)[-1].save_id == save_id
 
 
 def test_labels_of_one_of_two_checkpoints_are_not_given_to_a_damaged_one() -> None:

@@ -82,6 +82,12 @@ def test_ls_says_what_is_damaged_and_exits_with_1(root: Path) -> None:
     assert "iteration 30: DAMAGED: iter_0000030/index-" in said
 
 
+def test_ls_says_which_file_is_missing_and_exits_with_1(root: Path) -> None:
+    (table,) = (root / "iter_0000020").glob("chunks-*")
+    table.unlink()
+    assert f"iteration 20: DAMAGED: iter_0000020/{table.name} is missing" in run("ls", root, code=1)
+
+
 def test_text_from_disk_does_nothing_to_a_terminal(root: Path) -> None:
     """A hand-made index may hold what no save lets through."""
     save(Writer.claim(PosixStorage(root)), 40, metrics={"\x1b[31mred\n": 1.0})

@@ -13,6 +13,7 @@ from distckpt.removing import sweep
 from distckpt.storage import PosixStorage
 from distckpt.testing import Crash, CrashingStorage, MemoryStorage
 from tests.unit.protocol import Clock, file_names, save, tree, write_files
+from tests.unit.saved_roots import saved_root
 
 
 @pytest.fixture
@@ -71,6 +72,25 @@ def test_prune_spares_a_save_that_is_under_way_and_claims_nothing(storage: Memor
 
 def test_newest_stays_though_no_rule_keeps_it(storage: MemoryStorage) -> None:
     assert [one.iteration for one in prune(storage, Retention(keep_every=30)).kept] == [40, 30, 20]
+
+
+def test_checkpoint_that_lacks_a_file_takes_the_place_of_no_other(storage: MemoryStorage) -> None:
+    storage.remove(f"iter_0000040/{file_names(catalog(storage)[0].save_id)[0]}")
+    pruned = prune(storage, Retention(keep_last=1))
+    assert [(one.iteration, one.why) for one in pruned.kept] == [
+        (40, "newest"),
+        (30, "last good"),
+        (20, "tagged or pinned"),
+    ]
+
+
+@pytest.mark.parametrize("parity", [True, False])
+def test_checkpoint_that_lacks_a_file_stays_if_parity_may_make_it_again(parity: bool) -> None:
+    storage = saved_root(10, 20, 30, parity=parity)
+    shard = next(name for name in storage.list("iter_0000010") if name.startswith("shard-"))
+    storage.remove(f"iter_0000010/{shard}")
+    kept = {one.iteration: one.why for one in prune(storage, Retention(keep_last=1)).kept}
+    assert kept == {30: "newest"} | ({10: "files of it are missing, and parity may make them again"} if parity else {})
 
 
 def test_checkpoint_that_is_labelled_between_decision_and_removal_stays(clock: Clock) -> None:
