@@ -8,10 +8,11 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import msgspec
@@ -126,11 +127,15 @@ class IterationUsage(msgspec.Struct, frozen=True, kw_only=True):
         return self.committed_bytes + self.incomplete_bytes + self.retired_bytes + self.other_bytes
 
 
-def survey(storage: Storage, commits: Iterable[Commit], *, labelled_only: bool = False) -> list[Record]:
+def survey(
+    storage: Storage, commits: Iterable[Commit], *, labelled_only: bool = False, may_lack_rights: bool = True
+) -> list[Record]:
     """What is known of commits, in their order. labelled_only: only of those in directories that have labels.
+    may_lack_rights: labels that this process may not read count as damaged: one person's must not stop everybody.
 
     Raises OSError for what is no damage (no right to read).
     """
+    read = partial(read_labels, storage, may_lack_rights=may_lack_rights)
     names: dict[str, Sequence[str]] = {}
     heads: dict[Commit, tuple[IndexHead | None, str | None, int]] = {}
     for commit in commits:
@@ -143,7 +148,9 @@ def survey(storage: Storage, commits: Iterable[Commit], *, labelled_only: bool =
             heads[commit] = head
     known = {head.save_id for head, _, _ in heads.values() if head is not None}
     return [
-        _record(storage, commit, *found, names[commit.directory], known, [c for c in heads if heads[c][0] is None])
+        _record(
+            storage, read, commit, *found, names[commit.directory], known, [c for c in heads if heads[c][0] is None]
+        )
         for commit, found in heads.items()
     ]
 
@@ -165,6 +172,7 @@ def _read_head(storage: Storage, commit: Commit) -> tuple[IndexHead | None, str 
 
 def _record(
     storage: Storage,
+    read: Callable[[str, str], ReadLabels],
     commit: Commit,
     head: IndexHead | None,
     damage: str | None,
@@ -173,13 +181,14 @@ def _record(
     known: AbstractSet[str],
     unreadable: Sequence[Commit],
 ) -> Record:
-    """names: of its directory. known: save_ids of sound indexes. unreadable: the commits whose indexes are not."""
+    """read: the labels of a directory and save_id. names: of its directory.
+    known: save_ids of sound indexes. unreadable: the commits whose indexes are not."""
     if head is None:
         labels = NO_LABELS
         saves = labelled_saves(names) - known - _retired(names)
         # Whose labels they are is only known if nobody else's they can be.
         if len(saves) == 1 and [c.directory for c in unreadable].count(commit.directory) == 1:
-            labels = read_labels(storage, commit.directory, *saves)
+            labels = read(commit.directory, *saves)
         is_unsound = any(name.startswith("unsound-") for name in names)
         return Record(commit, None, damage, labels, False, is_unsound, 0)
     has_labels = head.save_id in labelled_saves(names)
@@ -189,7 +198,7 @@ def _record(
         commit,
         head,
         None,
-        read_labels(storage, commit.directory, head.save_id) if has_labels else NO_LABELS,
+        read(commit.directory, head.save_id) if has_labels else NO_LABELS,
         f"verified-{head.save_id}" in names,
         f"unsound-{head.save_id}" in names,
         size_bytes,

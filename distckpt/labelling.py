@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -16,7 +17,7 @@ from distckpt.errors import CheckpointError, CheckpointNotFoundError
 from distckpt.labels import Labels, change_labels
 from distckpt.metrics import MAX_METRICS, Metrics, check_name, known_metrics
 from distckpt.selecting import Selector, open_selected, select_commits
-from distckpt.storage import Storage
+from distckpt.storage import PosixStorage, Storage
 
 MAX_NOTE_LENGTH = 10_000
 MAX_TAGS = 1000
@@ -38,7 +39,8 @@ def label(
     iteration: any selector; see distckpt.selecting. add_tags: a tag names one checkpoint of a root, and is taken from
     the one that had it. remove_tags: those that it does not have are left alone. note: "" removes it. pinned: whether
     retention may never remove it; tagged ones it does not remove either. metrics: added to those of the save, and win
-    over them.
+    over them. Who may read the checkpoint may read its labels: in a root given as a path they have the mode and, if
+    this process may give it, the group of its index.
 
     Raises CheckpointNotFoundError, also when the checkpoint is removed meanwhile; CorruptionError if its index is
     damaged; ValueError; OSError.
@@ -54,6 +56,8 @@ def label(
     commit = select_commits(storage, selector)[0]
     try:
         save_id = read_head(storage, commit).save_id
+        if isinstance(root, (str, os.PathLike)):
+            storage = _with_access_of(storage, commit)
     except FileNotFoundError as error:
         raise CheckpointNotFoundError(f"{commit.name}: it was removed meanwhile") from error
     # First from where a move that died has left them: they would name that checkpoint again.
@@ -108,8 +112,22 @@ def _changed(
     )
 
 
+def _with_access_of(storage: Storage, commit: Commit) -> Storage:
+    """The same root, where new files have mode and group of a commit's index, whatever the umask of who labels it.
+    Raises OSError."""
+    status = os.stat(os.path.join(storage.location, commit.name))
+    mode = stat.S_IMODE(status.st_mode) & 0o666 | 0o600
+    if not mode & 0o044 and status.st_uid != os.geteuid():
+        return storage  # With that mode its owner could not read what another has written.
+    try:
+        return PosixStorage(storage.location, file_mode=mode, group=status.st_gid)
+    except ValueError:  # A group that this process is not in.
+        return PosixStorage(storage.location, file_mode=mode)
+
+
 def _labelled(storage: Storage) -> list[Record]:
-    return survey(storage, list_commits(storage), labelled_only=True)
+    """All that have labels. Raises OSError if some may not be read: a tag's number could be among them."""
+    return survey(storage, list_commits(storage), labelled_only=True, may_lack_rights=False)
 
 
 def _next_numbers(storage: Storage, tags: set[str], commit: Commit) -> dict[str, int]:
@@ -151,7 +169,7 @@ def _without(tags: set[tuple[str, int]], labels: Labels) -> Labels:
 
 
 def _entry(storage: Storage, commit: Commit) -> CheckpointEntry:
-    records = _labelled(storage)
+    records = survey(storage, list_commits(storage), labelled_only=True)
     own = [record for record in records if record.commit == commit] or survey(storage, [commit])
     if not own:
         raise CheckpointNotFoundError(f"{commit.name}: it was removed meanwhile")

@@ -69,8 +69,10 @@ def label_numbers(names: Iterable[str], save_id: str) -> list[int]:
     return sorted(int(match[1]) for match in map(_NAME.fullmatch, names) if match and match[2] == save_id)
 
 
-def read_labels(storage: Storage, directory: str, save_id: str) -> ReadLabels:
-    """The labels of a checkpoint. Raises OSError for what is no damage (no right to read)."""
+def read_labels(storage: Storage, directory: str, save_id: str, *, may_lack_rights: bool = False) -> ReadLabels:
+    """The labels of a checkpoint. may_lack_rights: those that this process may not read count as damaged, for who is
+    not about to write on from them. Raises OSError for what is no damage.
+    """
     for attempt in range(_ATTEMPTS):
         numbers = label_numbers(storage.list(directory), save_id)
         damage: str | None = None
@@ -78,7 +80,8 @@ def read_labels(storage: Storage, directory: str, save_id: str) -> ReadLabels:
             try:
                 return ReadLabels(_read(storage, directory, save_id, number), numbers[-1], damage)
             except (CheckpointError, OSError) as error:
-                if isinstance(error, OSError) and not is_damage(error):
+                lacks_rights = may_lack_rights and isinstance(error, PermissionError)
+                if isinstance(error, OSError) and not is_damage(error) and not lacks_rights:
                     raise
                 damage = damage or str(error)
                 if isinstance(error, FileNotFoundError) and attempt < _ATTEMPTS - 1:

@@ -850,6 +850,27 @@ MUTANTS = (
         RETENTION,
     ),
     Mutant(
+        "labels that may not be read stop everybody",
+        "distckpt/labels.py",
+        "lacks_rights = may_lack_rights and isinstance",
+        "lacks_rights = False and isinstance",
+        LABELS,
+    ),
+    Mutant(
+        "labels that may not be read are written over",
+        "distckpt/labels.py",
+        "lacks_rights = may_lack_rights and isinstance",
+        "lacks_rights = isinstance",
+        LABELS,
+    ),
+    Mutant(
+        "the umask says who may read labels",
+        "distckpt/labelling.py",
+        "            storage = _with_access_of(storage, commit)\n",
+        "            pass\n",
+        ACCESS,
+    ),
+    Mutant(
         "retention: labels that cannot be read protect nothing",
         "distckpt/pruning.py",
         " or labels.damage is not None",

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import distckpt
-from distckpt import Checkpointer, Copy
+from distckpt import Checkpointer, Copy, label
 from distckpt.commit import TRACKER
 from distckpt.storage import PosixStorage
 from distckpt.storage.access import Access, known_access
@@ -114,3 +114,18 @@ def test_group_that_this_process_is_not_in_is_refused(monkeypatch: pytest.Monkey
 def test_storage_that_is_given_has_its_own_access() -> None:
     with pytest.raises(ValueError, match="a Storage is made with its own"):
         Checkpointer(MemoryStorage(), file_mode=0o640)
+
+
+@pytest.mark.parametrize("mode", [0o664, 0o640, 0o600])
+def test_labels_have_the_access_of_the_index_that_they_stand_beside(tmp_path: Path, mode: int) -> None:
+    root = tmp_path / "run"
+    group = max([os.getegid(), *os.getgroups()])
+    with Checkpointer(root, file_mode=mode, group=group) as checkpointer:
+        checkpointer.save({"w": torch.ones(2)}, iteration=1)
+    before = os.umask(0o077)
+    try:
+        label(root, 1, add_tags=["good"])
+    finally:
+        os.umask(before)
+    (labels,) = root.glob("iter_0000001/labels-*")
+    assert (stat.S_IMODE(labels.stat().st_mode), labels.stat().st_gid) == (mode, group)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,12 +10,15 @@ from pathlib import Path
 import pytest
 
 from distckpt import CheckpointError, CheckpointNotFoundError, CorruptionError, catalog, label, labels, prune
+from distckpt.checked_json import encode_record
 from distckpt.commit import Commit, Writer, list_commits
 from distckpt.labelling import MAX_NOTE_LENGTH
 from distckpt.labels import Labels, change_labels, label_numbers, read_labels
 from distckpt.removing import RETIRING_S, retire, sweep
 from distckpt.retention import Retention
+from distckpt.shard_file import FORMAT, FORMAT_VERSION
 from distckpt.storage import PosixStorage, Storage
+from distckpt.storage.memory import MemoryReadFile
 from distckpt.testing import Crash, CrashingStorage, MemoryStorage
 from tests.unit.damage import change, flip
 from tests.unit.protocol import Clock, save, tree
@@ -300,6 +304,43 @@ def test_labels_of_another_checkpoint_or_number_do_not_count(storage: MemoryStor
     entries = {entry.iteration: entry for entry in catalog(storage)}
     assert "it is of" in (entries[20].labels_damage or "")
     assert "number 1" in (entries[10].labels_damage or "")
+
+
+class OfAnother(MemoryStorage):
+    """In which nobody but their author may read the labels of 10."""
+
+    def open(self, name: str) -> MemoryReadFile:
+        if name.startswith("iter_0000010/labels-"):
+            raise PermissionError(errno.EACCES, "Permission denied", name)
+        return super().open(name)
+
+
+def test_labels_that_may_not_be_read_stop_nobody_and_may_have_been_a_pin(clock: Clock) -> None:
+    storage = OfAnother(clock=clock)
+    three_checkpoints(storage)
+    label(storage, 20, note="x")
+    commit = list_commits(storage)[2]
+    data = encode_record(Labels(format=FORMAT, version=FORMAT_VERSION, save_id=catalog(storage)[2].save_id, number=1))
+    storage.put_if_absent(f"{commit.directory}/labels-000001-{catalog(storage)[2].save_id}.json", data)
+    assert ["Permission denied" in (entry.labels_damage or "") for entry in catalog(storage)] == [False, False, True]
+    assert [one.iteration for one in prune(storage, Retention(keep_last=1)).removed] == [20]
+    assert retire(storage, [commit]) == []
+    assert label(storage, 30, note="y").note == "y"
+
+
+def test_labels_that_may_not_be_read_are_not_written_over(clock: Clock) -> None:
+    """Nor is a tag moved, that may be among them with any number."""
+    storage = OfAnother(clock=clock)
+    three_checkpoints(storage)
+    save_id = catalog(storage)[2].save_id
+    data = encode_record(Labels(format=FORMAT, version=FORMAT_VERSION, save_id=save_id, number=1, tags={"a": 7}))
+    storage.put_if_absent(f"iter_0000010/labels-000001-{save_id}.json", data)
+    with pytest.raises(PermissionError):
+        label(storage, 10, note="z")
+    with pytest.raises(PermissionError):
+        label(storage, 30, add_tags=["a"])
+    assert label_files(storage, 10) == [f"labels-000001-{save_id}.json"]
+    assert label_files(storage, 30) == []
 
 
 # Removal
