@@ -23,15 +23,24 @@ _MAX_DEPTH = 4  # from a path inside an iteration's directory up to it
 
 
 def open_root(root: str | os.PathLike[str] | Storage) -> tuple[Storage, int | None]:
-    """The storage of a root, and None; given the directory of an iteration, of its root, and the iteration."""
+    """The storage of a root, and None; given the directory of an iteration, or a link to one, of its root, and the
+    iteration."""
     if not isinstance(root, (str, os.PathLike)):
         return root, None
     storage = PosixStorage(root)
-    above, name = os.path.split(storage.location)
+    above, name = os.path.split(without_link(storage.location))
     iteration = iteration_of(name)
     if iteration is None or not _is_iteration_directory(storage):
         return storage, None
     return PosixStorage(above), iteration
+
+
+def without_link(path: str) -> str:
+    """Of a link to the directory of an iteration, that: links have readable names. Any other path as it is."""
+    if not os.path.islink(path):
+        return path
+    real = os.path.realpath(path)
+    return path if iteration_of(os.path.basename(real)) is None else real
 
 
 def _is_iteration_directory(storage: Storage) -> bool:
@@ -48,7 +57,7 @@ def is_root(storage: Storage) -> bool:
 
 def root_above(path: str) -> tuple[str, int] | None:
     """The root and the iteration that a path lies in, itself an iteration's directory or somewhere below one."""
-    path = os.path.abspath(path)
+    path = without_link(os.path.abspath(path))
     for _ in range(_MAX_DEPTH):
         above, name = os.path.split(path)
         iteration = iteration_of(name)

@@ -5,7 +5,7 @@ None, "latest"        the newest; a load passes over damaged ones to the next
 "latest-verified"     the newest that was read back after it was saved
 "best:val_loss"       with the lowest metric; "best:accuracy:max" with the highest
 "tag:NAME"            the one that has the tag
-"iter_0001000"        an iteration's directory: its name, or its path, in the root
+"iter_0001000"        an iteration's directory: its name, or its path, in the root; or the path of a link to it
 
 All but the first name one checkpoint. One whose index is damaged is never the best, nor the latest verified: what was
 measured of it is not known. Reads; changes nothing.
@@ -23,7 +23,7 @@ from distckpt.cataloging import Record, survey, tag_holders
 from distckpt.commit import Commit, find_commits, iteration_of, list_commits, newest_by_iteration, newest_verified
 from distckpt.errors import CheckpointError, CheckpointNotFoundError
 from distckpt.metrics import Metrics, check_name
-from distckpt.roots import open_root
+from distckpt.roots import open_root, without_link
 from distckpt.storage import Storage
 from distckpt.surroundings import describe_iteration, not_found
 
@@ -169,7 +169,7 @@ def _listed(what: str, names: Iterable[str]) -> str:
 
 
 def _iteration_of_path(storage: Storage, path: str) -> int:
-    path = os.path.normpath(path)
+    path = without_link(os.path.normpath(path))
     above, name = os.path.split(path)
     iteration = iteration_of(name)
     if iteration is None or (above and os.path.realpath(above) != os.path.realpath(storage.location)):

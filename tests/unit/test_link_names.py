@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import distckpt
-from distckpt import Checkpointer, LinkNames
+from distckpt import Checkpointer, CheckpointError, LinkNames
 from distckpt.commit import TRACKER, Writer, iteration_directories
 from distckpt.storage import PosixStorage
 from distckpt.testing import MemoryStorage
@@ -45,6 +45,21 @@ def test_checkpoints_have_readable_names_that_lead_to_them(tmp_path: Path) -> No
     assert (tmp_path / "gpt--val_loss=2.33-step=1000").samefile(tmp_path / "iter_0001000")
     assert [iteration for iteration, _ in iteration_directories(PosixStorage(tmp_path))] == [1000, 2000, 3000, 4000]
     assert distckpt.verify(tmp_path).is_sound
+
+
+def test_links_are_taken_for_the_directories_that_they_lead_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "run"
+    run_job(root, {1000: 2.334, 2000: 1.9})
+    link = root / "gpt--val_loss=2.33-step=1000"
+    assert [entry.iteration for entry in distckpt.catalog(link)] == [1000]
+    assert distckpt.label(link, None, note="by its name").iteration == 1000
+    assert distckpt.label(root, link, note="by its path").iteration == 1000
+    monkeypatch.chdir(root)
+    assert distckpt.verify(root, f"./{link.name}").iteration == 1000
+    with Checkpointer(root) as checkpointer:
+        assert checkpointer.load({"w": torch.zeros(3)}, str(link)).iteration == 1000
+    with Checkpointer(link) as checkpointer, pytest.raises(CheckpointError, match="is no place for checkpoints"):
+        checkpointer.save({"w": torch.zeros(3)}, iteration=3000)
 
 
 def test_links_of_removed_checkpoints_go_and_others_stay(tmp_path: Path) -> None:
