@@ -25,6 +25,16 @@ def check_name(what: str, name: object) -> str:
     return name
 
 
+def check_metric_name(name: object) -> str:
+    """As check_name. Raises ValueError also for what a selector would take for a name and a direction."""
+    checked = check_name("metric", name)
+    if checked.endswith((":min", ":max")):
+        raise ValueError(
+            f"metric {checked!r}: no name may end in :min or :max, as these say which is best (best:loss:max)"
+        )
+    return checked
+
+
 def known_metrics(metrics: Mapping[str, float] | None) -> Metrics:
     """As they are stored, by name. Numbers are whatever float() takes. Raises ValueError or TypeError."""
     if metrics is not None and not isinstance(metrics, Mapping):
@@ -35,7 +45,7 @@ def known_metrics(metrics: Mapping[str, float] | None) -> Metrics:
             number = float(value)
         except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"metric {name!r}: {value!r} is no number") from error
-        found[check_name("metric", name)] = number if math.isfinite(number) else None
+        found[check_metric_name(name)] = number if math.isfinite(number) else None
     if len(found) > MAX_METRICS:
         raise ValueError(f"{len(found)} metrics, at most {MAX_METRICS} expected")
     return found

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from distckpt.commit import Commit
-from distckpt.metrics import check_name
+from distckpt.metrics import check_metric_name
 
 Mode: TypeAlias = Literal["min", "max"]
 BestRule: TypeAlias = tuple[str, int, Mode]
@@ -56,7 +56,7 @@ class Retention:
             metric, count, mode = rule
             if operator.index(count) < 1:
                 raise ValueError(f"keep_best={rule!r}: expected a count of at least 1")
-            checked.append((check_name("metric", metric), count, mode))
+            checked.append((check_metric_name(metric), count, mode))
         return checked
 
     @property

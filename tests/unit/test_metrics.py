@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from distckpt import Checkpointer, CheckpointError, InvalidShardingError, repair
+from distckpt import Checkpointer, CheckpointError, InvalidShardingError, Retention, repair
 from distckpt.commit import list_commits, read_head, read_index
 from distckpt.coordinator import Coordinator
 from distckpt.metrics import MAX_METRICS, MAX_NAME_LENGTH, known_metrics
@@ -102,3 +102,12 @@ def test_what_is_no_number_is_refused_before_anything_is_written() -> None:
     with Checkpointer(storage) as checkpointer, pytest.raises((CheckpointError, ValueError), match="is no number"):
         checkpointer.save({"w": torch.ones(3)}, iteration=10, metrics={"loss": None})  # type: ignore[dict-item]
     assert storage.list("") == []
+
+
+@pytest.mark.parametrize("name", ["acc:max", "acc:top:min", ":max"])
+def test_name_that_no_selector_could_mean_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="no name may end in :min or :max"):
+        known_metrics({name: 1.0})
+    with pytest.raises(ValueError, match="no name may end in :min or :max"):
+        Retention(keep_best=(name, 1, "min"))
+    assert known_metrics({"acc:top": 1.0}) == {"acc:top": 1.0}
