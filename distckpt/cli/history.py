@@ -11,21 +11,21 @@ import typer
 from rich.table import Table
 
 from distckpt.cli.history_plot import plot_history
-from distckpt.cli.output import console, plain_text, print_json, print_table, size_text
+from distckpt.cli.output import ROOT, console, plain_text, print_json, print_table, size_text
 from distckpt.history_log import HistoryLine, read_history
 from distckpt.report import CopyReport, SaveReport
-from distckpt.storage import PosixStorage
+from distckpt.roots import open_root
 
 
 def history(
-    root: Annotated[Path, typer.Argument(help="The directory that holds latest_checkpointed_iteration.txt.")],
+    root: Annotated[Path, typer.Argument(help=ROOT)],
     last: Annotated[int | None, typer.Option(min=1, help="Only the last so many lines.", show_default=False)] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Draw stall, seconds and bytes over time into this PNG.", show_default=False)
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="One line of JSON for each.")] = False,
 ) -> None:
-    """Show the saves, loads and copies of a root, oldest first, from its history.jsonl.
+    """Show the saves, loads and copies of a root, or of one iteration, oldest first, from its history.jsonl.
 
     Seconds are rank 0's; "slowest" is the phase that kept any rank busy for longest, and that rank.
 
@@ -33,18 +33,21 @@ def history(
     """
     if not root.is_dir():
         raise NotADirectoryError(f"{root} is no directory")
-    found = read_history(PosixStorage(root), last=last)
+    storage, only = open_root(root)
+    found = read_history(storage)
+    lines = [line for line in found.lines if only is None or line.iteration == only]
+    lines = lines if last is None else lines[-last:]
     if json:
-        for line in found.lines:
+        for line in lines:
             print_json(line)
-    elif found.lines:
-        print_table(_table(found.lines))
+    elif lines:
+        print_table(_table(lines))
     else:
         console.print(f"{root}: nothing was logged")
     if found.skipped and not json:
         console.print(f"lines that could not be read: {found.skipped}")
     if plot is not None:
-        plot_history(found.lines, plot, title=str(root.resolve()))
+        plot_history(lines, plot, title=str(root.resolve()))
         if not json:
             console.print(f"drawn: {plot}")
 

@@ -313,6 +313,16 @@ def test_history_prints_a_row_for_each_line(tmp_path: Path) -> None:
     assert "\x1b" not in said
 
 
+def test_history_of_the_directory_of_an_iteration_is_what_its_root_knows_of_it(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path) as checkpointer:
+        for iteration in (1, 2, 3):
+            checkpointer.save({"w": torch.ones(2)}, iteration=iteration)
+        checkpointer.load({"w": torch.zeros(2)}, 2)
+    lines = run_command(tmp_path / "iter_0000002", "--json").splitlines()
+    assert [(json.loads(line)["kind"], json.loads(line)["iteration"]) for line in lines] == [("save", 2), ("load", 2)]
+    assert "load" in run_command(tmp_path / "iter_0000002", "--json", "--last", "1")
+
+
 def test_history_as_json_is_what_was_logged(tmp_path: Path) -> None:
     write_history(tmp_path, line_of(SAVED, 4), line_of(LOADED, 4))
     said = run_command(tmp_path, "--json", "--last", 1)
