@@ -34,9 +34,15 @@ for command in (ls, inspect, du, tag, note, pin, metric, prune, copy, history, v
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0 all is well, 1 damage was found, 2 it could not be done."""
+    """Run the command line. Exit codes: 0 all is well, 1 damage was found, 2 it could not be done; 0 too if who reads
+    the output has seen enough."""
     try:
         app()
+    except SystemExit as ended:
+        # Typer and rich end with 1 then, which means damage here.
+        if not isinstance(ended.__context__, BrokenPipeError):
+            raise
+        sys.exit(0)
     except (CheckpointError, OSError, ValueError) as error:
         print(f"distckpt: {error}", file=sys.stderr)
         sys.exit(NOT_DONE)

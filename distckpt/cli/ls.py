@@ -29,8 +29,8 @@ def ls(
 ) -> None:
     """List the checkpoints under a root, newest first, and saves that are none.
 
-    Nothing but indexes and labels is read; `distckpt verify` reads the rest. Exit code 0; 1: an index is damaged;
-    2: there is nothing.
+    Nothing but indexes and labels is read; `distckpt verify` reads the rest. Exit code 0; 1: an index is damaged
+    or a file is missing; 2: there is nothing.
 
     Example: distckpt ls /checkpoints/run7 --sort val_loss
     """
@@ -82,9 +82,9 @@ def _print(entries: Sequence[CheckpointEntry], incomplete: Sequence[IncompleteSa
     if len(names) > _MAX_METRICS:
         console.print(f"more metrics, in --json: {shown(', '.join(names[_MAX_METRICS:]), 1000)}")
     for entry in entries:
-        for problem in (entry.damage, entry.labels_damage):
+        for what, problem in (("DAMAGED", entry.damage), ("labels damaged", entry.labels_damage)):
             if problem is not None:
-                console.print(f"iteration {entry.iteration}: DAMAGED: {shown(problem, 1000)}")
+                console.print(f"iteration {entry.iteration}: {what}: {shown(problem, 1000)}")
     for save in incomplete:
         console.print(
             f"no checkpoint: {save.directory}: {size_text(save.bytes)}, {age_text(save.age_s)} old: {save.why}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,25 @@ def test_ls_says_which_file_is_missing_and_exits_with_1(root: Path) -> None:
     (table,) = (root / "iter_0000020").glob("chunks-*")
     table.unlink()
     assert f"iteration 20: DAMAGED: iter_0000020/{table.name} is missing" in run("ls", root, code=1)
+
+
+def test_ls_says_which_labels_are_damaged_and_exits_with_0(root: Path) -> None:
+    run("note", root, "x", "--iteration", 20)
+    (labels,) = (root / "iter_0000020").glob("labels-*")
+    labels.write_bytes(b"")
+    said = run("ls", root)
+    assert "iteration 20: labels damaged: iter_0000020/labels-" in said
+    assert "DAMAGED" not in said
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_output_that_nobody_reads_to_its_end_is_no_damage(root: Path, options: list[str]) -> None:
+    script = [sys.executable, "-m", "distckpt.cli", "ls", str(root), *options]
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(script, stdout=writing, stderr=subprocess.PIPE, timeout=120, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_text_from_disk_does_nothing_to_a_terminal(root: Path) -> None:
