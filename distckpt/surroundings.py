@@ -90,20 +90,27 @@ def _look_around(path: str, around: _Around) -> None:
             )
         around.lines.append(f"it lies in iteration {iteration} of {above}, {says}")
         return
-    is_there = os.path.isdir(path)
-    if not is_there:
-        around.lines.append(f"there is no directory {path}")
-    roots = sorted(_roots(path if is_there else os.path.dirname(path)), reverse=True)
-    around.lines += [
-        f"checkpoints: {root.path}: {root.checkpoints}, the newest of iteration {root.iteration}"
-        for root in roots[:_MAX_SHOWN]
-    ]
+    if not os.path.isdir(path):
+        # What lies there are other runs, beside one that begins, or its base: named, as the path may be mistyped, and
+        # none of them recommended.
+        roots = sorted(_roots(os.path.dirname(path)), reverse=True)
+        beside = "; around it are these:" if roots else ""
+        around.lines += [f"there is no directory {path}{beside}", *_listed(roots)]
+        return
+    roots = sorted(_roots(path), reverse=True)
+    around.lines += _listed(roots)
     if roots:
         more = ", the one with the newest complete checkpoint," if len(roots) > 1 else ""
         around.lines.append(f"give {roots[0].path}{more} as the root")
-    if is_there:  # Else they are other runs, beside one that begins.
-        around.candidates += [root.path for root in roots]
-        _look_for_foreign(path, around)
+    around.candidates += [root.path for root in roots]
+    _look_for_foreign(path, around)
+
+
+def _listed(roots: Iterable[_Root]) -> list[str]:
+    return [
+        f"checkpoints: {root.path}: {root.checkpoints}, the newest of iteration {root.iteration}"
+        for root in islice(roots, _MAX_SHOWN)
+    ]
 
 
 def _names(path: str) -> Iterator[os.DirEntry[str]]:
@@ -112,8 +119,14 @@ def _names(path: str) -> Iterator[os.DirEntry[str]]:
 
 
 def _roots(path: str) -> Iterator[_Root]:
-    """Of the directory and its children, those that hold checkpoints."""
-    for candidate in (path, *(entry.path for entry in _names(path) if _is_directory(entry))):
+    """Of the directory and its children, those that hold checkpoints; one to which links lead is told once."""
+    seen: set[str] = set()
+    children = sorted((entry for entry in _names(path) if _is_directory(entry)), key=lambda entry: entry.is_symlink())
+    for candidate in (path, *(entry.path for entry in children)):
+        real = os.path.realpath(candidate)
+        if real in seen:
+            continue
+        seen.add(real)
         with suppress(OSError):
             storage = PosixStorage(candidate)
             commits = list_commits(storage)

@@ -110,7 +110,7 @@ def test_what_cannot_be_done_is_said_without_a_traceback_and_exit_code_2(root: P
     assert missing.returncode == 2
     assert missing.stderr.startswith("distckpt: no checkpoint under ")
     assert all(line.startswith("  ") for line in missing.stderr.splitlines()[1:])
-    assert f"  give {root} as the root\n" in missing.stderr
+    assert f"; around it are these:\n  checkpoints: {root}: 2" in missing.stderr
     assert command("verify", root, "--sample", 2).stderr.startswith("distckpt: sample=2.0")
     assert command("verify", root, "--all", "--iteration", 3).returncode == 2
     assert command("nonsense").returncode == 2

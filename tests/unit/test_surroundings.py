@@ -72,11 +72,25 @@ def make_iteration(storage: PosixStorage, iteration: int) -> PosixStorage:
     return storage
 
 
-def test_missing_directory_is_called_missing_and_its_neighbours_named(tmp_path: Path) -> None:
+def test_missing_directory_is_called_missing_and_its_neighbours_named_but_not_recommended(tmp_path: Path) -> None:
+    """It may be mistyped; or a first start, beside its base or the runs of others."""
     make_root(tmp_path / "run7", 10)
     message = said(tmp_path / "run77")
-    assert f"there is no directory {tmp_path}/run77" in message
-    assert f"give {tmp_path}/run7 as the root" in message
+    assert (
+        f"\n  there is no directory {tmp_path}/run77; around it are these:\n  checkpoints: {tmp_path}/run7: 1"
+        in message
+    )
+    assert "as the root" not in message
+
+
+def test_root_to_which_links_lead_is_told_once_by_its_own_name(tmp_path: Path) -> None:
+    (tmp_path / "a_link").symlink_to("run7")
+    make_root(tmp_path / "run7", 10)
+    (tmp_path / "link").symlink_to("run7")
+    (tmp_path / "itself").symlink_to(".")
+    message = said(tmp_path)
+    assert message.count("checkpoints: ") == 1
+    assert message.endswith(f"\n  give {tmp_path}/run7 as the root")
 
 
 def test_incomplete_iterations_are_listed_as_incomplete_and_why(tmp_path: Path) -> None:
