@@ -26,8 +26,9 @@ from distckpt.shard_file import DTYPES, FORMAT, FORMAT_VERSION
 T = TypeVar("T")
 MAX_INDEX_BYTES = 1 << 30
 MAX_BYTES = 1 << 62
+MAX_NATURAL = 2**63 - 1
 
-Natural: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+Natural: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=MAX_NATURAL)]
 UInt32: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
 OnChange: TypeAlias = Literal["exact", "reseed", "skip"]
 SaveId: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]

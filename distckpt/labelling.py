@@ -13,8 +13,8 @@ import msgspec
 
 from distckpt.cataloging import CheckpointEntry, Record, entry_of, survey, tag_holders
 from distckpt.commit import Commit, list_commits, read_head
-from distckpt.errors import CheckpointError, CheckpointNotFoundError
-from distckpt.labels import Labels, change_labels
+from distckpt.errors import CheckpointError, CheckpointNotFoundError, CorruptionError
+from distckpt.labels import MAX_TAG_NUMBER, Labels, change_labels
 from distckpt.metrics import MAX_METRICS, Metrics, check_name, known_metrics
 from distckpt.selecting import Selector, open_selected, select_commits
 from distckpt.storage import PosixStorage, Storage
@@ -43,7 +43,7 @@ def label(
     this process may give it, the group of its index.
 
     Raises CheckpointNotFoundError, also when the checkpoint is removed meanwhile; CorruptionError if its index is
-    damaged; ValueError; OSError.
+    damaged, or labels have numbers that leave no higher ones; ValueError; OSError.
     """
     added, removed = _tags(add_tags), _tags(remove_tags)
     twice = sorted(added & removed)
@@ -139,6 +139,11 @@ def _next_numbers(storage: Storage, tags: set[str], commit: Commit) -> dict[str,
     numbers = {}
     for tag in tags:
         highest = max((record.labels.labels.tags.get(tag, 0) for record in records), default=0)
+        if highest == MAX_TAG_NUMBER:
+            raise CorruptionError(
+                f"{holders[tag].directory}: its labels give the tag {tag!r} the number {highest}, and none is "
+                f"higher. No tag is moved so often: remove it from there first"
+            )
         numbers[tag] = highest if holders.get(tag) == commit else highest + 1
     return numbers
 

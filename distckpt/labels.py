@@ -23,13 +23,15 @@ from distckpt.checked_json import checked_body, decode_body, encode_record
 from distckpt.checkpoint_files import is_damage
 from distckpt.commit import Commit, read_file
 from distckpt.errors import CheckpointError, CheckpointNotFoundError, CorruptionError
-from distckpt.index import Natural, SaveId
+from distckpt.index import MAX_NATURAL, Natural, SaveId
 from distckpt.metrics import Metrics
 from distckpt.shard_file import FORMAT, FORMAT_VERSION
 from distckpt.storage import Storage
 
 _NAME = re.compile(r"labels-(\d{6,18})-([0-9a-f]{32})\.json")
 _MAX_RECORD_BYTES = 16 << 20
+MAX_TAG_NUMBER = MAX_NATURAL
+_MAX_NUMBER = 10**18 - 1  # A name has no more digits.
 _ATTEMPTS = 100
 _WAIT_S, _STEP_S = 2.0, 0.02  # for a removal that may be given up
 
@@ -117,6 +119,8 @@ def change_labels(storage: Storage, commit: Commit, save_id: str, change: Callab
         number = found.number
         if wanted != found.labels or found.damage is not None:
             number += 1
+            if number > _MAX_NUMBER:
+                raise CorruptionError(f"{directory}: labels of number {found.number} leave no higher one: remove them")
             wanted = msgspec.structs.replace(
                 wanted, format=FORMAT, version=FORMAT_VERSION, save_id=save_id, number=number
             )

@@ -306,6 +306,28 @@ def test_labels_of_another_checkpoint_or_number_do_not_count(storage: MemoryStor
     assert "number 1" in (entries[10].labels_damage or "")
 
 
+def test_tag_with_the_highest_number_is_an_error_and_nothing_is_written(storage: MemoryStorage) -> None:
+    save_id = catalog(storage)[2].save_id
+    said = Labels(format=FORMAT, version=FORMAT_VERSION, save_id=save_id, number=1, tags={"a": 2**63 - 1})
+    storage.put_if_absent(f"iter_0000010/labels-000001-{save_id}.json", encode_record(said))
+    with pytest.raises(
+        CorruptionError, match="iter_0000010: its labels give the tag 'a' the number 9223372036854775807"
+    ):
+        label(storage, 20, add_tags=["a"])
+    assert label_files(storage, 20) == []
+    label(storage, 10, remove_tags=["a"])
+    assert label(storage, 20, add_tags=["a"]).tags == ("a",)
+
+
+def test_labels_with_the_highest_number_are_an_error_and_nothing_is_written(storage: MemoryStorage) -> None:
+    save_id, number = catalog(storage)[2].save_id, 10**18 - 1
+    said = Labels(format=FORMAT, version=FORMAT_VERSION, save_id=save_id, number=number)
+    storage.put_if_absent(f"iter_0000010/labels-{number}-{save_id}.json", encode_record(said))
+    with pytest.raises(CorruptionError, match="leave no higher one"):
+        label(storage, 10, note="x")
+    assert label_files(storage, 10) == [f"labels-{number}-{save_id}.json"]
+
+
 class OfAnother(MemoryStorage):
     """In which nobody but their author may read the labels of 10."""
 
