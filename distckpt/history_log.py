@@ -147,10 +147,28 @@ def _read_tail(storage: Storage, max_bytes: int) -> tuple[bytes, int]:
 
 
 def _encode(line: HistoryLine) -> bytes:
-    data = msgspec.json.encode(line) + b"\n"
+    data = _json(line)
     if len(data) <= MAX_LINE_BYTES or line.report is None:
         return data
-    return msgspec.json.encode(msgspec.structs.replace(line, report=_shortened(line.report))) + b"\n"
+    return _json(msgspec.structs.replace(line, report=_shortened(line.report)))
+
+
+def _json(line: HistoryLine) -> bytes:
+    """One line. What is no Unicode, as a file name or key that was found may not be, becomes "?"."""
+    try:
+        return msgspec.json.encode(line) + b"\n"
+    except UnicodeEncodeError:
+        return msgspec.json.encode(_as_unicode(msgspec.to_builtins(line))) + b"\n"
+
+
+def _as_unicode(value: object) -> object:
+    if isinstance(value, str):
+        return value.encode(errors="replace").decode()
+    if isinstance(value, dict):
+        return {_as_unicode(key): _as_unicode(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_unicode(item) for item in value]
+    return value
 
 
 def _shortened(report: SaveReport | LoadReport | CopyReport) -> SaveReport | LoadReport | CopyReport:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -249,6 +250,17 @@ def test_line_that_would_be_too_long_is_shortened() -> None:
     [line] = read_history(storage).lines
     assert isinstance(line.report, LoadReport)
     assert line.report.missing == (*many[:20], "and 49980 more")
+
+
+def test_text_that_is_no_unicode_is_logged_with_replacements() -> None:
+    storage = memory()
+    warnings = ("no such file: \udcff.bin",)
+    append_line(storage, line_of(replace(LOADED, warnings=warnings, fell_back_from={7: "\ud800"}), 1))
+    append_line(storage, line_of_failure("failed save", 5, ValueError("\udcff"), 1))
+    loaded, failed = read_history(storage).lines
+    assert isinstance(loaded.report, LoadReport)
+    assert (loaded.report.warnings, loaded.report.fell_back_from) == (("no such file: ?.bin",), {7: "?"})
+    assert failed.error == "ValueError: ?"
 
 
 def test_root_without_a_history_has_an_empty_one(tmp_path: Path) -> None:
