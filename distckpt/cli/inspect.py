@@ -15,6 +15,7 @@ from distckpt.cataloging import CheckpointEntry, entry_of, survey, tag_holders
 from distckpt.cli.entries import json_of, marks_of, metric_text
 from distckpt.cli.output import ROOT, WHICH, age_text, console, print_json, print_table, shown, size_text
 from distckpt.commit import Commit, list_commits, read_index
+from distckpt.errors import CheckpointNotFoundError
 from distckpt.index import Index
 from distckpt.selecting import open_selected, select_commits
 from distckpt.storage import Storage
@@ -59,8 +60,10 @@ def inspect(
 def _entry(storage: Storage, commit: Commit) -> CheckpointEntry:
     records = survey(storage, list_commits(storage))
     now_unix_s = datetime.now(timezone.utc).timestamp()
-    (found,) = [record for record in records if record.commit == commit]
-    return entry_of(found, tag_holders(records), now_unix_s, storage)
+    found = [record for record in records if record.commit == commit]
+    if not found:
+        raise CheckpointNotFoundError(f"{commit.name}: it was removed meanwhile")
+    return entry_of(found[0], tag_holders(records), now_unix_s, storage)
 
 
 def sections_of(index: Index) -> list[Section]:

@@ -12,6 +12,9 @@ from typer.testing import CliRunner
 
 from distckpt import Checkpointer, CheckpointNotFoundError, ShardedTensor, TrainState
 from distckpt.cli import app
+from distckpt.cli.inspect import _entry
+from distckpt.commit import Commit
+from distckpt.storage import PosixStorage
 from tests.unit.test_cli import run
 
 
@@ -77,3 +80,8 @@ def test_what_is_not_there_is_an_error_that_says_what_is(root: Path) -> None:
     done = CliRunner().invoke(app, ["inspect", str(root), "--iteration", "tag:release"])
     assert isinstance(done.exception, CheckpointNotFoundError)
     assert "no checkpoint has this tag; there are no tags" in str(done.exception)
+
+
+def test_checkpoint_that_is_removed_while_it_is_inspected_is_told_as_that(root: Path) -> None:
+    with pytest.raises(CheckpointNotFoundError, match="it was removed meanwhile"):
+        _entry(PosixStorage(root), Commit(9, 9, 9))
