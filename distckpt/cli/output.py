@@ -17,7 +17,10 @@ _NARROWEST, _WIDE = 120, 1000
 
 # Of arguments that several commands have.
 ROOT = "The directory that holds latest_checkpointed_iteration.txt, or that of one iteration in it."
-WHICH = "Which: a number, latest, latest-verified, best:METRIC[:max], tag:NAME; the newest if not given."
+WHICH = (
+    "Which: a number, step:NUMBER, latest, latest-verified, best:METRIC[:max], tag:NAME, or the path of an iteration's "
+    "directory; the newest if not given."
+)
 
 # Paths and keys are printed as they are: no markup, no colours in them, no line breaks.
 console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)

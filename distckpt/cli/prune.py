@@ -55,7 +55,9 @@ def prune(
         max_bytes=None if max_size is None else size_bytes(max_size),
     )
     if not retention.has_rules and retention.max_bytes is None:
-        raise typer.BadParameter("give at least one of the rules --keep-... or --max-size")
+        raise typer.BadParameter(
+            "give at least one rule: --keep-last, --keep-every, --keep-best, --keep-younger-than or --max-size"
+        )
     report = prune_root(root, retention, dry_run=dry_run, removal_grace_s=duration_s(grace))
     if json:
         sums = {"kept_bytes": report.kept_bytes, "removed_bytes": report.removed_bytes}

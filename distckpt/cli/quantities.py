@@ -7,7 +7,7 @@ import re
 _BYTES = {"": 1, "B": 1}
 _BYTES |= {f"{prefix}{unit}": 1000**n for n, prefix in enumerate("KMGTP", 1) for unit in ("", "B")}
 _BYTES |= {f"{prefix}IB": 1024**n for n, prefix in enumerate("KMGTP", 1)}
-_SECONDS = {"S": 1.0, "MIN": 60.0, "H": 3600.0, "D": 86400.0, "W": 604800.0}
+_SECONDS = {"S": 1.0, "M": 60.0, "MIN": 60.0, "H": 3600.0, "D": 86400.0, "W": 604800.0}
 
 
 def _split(text: str, units: dict[str, int] | dict[str, float], example: str) -> tuple[float, str]:
@@ -25,6 +25,6 @@ def size_bytes(text: str) -> int:
 
 
 def duration_s(text: str) -> float:
-    """Of "7d", "12h", "30min", "45s". Raises ValueError."""
+    """Of "7d", "12h", "30min" or "30m", "45s". Raises ValueError."""
     number, unit = _split(text, _SECONDS, "7d")
     return number * _SECONDS[unit]
