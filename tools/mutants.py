@@ -388,8 +388,8 @@ MUTANTS = (
     Mutant(
         "retention lets sound ones go for an unsound one",
         "distckpt/pruning.py",
-        "not record.is_unsound and record.commit not in unsound",
-        "True",
+        "not record.is_unsound and not record.missing and record.commit not in unsound",
+        "not record.missing",
         READ_BACK,
     ),
     # Readable names
@@ -880,7 +880,7 @@ MUTANTS = (
     Mutant(
         "removing: labels that came meanwhile are not looked at",
         "distckpt/removing.py",
-        "        if read_labels(storage, commit.directory, save_id).number != labels.get(commit, 0):\n",
+        "        if read_labels(storage, commit.directory, save_id, may_lack_rights=True).number != labels.get(commit, 0):\n",
         "        if False:\n",
         LABELS,
     ),
@@ -964,8 +964,8 @@ MUTANTS = (
     Mutant(
         "surroundings: a job that begins beside other runs is taken for lost",
         "distckpt/surroundings.py",
-        "    if is_there:  #",
-        "    if True:  #",
+        '        around.lines += [f"there is no directory {path}{beside}", *_listed(roots)]\n',
+        "        around.candidates += [root.path for root in roots]\n",
         SURROUNDINGS,
     ),
     Mutant(

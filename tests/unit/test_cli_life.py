@@ -161,6 +161,19 @@ def test_prune_without_a_rule_or_with_a_wrong_one_is_refused(root: Path) -> None
     assert iterations(run("ls", root)) == ["30", "20", "10"]
 
 
+def test_help_says_every_way_to_name_a_checkpoint() -> None:
+    said = " ".join(CliRunner().invoke(app, ["inspect", "--help"], terminal_width=500).output.split())
+    for way in (
+        "a number",
+        "step:NUMBER",
+        "latest-verified",
+        "best:METRIC[:max]",
+        "tag:NAME",
+        "the path of an iteration",
+    ):
+        assert way in said
+
+
 def test_du_adds_up(root: Path) -> None:
     told = json.loads(run("du", root, "--json"))
     assert told["total_bytes"] == sum(path.stat().st_size for path in root.glob("iter_*/*"))
