@@ -880,8 +880,8 @@ MUTANTS = (
     Mutant(
         "removing: labels that came meanwhile are not looked at",
         "distckpt/removing.py",
-        "        if read_labels(storage, commit.directory, save_id, may_lack_rights=True).number != labels.get(commit, 0):\n",
-        "        if False:\n",
+        "may_lack_rights=True).number != labels.get(commit, 0):\n",
+        "may_lack_rights=True).number < 0:\n",
         LABELS,
     ),
     Mutant(
@@ -964,8 +964,8 @@ MUTANTS = (
     Mutant(
         "surroundings: a job that begins beside other runs is taken for lost",
         "distckpt/surroundings.py",
-        '        around.lines += [f"there is no directory {path}{beside}", *_listed(roots)]\n',
-        "        around.candidates += [root.path for root in roots]\n",
+        "        return\n    roots = sorted(",
+        "        around.candidates += [root.path for root in roots]\n        return\n    roots = sorted(",
         SURROUNDINGS,
     ),
     Mutant(
