@@ -441,6 +441,8 @@ def _largest_values(index: Index) -> str:
 def highest_epoch(storage: Storage) -> int:
     """Of all jobs that have claimed this root, or committed to it; 0 if there was none. Raises OSError."""
     return max([*writer_epochs(storage), *(commit.epoch for commit in list_commits(storage))], default=0)
+
+
 def missing_files(storage: Storage, commit: Commit, index: Index | IndexHead, names: Iterable[str]) -> list[str]:
     """Those that an index names and that are not there. names: of its directory, listed when the index was there, or
     before. Raises OSError."""
