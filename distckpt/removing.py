@@ -82,6 +82,8 @@ def retire(storage: Storage, commits: Iterable[Commit], labels: Mapping[Commit, 
             continue
         storage.remove(commit.name)
         storage.sync_directory(commit.directory)
+        # It was committed: a marker of its save that is still there protects nothing any more.
+        storage.remove(pending_marker(commit.iteration, save_id))
         retired.append(commit)
     return retired
 

@@ -133,7 +133,7 @@ def test_index_is_removed_first_then_the_directory_synced_then_the_files_removed
         f"sync_directory {directory}",
     ]
     removed = [c.removeprefix(f"remove {directory}/") for c in calls[3:] if c.startswith("remove ")]
-    assert removed == [*file_names(save_id), f"retired-{save_id}"]
+    assert removed == [f"pending-{save_id}", *file_names(save_id), f"retired-{save_id}"]
     assert calls[-2:] == [f"sync_directory {directory}", f"remove_directory {directory}"]
 
 
