@@ -57,7 +57,7 @@ def test_everything_has_the_mode_and_group_that_were_asked_for(tmp_path: Path) -
         files = {name: bits for name, bits in found.items() if name not in directories}
         assert set(files.values()) == {(0o640, GROUP)}
         kinds = {name.rpartition("/")[2].partition("-")[0] for name in files}
-        assert kinds >= {"shard", "chunks", "index", "parity", "verified", "writer", TRACKER}
+        assert kinds >= {"shard", "chunks", "index", "parity", "writer", TRACKER}
     assert "history.jsonl" in access_of(root)
     assert distckpt.verify(root).is_sound
 

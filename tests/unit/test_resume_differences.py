@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -117,8 +118,11 @@ def test_data_that_begin_from_the_start_are_found() -> None:
 def test_what_one_rank_finds_is_raised_on_all() -> None:
     storage = MemoryStorage()
 
+    making = threading.Lock()  # Ranks here are threads, which have one random stream.
+
     def run(coordinator: Coordinator) -> str:
-        job = Job(coordinator=coordinator)
+        with making:
+            job = Job(coordinator=coordinator)
         job.run(STEPS)
         with Checkpointer(storage, coordinator=coordinator, timeout_s=20) as checkpointer:
             job.train.save(checkpointer)
