@@ -30,7 +30,11 @@ def sync_directories(directory: Path) -> None:
 
 def remove(directory: Path) -> None:
     """Remove, and have the file system finish with it now rather than in the middle of what is timed next."""
-    shutil.rmtree(directory)
+    while directory.exists():
+        try:
+            shutil.rmtree(directory)
+        except FileNotFoundError:  # An engine that cleans up in the background was faster with a file.
+            continue
     _sync(directory.parent)
 
 
