@@ -115,7 +115,8 @@ def test_checkpoint_that_is_removed_meanwhile_is_left_out() -> None:
     assert [entry.iteration for entry in catalog(storage)] == [20]
 
 
-def test_saves_that_are_no_checkpoints_are_named_apart() -> None:
+def one_retired_of_two() -> tuple[MemoryStorage, Clock, Writer]:
+    """Iteration 20 is there, and 10 is being removed."""
     clock = Clock()
     storage = MemoryStorage(clock=clock)
     writer = Writer.claim(storage)
@@ -123,6 +124,11 @@ def test_saves_that_are_no_checkpoints_are_named_apart() -> None:
         save(writer, iteration)
     sweep(storage, grace_s=0)
     retire(storage, [Commit(1, 1, 10)])
+    return storage, clock, writer
+
+
+def test_saves_that_are_no_checkpoints_are_named_apart() -> None:
+    storage, clock, writer = one_retired_of_two()
     died = new_save_id()
     writer.announce(30, died)
     write_files(storage, 30, died)
@@ -149,13 +155,7 @@ def test_files_of_a_damaged_index_are_not_called_a_save_that_died() -> None:
 
 
 def test_usage_counts_every_byte_once() -> None:
-    clock = Clock()
-    storage = MemoryStorage(clock=clock)
-    writer = Writer.claim(storage)
-    for iteration in (10, 20):
-        save(writer, iteration)
-    sweep(storage, grace_s=0)
-    retire(storage, [Commit(1, 1, 10)])
+    storage, _, _ = one_retired_of_two()
     write_files(storage, 20, new_save_id())
     storage.put_if_absent("iter_0000020/notes.txt", b"12345")
     usage = {one.iteration: one for one in disk_usage(storage)}

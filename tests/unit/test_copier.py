@@ -6,7 +6,8 @@ import errno
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -175,8 +176,9 @@ def test_tag_that_names_another_copy_leaves_the_one_that_has_it_in_the_source() 
     assert 1 in iterations_in(second)
 
 
-def test_checkpoint_that_is_being_copied_is_not_retired_until_it_is() -> None:
-    root, second = MemoryStorage(), Gated(1)
+@contextmanager
+def outrun_by_retention(root: Storage, second: Gated) -> Iterator[Checkpointer]:
+    """Saves 1, 2 and 3, of which one stays, while 1 is being copied; in the body all is copied that is to be."""
     with Checkpointer(root, keep_last=1, removal_grace_s=0, copy_to=Copy(second)) as checkpointer:
         checkpointer.save(state_of(1), iteration=1)
         assert second.is_waiting.wait(30)
@@ -186,6 +188,12 @@ def test_checkpoint_that_is_being_copied_is_not_retired_until_it_is() -> None:
         second.gate.set()
         assert checkpointer._after_commit.copier is not None
         assert checkpointer._after_commit.copier._worker.wait(30)
+        yield checkpointer
+
+
+def test_checkpoint_that_is_being_copied_is_not_retired_until_it_is() -> None:
+    root, second = MemoryStorage(), Gated(1)
+    with outrun_by_retention(root, second) as checkpointer:
         checkpointer.save(state_of(4), iteration=4)
     assert iterations_in(root) == [4]
     assert iterations_in(second) == [4, 3, 1]
@@ -193,15 +201,8 @@ def test_checkpoint_that_is_being_copied_is_not_retired_until_it_is() -> None:
 
 def test_checkpoint_that_retention_takes_before_its_turn_is_left_out_and_said(caplog: pytest.LogCaptureFixture) -> None:
     root, second = MemoryStorage(), Gated(1)
-    with Checkpointer(root, keep_last=1, removal_grace_s=0, copy_to=Copy(second)) as checkpointer:
-        checkpointer.save(state_of(1), iteration=1)
-        assert second.is_waiting.wait(30)
-        for iteration in (2, 3):
-            checkpointer.save(state_of(iteration), iteration=iteration)
-        assert checkpointer.iterations() == [1, 3]
-        second.gate.set()
-        assert checkpointer._after_commit.copier is not None
-        assert checkpointer._after_commit.copier._worker.wait(30)
+    with outrun_by_retention(root, second):
+        pass
     assert iterations_in(second) == [3, 1]
     assert "iteration 2 was removed before it was copied" in caplog.text
 
