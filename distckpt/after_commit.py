@@ -74,9 +74,8 @@ class AfterCommit:
         assert commit is not None
         self._worker.submit(partial(self._clean_up, writer, first_epoch, frozenset(unsound)))
         self.log(line_of(report, self.world_size), writer)
-        if (
-            self.copier is not None and writer.second is not None
-        ):  # After the save's line in the history, which comes before the copy's.
+        # After the save's line in the history, which comes before the copy's.
+        if self.copier is not None and writer.second is not None:
             self.copier.submit(commit, writer, first_epoch=first_epoch)
         told = CommittedSave(report, self.storage.location, commit.directory)
         for hook in self.hooks:

@@ -36,7 +36,7 @@ def plot_history(lines: Sequence[HistoryLine], file: Path, *, title: str) -> Non
     _draw(panels[0], lines, "training stood still (s)", _stall_s)
     _draw(panels[1], lines, "duration (s)", _seconds)
     _draw(panels[2], lines, f"size ({unit})", lambda line: None if line.report is None else line.report.bytes / scale)
-    locator = AutoDateLocator(minticks=4, maxticks=9)  # type: ignore[no-untyped-call]
+    locator = AutoDateLocator(minticks=4, maxticks=9)  # type: ignore[no-untyped-call]  # matplotlib.dates has no types.
     panels[2].xaxis.set_major_locator(locator)
     panels[2].xaxis.set_major_formatter(ConciseDateFormatter(locator))  # type: ignore[no-untyped-call]
     figure.align_ylabels()

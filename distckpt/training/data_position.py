@@ -13,6 +13,7 @@ from typing import Protocol, runtime_checkable
 
 from distckpt import PerRank
 from distckpt.errors import MismatchError, UnsupportedTypeError
+from distckpt.index import OnChange
 from distckpt.training.fingerprint import fingerprint_of
 from distckpt.training.sampler import PositionReport, ResumableSampler, position_report
 
@@ -67,19 +68,19 @@ class DataPosition:
         """To be loaded. stored: the section of Contents.tree. Raises MismatchError for a position in other data."""
         own = self._keeper.state_dict()
         if CONSUMED not in own:
-            on_change = "skip" if accept_other_data else "exact"
+            on_change: OnChange = "skip" if accept_other_data else "exact"
             was = stored.get("fingerprint")
             if not accept_other_data and None not in (was, self._fingerprint) and was != self._fingerprint:
                 raise MismatchError(
                     f"data: the position is one in other data: the fingerprint is {self._fingerprint!r}, it was "
                     f"{was!r}. Give the job the data that it had, or allow 'data' to go on with the loader's state"
                 )
-            template: dict[str, object] = {"loader": PerRank(None, self._axes, on_change=on_change)}  # type: ignore[arg-type]
+            template: dict[str, object] = {"loader": PerRank(None, self._axes, on_change=on_change)}
             return template | ({"fingerprint": None} if "fingerprint" in stored else {})
         position = stored.get("position")
-        if not isinstance(position, dict) and accept_other_data:
-            return {}
         if not isinstance(position, dict):
+            if accept_other_data:
+                return {}
             raise MismatchError(
                 "data: the checkpoint has the position of another kind of loader, of one rank each; this job's counts "
                 "samples of all ranks. Allow 'data' to start from the first sample",

@@ -53,7 +53,7 @@ def fingerprint_of(dataset: object) -> str:
         return f"datasets:{own}"
     kind = type(dataset).__qualname__
     try:
-        length = len(dataset)  # type: ignore[arg-type]
+        length = len(dataset)  # type: ignore[arg-type]  # What has none raises TypeError.
     except TypeError:
         return f"{kind}, of no known length, content left out"
     return f"{kind}, {length} items, {_content_of(dataset, length)}"
@@ -80,7 +80,7 @@ def _shallow_copy(dataset: object) -> object:
 @contextmanager
 def _random_states_put_back() -> Iterator[None]:
     of_python, of_numpy, of_torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    of_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+    of_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]  # torch's
     try:
         yield
     finally:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from distckpt.contents import StoredTensor
 from distckpt.errors import CorruptionError, MismatchError, UnsupportedTypeError
+from distckpt.training.nested import with_items
 
 Options = dict[str, object]
 # Schedulers of torch write these into groups; they come and go with the scheduler.
@@ -45,11 +46,7 @@ def _plain(value: object, where: str) -> object:
         if isinstance(value, Tensor):
             return {_TENSOR: str(value.dtype).removeprefix("torch."), "values": value.detach().tolist()}
         return {_ARRAY: value.dtype.name, "values": value.tolist()}
-    if type(value) is dict:
-        return {key: _plain(one, where) for key, one in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_plain(one, where) for one in value)  # type: ignore[call-arg,attr-defined]
-    return value
+    return with_items(value, lambda one: _plain(one, where))
 
 
 def check_options(stored: object, where: str) -> Options:
@@ -82,11 +79,7 @@ def _restored(value: object, where: str) -> object:
             return np.array(value["values"], dtype=name)
         except (ValueError, TypeError, RuntimeError, OverflowError) as error:
             raise CorruptionError(f"{where}: stored is {value!r:.100}, which is no {name}: {error}") from error
-    if type(value) is dict:
-        return {key: _restored(one, where) for key, one in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_restored(one, where) for one in value)  # type: ignore[call-arg,attr-defined]
-    return value
+    return with_items(value, lambda one: _restored(one, where))
 
 
 def fitting_options(

@@ -199,11 +199,10 @@ def override_learning_rate(optimizers: Iterable[object], schedulers: Iterable[ob
                 scaled.add(id(rates))
     for scheduler in schedulers:
         for part in {id(part): part for part in (scheduler, _running(scheduler))}.values():
-            if isinstance(getattr(part, "_last_lr", None), list):
-                part._last_lr[:] = [  # type: ignore[attr-defined]
-                    rate.clone() if isinstance(rate, Tensor) else rate
-                    for rate in learning_rates([part.optimizer])  # type: ignore[attr-defined]
-                ]
+            rates, optimizer = getattr(part, "_last_lr", None), getattr(part, "optimizer", None)
+            if isinstance(rates, list) and isinstance(optimizer, Optimizer):
+                in_force = learning_rates([optimizer])
+                rates[:] = [rate.clone() if isinstance(rate, Tensor) else rate for rate in in_force]
 
 
 def _running(scheduler: object) -> object:

@@ -108,10 +108,10 @@ def _set_tensor(model: nn.Module, name: str, tensor: object) -> None:
     *path, last = name.split(".")
     for segment in path:
         while segment not in module._modules and (wrapped := wrapped_name(module)) is not None:
-            module = module._modules[wrapped]  # type: ignore[assignment]
+            module = module.get_submodule(wrapped)
         module = module.get_submodule(segment)
     while last not in module._parameters and last not in module._buffers and (wrapped := wrapped_name(module)):
-        module = module._modules[wrapped]  # type: ignore[assignment]
+        module = module.get_submodule(wrapped)
     setattr(module, last, tensor)
 
 

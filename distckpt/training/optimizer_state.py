@@ -36,6 +36,7 @@ from distckpt.training.group_options import (
     key_of,
     options_of,
 )
+from distckpt.training.nested import with_items
 
 State = dict[str, object]
 Names = Mapping[int, str]  # id of a parameter -> its name
@@ -47,13 +48,14 @@ def optimizer_state(optimizer: Optimizer, names: Names, where: str) -> State:
     Raises InvalidShardingError for a parameter that is in no model: `where` names the optimizer. Raises
     UnsupportedTypeError for an optimizer whose state cannot be given back as it was.
     """
-    order = [name for _, _, name in _parameters(optimizer, names, where)]
+    parameters = [(parameter, name) for _, parameter, name in _parameters(optimizer, names, where)]
+    order = [name for _, name in parameters]
     if _says_more(optimizer, where):
         _check_own_word(optimizer, where)
         return {"class": class_of(optimizer), "own": optimizer.state_dict(), "order": order}
     by_name: dict[str, object] = {}
     arrays: dict[str, object] = {}
-    for _, parameter, name in _parameters(optimizer, names, where):
+    for parameter, name in parameters:
         own = optimizer.state.get(parameter)
         if own:
             by_name[name] = dict(own)
@@ -389,9 +391,7 @@ class _Like:
             return self._tensor(stored, present, key)
         if type(stored) is dict:
             return {k: self._leaf(v, present.get(k) if type(present) is dict else None, k) for k, v in stored.items()}
-        if type(stored) in (list, tuple):
-            return type(stored)(self._leaf(v, None, key) for v in stored)  # type: ignore[call-arg,attr-defined]
-        return stored
+        return with_items(stored, lambda item: self._leaf(item, None, key))
 
     def _tensor(self, stored: StoredTensor, present: object, key: object) -> Tensor:
         # torch keeps "step" on the host unless a captured or fused step counts it on the device.

@@ -43,7 +43,7 @@ def wrapped_name(module: nn.Module) -> str | None:
 def unwrapped(module: nn.Module) -> nn.Module:
     """What is inside all wrappers around it."""
     while (name := wrapped_name(module)) is not None:
-        module = module._modules[name]  # type: ignore[assignment]
+        module = module.get_submodule(name)
     return module
 
 

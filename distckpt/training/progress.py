@@ -21,7 +21,14 @@ from distckpt.coordinator import Coordinator, agree, default_coordinator
 from distckpt.errors import CheckpointError, UnsupportedTypeError
 from distckpt.training.fingerprint import hash_batch
 from distckpt.training.learning_rate import learning_rates
-from distckpt.training.resume_check import COMPARED_STEPS, MAX_STORED_STEPS, ResumeCheck, ResumeVerdict, StepHistory
+from distckpt.training.resume_check import (
+    COMPARED_STEPS,
+    MAX_STORED_STEPS,
+    ResumeCheck,
+    ResumeVerdict,
+    Status,
+    StepHistory,
+)
 
 logger = logging.getLogger("distckpt")
 CheckMode: TypeAlias = Literal["warn", "error", "off"]
@@ -38,7 +45,7 @@ class ResumeCheckFailed(CheckpointError):
 
 
 class _Verdict(msgspec.Struct, frozen=True):
-    status: str
+    status: Status
     reasons: list[str]
 
 
@@ -145,7 +152,7 @@ class Progress:
         if self._owns_coordinator:
             self._coordinator.close()
             self._coordinator = None
-        self.verdict = ResumeVerdict(with_all.status, tuple(with_all.reasons), own.compared_steps)  # type: ignore[arg-type]
+        self.verdict = ResumeVerdict(with_all.status, tuple(with_all.reasons), own.compared_steps)
         if self.verdict.status == "fail" and self._mode == "error":
             raise ResumeCheckFailed(self.verdict)
         if is_first:

@@ -116,7 +116,8 @@ def _saved_optimizer(prefix: str, optimizer: object, names: Mapping[int, str], p
 class Restoration:
     """What is done once all that a load asked for is there. Stands in the state, so that all ranks learn of a failure.
 
-    begun_anew: sections of which nothing is stored. unread: sections that are stored, and no part of this job.
+    begun_anew: sections that do not go on: nothing is stored of them, or that of another class. unread: sections that
+    are stored, and no part of this job.
     """
 
     steps: list[Callable[[], None]] = field(default_factory=list)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
 from distckpt.contents import StoredTensor
+from distckpt.training.nested import with_items
 from distckpt.training.optimizer_state import emptied
 
 State = dict[str, object]
@@ -58,7 +59,7 @@ def local_values(state: object) -> object:
     if isinstance(state, dict):
         return {key: local_values(value) for key, value in state.items()}
     if type(state) in (list, tuple):
-        return type(state)(local_values(value) for value in state)  # type: ignore[call-arg,attr-defined]
+        return with_items(state, local_values)
     kinds = kinds_of(state)
     if "LocalNonpersistentObject" in kinds:
         return state.unwrap()  # type: ignore[attr-defined]

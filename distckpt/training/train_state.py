@@ -274,10 +274,10 @@ class TrainState:
                 f"the optimizer has made a step since step {self.step} ended, and end_step() was not called for it: a "
                 f"resume would count it out. Call it after each step of the optimizer, ahead of a save"
             )
-        position = self._parts.position
-        if position is None or position.counted() is None:
+        counted = None if self._parts.position is None else self._parts.position.counted()
+        if counted is None:
             return
-        now, before = (self.step, position.counted()), self._position
+        now, before = (self.step, counted), self._position
         if not self._has_given and now[0] > before[0] and now[1] == before[1]:
             raise CheckpointError(
                 f"the data position stands still at {now[1]} since step {before[0]}, and this is step {now[0]}: a "
