@@ -30,12 +30,12 @@ from benchmarks.machine import commit, describe_machine, versions
 from benchmarks.scale_dcp import global_plan, local_plans, metadata_file, read_items
 from benchmarks.world import COLUMNS, ROWS, World
 from distckpt.assembling import Commitment, Written, chunk_records, index_of
-from distckpt.checkpoint_files import read_chunks
 from distckpt.index import ShardFile, decode_index, encode_index
 from distckpt.planner import RankShards, RankValues, SavePlan, check_replicas, join_values, plan_save
-from distckpt.reader import Wanted, plan_reads
+from distckpt.reader import StoredTensors, plan_reads
 from distckpt.shard_file import BLOCK_BYTES, file_name
 from distckpt.testing import MemoryStorage
+from distckpt.wanted_tensor import WantedTensor
 
 SIZES = ((64, 10_000, 1), (256, 100_000, 1), (1024, 1_000_000, 1), (1024, 1_250_000, 8), (16_384, 10_000_000, 1))
 DIRECTORY, SAVE_ID = "iter_0000001", "5" * 32
@@ -155,14 +155,14 @@ def _load(measured: Measured, world: World, encoded: bytes, table_name: str, tab
     storage = MemoryStorage()
     storage.make_directory(DIRECTORY)
     storage.replace(f"{DIRECTORY}/{table_name}", table)
-    wanted = [Wanted(key, box, torch.empty(box.shape, dtype=_dtype(key))) for key, box in world.targets()]
+    wanted = [WantedTensor(key, box, torch.empty(box.shape, dtype=_dtype(key))) for key, box in world.targets()]
     keys = sorted(w.key for w in wanted)
     with measured.step("open index"):
         index = decode_index(encoded, name="index")
     with measured.step("read chunk table"):
-        chunks = read_chunks(storage, DIRECTORY, index, keys)
+        stored = StoredTensors.read(storage, DIRECTORY, index, keys)
     with measured.step("plan load"):
-        reads = plan_reads(index, keys, chunks, wanted)
+        reads = plan_reads(stored, [one.in_memory() for one in wanted])
     measured.facts["tensors_loaded"] = len(wanted)
     measured.facts["regions_loaded"] = sum(len(of_file.targets) for of_file in reads)
     measured.facts["files_read"] = len(reads)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from math import prod
 from typing import Any
@@ -86,6 +86,11 @@ class Hits:
     starts: Int64Array
     offsets: Int64Array
     shapes: Int64Array
+
+
+def take_hits(hits: Hits, rows: Int64Array | slice) -> Hits:
+    """Those of some rows."""
+    return Hits(*(getattr(hits, field.name)[rows] for field in fields(Hits)))
 
 
 @dataclass(frozen=True, slots=True)

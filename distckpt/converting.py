@@ -12,15 +12,15 @@ from torch import Tensor
 
 from distckpt.errors import CheckpointError
 from distckpt.geometry import Box
-from distckpt.reader import Wanted
 from distckpt.transport import pieces
+from distckpt.wanted_tensor import WantedTensor
 
 HELD_BYTES = 64 << 20
 
 
 def fill_converted(
-    targets: Sequence[tuple[Wanted, torch.dtype]],
-    read: Callable[[Sequence[Wanted]], None],
+    targets: Sequence[tuple[WantedTensor, torch.dtype]],
+    read: Callable[[Sequence[WantedTensor]], None],
     *,
     held_bytes: int = HELD_BYTES,
 ) -> None:
@@ -44,15 +44,17 @@ def _overflows(stored: Tensor, view: Tensor) -> bool:
     return bool(torch.isfinite(stored).sum() != torch.isfinite(view).sum())
 
 
-def _batches(targets: Sequence[tuple[Wanted, torch.dtype]], held_bytes: int) -> Iterator[list[tuple[Wanted, Tensor]]]:
+def _batches(
+    targets: Sequence[tuple[WantedTensor, torch.dtype]], held_bytes: int
+) -> Iterator[list[tuple[WantedTensor, Tensor]]]:
     """(what to read, where to convert it to), as many as are held together."""
-    batch: list[tuple[Wanted, Tensor]] = []
+    batch: list[tuple[WantedTensor, Tensor]] = []
     held = 0
     for target, dtype in targets:
         view_bytes = held_bytes * target.data.element_size() // max(target.data.element_size(), dtype.itemsize)
         for at, view in pieces(target.data.detach(), view_bytes):
             offset = tuple(o + a for o, a in zip(target.box.offset, at, strict=True))
-            stored = Wanted(target.key, Box(offset, tuple(view.shape)), torch.empty(view.shape, dtype=dtype))
+            stored = WantedTensor(target.key, Box(offset, tuple(view.shape)), torch.empty(view.shape, dtype=dtype))
             if batch and held + stored.data.nbytes > held_bytes:
                 yield batch
                 batch, held = [], 0

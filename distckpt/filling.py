@@ -13,7 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from distckpt.checkpoint_files import read_chunks, read_per_rank
+from distckpt.checkpoint_files import read_per_rank
 from distckpt.converting import fill_converted
 from distckpt.errors import CorruptionError
 from distckpt.garbage import postponed_collection
@@ -24,7 +24,7 @@ from distckpt.leaf_value import decode_leaf
 from distckpt.matching import Request, empty_tensors
 from distckpt.meta import is_meta_module, make_module_real
 from distckpt.open_files import read_files
-from distckpt.reader import Wanted, open_checked, plan_reads
+from distckpt.reader import FileReads, StoredTensors, open_checked, plan_reads
 from distckpt.ring import fill_through_ring
 from distckpt.sharded_tensor import Shard, torch_dtype
 from distckpt.shared_reading import read_together
@@ -32,6 +32,7 @@ from distckpt.state_dict import ObjectLeaf
 from distckpt.storage import Storage
 from distckpt.tied_memory import fill_tied, split_tied
 from distckpt.transport import Transports, is_lazy
+from distckpt.wanted_tensor import WantedTensor
 
 Device: TypeAlias = torch.device | str
 DeviceOf: TypeAlias = Device | Mapping[str, Device]
@@ -56,9 +57,9 @@ def make_modules_real(objects: Iterable[ObjectLeaf], devices: DeviceOf) -> bool:
 
 
 @postponed_collection()
-def targets_of(request: Request, index: Index, devices: DeviceOf) -> list[Wanted]:
+def targets_of(request: Request, index: Index, devices: DeviceOf) -> list[WantedTensor]:
     """Every box to fill and its tensor. Makes what is on the meta device, and what has no tensor of the state's own."""
-    targets: list[Wanted] = []
+    targets: list[WantedTensor] = []
     for leaf, entry in request.tensors:
         if leaf.materialize is not None:
             leaf.shards, leaf.materialize = leaf.materialize(device_of(leaf.key, devices)), None
@@ -66,11 +67,11 @@ def targets_of(request: Request, index: Index, devices: DeviceOf) -> list[Wanted
         for shard in leaf.shards:
             target = (shard.box, shard.data) if is_whole else _clip(shard, entry)
             if target is not None and target[1].numel():
-                targets.append(Wanted(leaf.key, *target))
+                targets.append(WantedTensor(leaf.key, *target))
     request.whole_tensors = empty_tensors(index, request.whole)
     for key, tensor in request.whole_tensors.items():
         if tensor.numel():
-            targets.append(Wanted(key, Box.whole(tensor.shape), tensor))
+            targets.append(WantedTensor(key, Box.whole(tensor.shape), tensor))
     return targets
 
 
@@ -96,7 +97,7 @@ def fill_targets(
     storage: Storage,
     directory: str,
     index: Index,
-    targets: Sequence[Wanted],
+    targets: Sequence[WantedTensor],
     board: Board,
     transports: Transports,
     timeout_s: float,
@@ -106,9 +107,9 @@ def fill_targets(
     Raises CorruptionError, OSError, PeerFailed, TimeoutError, MismatchError (tied targets); all are then undefined.
     """
     open_file = partial(open_checked, storage, directory, index)
-    in_place: list[Wanted] = []
-    others: list[Wanted] = []
-    converted: list[tuple[Wanted, torch.dtype]] = []
+    in_place: list[WantedTensor] = []
+    others: list[WantedTensor] = []
+    converted: list[tuple[WantedTensor, torch.dtype]] = []
     for target in targets:
         stored = torch_dtype(index.tensors[target.key].dtype, target.key)
         if stored != target.data.dtype:
@@ -117,20 +118,22 @@ def fill_targets(
             in_place.append(target)
         else:
             others.append(target)
-    keys = sorted({target.key for target in targets})
-    chunks = read_chunks(storage, directory, index, keys)
+    stored_tensors = StoredTensors.read(storage, directory, index, sorted({target.key for target in targets}))
     bytes_read = 0
 
-    def read(wanted: Sequence[Wanted]) -> None:
+    def plan(wanted: Sequence[WantedTensor]) -> list[FileReads]:
+        return plan_reads(stored_tensors, [one.in_memory() for one in wanted])
+
+    def read(wanted: Sequence[WantedTensor]) -> None:
         nonlocal bytes_read
-        bytes_read += read_files(plan_reads(index, keys, chunks, wanted), open_file)
+        bytes_read += read_files(plan(wanted), open_file)
 
     apart, tied = split_tied(in_place)
-    reads = plan_reads(index, keys, chunks, apart)
+    reads = plan(apart)
     bytes_read += read_together(reads, open_file, index, board)
     warning = fill_through_ring(
         [(target.box, target.data) for target in others],
-        lambda pieces: read([Wanted(others[p.number].key, p.box, p.data) for p in pieces]),
+        lambda pieces: read([WantedTensor(others[p.number].key, p.box, p.data) for p in pieces]),
         transports,
         timeout_s=timeout_s,
     )

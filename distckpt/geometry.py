@@ -96,6 +96,32 @@ def _flat_range_boxes(at: tuple[int, ...], shape: tuple[int, ...], start: int, s
         yield from _flat_range_boxes((*at, last), shape[1:], 0, tail)
 
 
+def bands(box: Box, max_elements: int) -> Iterator[Box]:
+    """The box in parts of at most max_elements (one, if that is less), in C order of their elements.
+
+    A part is a range along one dimension, all of the dimensions after it, and one index of those before. So of a whole
+    tensor each part has, in C order, one contiguous range of every box that it meets.
+    """
+    yield from _bands((), box, max(1, max_elements))
+
+
+def _bands(at: tuple[int, ...], box: Box, max_elements: int) -> Iterator[Box]:
+    """The same below the leading indices `at`."""
+    dim, ones = len(at), (1,) * len(at)
+    if dim == len(box.shape):
+        yield Box(at, ones)
+        return
+    row = prod(box.shape[dim + 1 :])
+    if 0 < max_elements < row:
+        for index in range(box.offset[dim], box.end[dim]):
+            yield from _bands((*at, index), box, max_elements)
+        return
+    step = max(1, max_elements // row) if row else max(1, box.shape[dim])
+    for first in range(box.offset[dim], box.end[dim], step):
+        count = min(step, box.end[dim] - first)
+        yield Box((*at, first, *box.offset[dim + 1 :]), (*ones, count, *box.shape[dim + 1 :]))
+
+
 def subtract(a: Box, b: Box) -> list[Box]:
     """What of a is not in b, as disjoint boxes in C order of their first elements."""
     common = intersect(a, b)

@@ -1,15 +1,22 @@
-"""Reading: which stored ranges fill which target boxes. Decides what is read together; reads nothing itself."""
+"""Reading: which stored ranges fill which boxes. Decides what is read together; reads nothing itself. No torch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-from torch import Tensor
+from typing_extensions import Buffer
 
-from distckpt.checkpoint_files import CheckedFile, ExpectedEntry, expected_entries, merged_ranges, rows_of
+from distckpt.checkpoint_files import (
+    CheckedFile,
+    ExpectedEntry,
+    expected_entries,
+    merged_ranges,
+    read_chunks,
+    rows_of,
+)
 from distckpt.chunk_table import Boxes, Grids
 from distckpt.garbage import postponed_collection
 from distckpt.geometry import Box, Int64Array, strides_of
@@ -17,31 +24,35 @@ from distckpt.index import Index, check_locations
 from distckpt.planner import Copies, plan_load
 from distckpt.shard_file import BLOCK_BYTES
 from distckpt.storage import Storage, Target
-from distckpt.transport import writable_bytes
 
 
 @dataclass(frozen=True, slots=True)
-class TargetMemory:
-    """A tensor on the host as bytes: item (i, ...) lies at start + sum(i * strides) of `data`."""
+class StoredTensors:
+    """Tensors of one checkpoint and where their chunks lie. number: of each key in `keys`, by which `chunks` count."""
 
-    data: memoryview
-    strides: tuple[int, ...]
-    item_bytes: int
+    index: Index
+    keys: Sequence[str]
+    number: Mapping[str, int]
+    chunks: Sequence[Grids | Boxes]
 
     @classmethod
-    def of(cls, tensor: Tensor) -> TargetMemory:
-        item_bytes = tensor.element_size()
-        strides = tuple(stride * item_bytes for stride in tensor.stride())
-        return cls(writable_bytes(tensor), strides, item_bytes)
+    def read(cls, storage: Storage, directory: str, index: Index, keys: Sequence[str]) -> StoredTensors:
+        """Raises CorruptionError or OSError."""
+        number = {key: i for i, key in enumerate(keys)}
+        return cls(index, keys, number, read_chunks(storage, directory, index, keys))
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A box of a stored tensor, and the tensor on the host that takes it."""
+    """A box of a stored tensor, and the memory on the host that takes it: its item (i, ...) at
+    start + sum(i * strides) of `data`, in bytes."""
 
     key: str
     box: Box
-    data: Tensor
+    data: Buffer
+    start: int
+    strides: tuple[int, ...]
+    item_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,22 +67,18 @@ class FileReads:
 
 
 @postponed_collection()
-def plan_reads(
-    index: Index, keys: Sequence[str], stored: Sequence[Grids | Boxes], wanted: Sequence[Wanted]
-) -> list[FileReads]:
-    """What to read to fill all that is wanted, by file. stored: the chunks of the tensors `keys`, as read_chunks
-    returns them. Raises CorruptionError for chunks that lie where none can."""
-    number = {key: i for i, key in enumerate(keys)}
-    tensor = np.array([number[w.key] for w in wanted], np.int64)
-    memories = [TargetMemory.of(w.data) for w in wanted]
+def plan_reads(stored: StoredTensors, wanted: Sequence[Wanted]) -> list[FileReads]:
+    """What to read to fill all that is wanted, by file. Raises CorruptionError for chunks that lie where none can."""
+    index, keys = stored.index, stored.keys
+    tensor = np.array([stored.number[w.key] for w in wanted], np.int64)
     file, low, high = ([np.zeros(0, np.int64)] for _ in range(3))
     targets: list[Target] = []
     entries: list[ExpectedEntry] = []
-    for copies in plan_load(stored, tensor, [w.box for w in wanted]):
+    for copies in plan_load(stored.chunks, tensor, [w.box for w in wanted]):
         of_tensor = tensor[copies.target]
         check_locations(index, keys, of_tensor, copies.hits)
         entries += expected_entries(index, keys, of_tensor, copies.hits)
-        from_bytes, to_bytes, of_copies = _regions(copies, wanted, memories)
+        from_bytes, to_bytes, of_copies = _regions(copies, wanted)
         for column, more in ((file, copies.hits.files), (low, from_bytes), (high, to_bytes)):
             column.append(more)
         targets += of_copies
@@ -88,23 +95,23 @@ def plan_reads(
     return reads
 
 
-def _regions(
-    copies: Copies, wanted: Sequence[Wanted], memories: Sequence[TargetMemory]
-) -> tuple[Int64Array, Int64Array, list[Target]]:
+def _regions(copies: Copies, wanted: Sequence[Wanted]) -> tuple[Int64Array, Int64Array, list[Target]]:
     """Where in its file each copy begins and ends, and what to copy."""
-    hits, numbers = copies.hits, copies.target.tolist()
-    mine = [memories[i] for i in numbers]
-    items = [memory.item_bytes for memory in mine]
+    hits = copies.hits
+    mine = [wanted[i] for i in copies.target.tolist()]
+    items = [w.item_bytes for w in mine]
     ndim = copies.low.shape[1]
     source_strides = strides_of(hits.shapes) * np.array(items, np.int64)[:, None]
-    target_strides = np.array([memory.strides for memory in mine], np.int64).reshape(len(mine), ndim)
-    target_low = np.array([wanted[i].box.offset for i in numbers], np.int64).reshape(len(mine), ndim)
+    target_strides = np.array([w.strides for w in mine], np.int64).reshape(len(mine), ndim)
+    target_low = np.array([w.box.offset for w in mine], np.int64).reshape(len(mine), ndim)
     low = hits.starts + ((copies.low - hits.offsets) * source_strides).sum(axis=1)
     high = low + ((copies.shape - 1) * source_strides).sum(axis=1) + items
-    target_start = ((copies.low - target_low) * target_strides).sum(axis=1)
+    target_start = ((copies.low - target_low) * target_strides).sum(axis=1) + np.array(
+        [w.start for w in mine], np.int64
+    )
     columns = zip(
         low.tolist(),
-        [memory.data for memory in mine],
+        [w.data for w in mine],
         target_start.tolist(),
         rows_of(copies.shape),
         rows_of(source_strides),

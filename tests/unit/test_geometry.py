@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from distckpt.geometry import (
     Box,
+    bands,
     boxes_of,
     find_overlap,
     find_untiled,
@@ -142,6 +143,20 @@ def test_first_hole_starts_at_the_first_element_that_is_not_covered(case: tuple[
     else:
         assert hole.offset == min(missing)
         assert set(elements(hole)) <= missing
+
+
+@given(st.data())
+def test_bands_are_the_elements_of_a_box_in_order(data: st.DataObject) -> None:
+    shape = data.draw(shapes)
+    box, most = data.draw(boxes_in(shape, empty=False)), data.draw(st.integers(-1, 40))
+    found = list(bands(box, most))
+    assert [element for band in found for element in elements(band)] == elements(box)
+    assert all(band.size <= max(1, most) for band in found)
+    other = data.draw(boxes_in(shape, empty=False))
+    order = {element: i for i, element in enumerate(elements(other))}
+    for band in bands(Box.whole(shape), most):
+        inside = [order[element] for element in elements(band) if element in order]
+        assert inside == list(range(min(inside, default=0), min(inside, default=0) + len(inside)))
 
 
 def test_first_hole_of_whole_rows_is_one_box() -> None:

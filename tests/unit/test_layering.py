@@ -17,7 +17,7 @@ FORMAT = {"chunk_table", "shard_file", "index"}
 PORTS = {"storage", "coordinator"}
 TENSORS = {"per_rank", "sharded_tensor", "meta", "leaf_value", "state_dict"}
 MOVEMENT = {"transport", "ring", "staging", "arena", "writing", "host_group", "checkpoint_files", "reader"}
-MOVEMENT |= {"open_files", "shared_reading", "commit", "removing", "heartbeat"}
+MOVEMENT |= {"open_files", "shared_reading", "commit", "wanted_tensor", "tensor_source", "removing", "heartbeat"}
 MOVEMENT |= {"after_commit", "history_log", "candidates", "copier", "link_names"}
 FLOWS = {"contents", "converting", "filling", "matching", "tied_memory", "describing", "offer", "share"}
 FLOWS |= {"save_context", "saving", "loading", "applying"}
@@ -53,7 +53,9 @@ ALLOWED: dict[str, set[str]] = {
     "staging": {"_C", "errors", "garbage", "arena", "storage", "transport"},
     "writing": VALUES | FORMAT | {"_C", "storage"},
     "checkpoint_files": VALUES | FORMAT | {"_C", "storage"},
-    "reader": VALUES | FORMAT | {"storage", "checkpoint_files", "planner", "transport"},
+    "reader": VALUES | FORMAT | {"storage", "checkpoint_files", "planner"},
+    "wanted_tensor": VALUES | {"reader", "transport"},
+    "tensor_source": VALUES | FORMAT | {"_C", "storage", "checkpoint_files", "planner", "reader"},
     "host_group": {"_C", "host"},
     "open_files": {"checkpoint_files", "reader"},
     "shared_reading": FORMAT | {"_C", "host_group", "open_files", "reader"},
@@ -139,10 +141,10 @@ ALLOWED: dict[str, set[str]] = {
         *("planner", "assembling", "report", "describing", "offer", "share", "save_context", "protecting", "roots"),
     },
     "contents": VALUES | FORMAT | TENSORS,
-    "converting": {"errors", "geometry", "reader", "transport"},
+    "converting": {"errors", "geometry", "transport", "wanted_tensor"},
     "filling": VALUES | FORMAT | TENSORS | MOVEMENT | {"storage", "matching", "converting", "tied_memory"},
     "matching": VALUES | FORMAT | TENSORS | {"planner", "reader", "report"},
-    "tied_memory": {"errors", "geometry", "reader", "transport"},
+    "tied_memory": {"errors", "geometry", "transport", "wanted_tensor"},
     "applying": {"index", "matching", "state_dict"},
     "loading": {
         *VALUES | FORMAT | PORTS | TENSORS | MOVEMENT,
@@ -175,7 +177,7 @@ PLANNED = {"reshard"}
 # Only these touch tensors. The others stay usable where torch is not installed or takes too long to load.
 MAY_IMPORT_TORCH = {
     *TENSORS | FLOWS | HANDLES,
-    *("transport", "ring", "arena", "staging", "writing", "reader", "open_files", "shared_reading", "reshard"),
+    *("transport", "ring", "arena", "staging", "wanted_tensor"),
     *("checkpointer", "one_directory", "adapters", "testing", "training"),
 }
 # Extras: imported in the function that needs them.

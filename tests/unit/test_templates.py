@@ -13,8 +13,8 @@ from distckpt.contents import Contents, StoredTensor
 from distckpt.converting import fill_converted
 from distckpt.coordinator import Coordinator
 from distckpt.geometry import Box
-from distckpt.reader import Wanted
 from distckpt.testing import MemoryStorage, run_ranks
+from distckpt.wanted_tensor import WantedTensor
 from tests.unit.damage import change, flip, newest
 
 STATE = {"model": {"w": torch.arange(12.0).view(3, 4), "n": 7}, "empty": {}, "metadata": [1, 2.5], "random": PerRank(3)}
@@ -187,14 +187,14 @@ def test_conversion_holds_a_bounded_part_at_a_time(stored: str, wanted: str) -> 
     targets = {key: torch.zeros(shape, dtype=getattr(torch, wanted)) for key, shape in shapes.items()}
     held: list[int] = []
 
-    def read(parts: Sequence[Wanted]) -> None:
+    def read(parts: Sequence[WantedTensor]) -> None:
         held.append(sum(part.data.nbytes for part in parts))
         for part in parts:
             inside = tuple(slice(o, e) for o, e in zip(part.box.offset, part.box.end, strict=True))
             part.data.copy_((source if part.key == "w" else source[0])[inside])
 
     fill_converted(
-        [(Wanted(k, Box.whole(shapes[k]), t), source.dtype) for k, t in targets.items()], read, held_bytes=512
+        [(WantedTensor(k, Box.whole(shapes[k]), t), source.dtype) for k, t in targets.items()], read, held_bytes=512
     )
     assert torch.equal(targets["w"], source.to(targets["w"].dtype))
     assert torch.equal(targets["v"], targets["w"][0])

@@ -1,0 +1,194 @@
+"""A source of tensors: boxes of a checkpoint's tensors, brought into memory step by step. No torch.
+
+Who goes through a checkpoint in order (a reshard, a comparison, an export) asks for what comes next, and takes a fixed
+amount of memory for it. Files are read by whole blocks, each of which is checked; a block of which a step needs a part
+is kept for the next, so that every byte is read once as long as the blocks that are begun fit into the cache.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from typing_extensions import Self
+
+from distckpt._C import Memory, Targets
+from distckpt.checkpoint_files import CheckedFile, expected_entries
+from distckpt.chunk_table import Hits, take_hits
+from distckpt.garbage import postponed_collection
+from distckpt.geometry import Box, Int64Array
+from distckpt.index import check_locations
+from distckpt.planner import plan_load
+from distckpt.reader import FileReads, StoredTensors, Wanted, plan_reads
+from distckpt.shard_file import BLOCK_BYTES
+from distckpt.storage import Storage, Target
+
+CACHE_BYTES = 32 << 20
+_OPEN_FILES = 128  # at a time: a process may have 1,024 open, and each is opened twice to be read directly
+
+
+class TensorSource:
+    """The tensors of one checkpoint. A context manager; one thread at a time.
+
+    cache_bytes: for blocks that are begun, beside what is filled. A checkpoint that vanishes meanwhile raises
+    FileNotFoundError.
+    """
+
+    def __init__(
+        self, storage: Storage, directory: str, stored: StoredTensors, *, cache_bytes: int = CACHE_BYTES
+    ) -> None:
+        self.stored = stored
+        self._storage = storage
+        self._directory = directory
+        self._files: OrderedDict[int, CheckedFile] = OrderedDict()  # The one that was used last is last.
+        self._blocks = _BegunBlocks(max(1, cache_bytes // BLOCK_BYTES))
+        self._closed_bytes_read = 0
+        self._chunks = _ChunksByFile.of(stored)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._files:
+            self._close_oldest()
+
+    @property
+    def bytes_read(self) -> int:
+        """From storage, headers and checksum tables included."""
+        return self._closed_bytes_read + sum(file.bytes_read for file in self._files.values())
+
+    def fill(self, wanted: Sequence[Wanted]) -> None:
+        """Fill memory with boxes of tensors. Raises CorruptionError or OSError; the memory is then undefined."""
+        for reads in plan_reads(self.stored, wanted):
+            self._read(self._file(reads.file), reads)
+
+    def _read(self, file: CheckedFile, reads: FileReads) -> None:
+        """One file's part: from the blocks that are begun already, then the others; those that this one begins, or does
+        not end, are kept."""
+        targets = Targets(reads.targets)
+        ranges = []
+        for begin, stop in reads.ranges:
+            held = [at for at in self._blocks.of(reads.file) if begin <= at < stop]
+            for low, high in pairwise([begin - BLOCK_BYTES, *held, stop]):
+                if low + BLOCK_BYTES < high:
+                    ranges.append((low + BLOCK_BYTES, high))
+        for at in self._blocks.of(reads.file):
+            self._blocks.take(reads.file, at, targets)
+        edges = sorted({at for begin, stop in ranges for at in (begin, (stop - 1) // BLOCK_BYTES * BLOCK_BYTES)})
+        kept = [(at, min(BLOCK_BYTES, file.data_bytes - at)) for at in edges[-self._blocks.capacity :]]
+        slots = [self._blocks.add(reads.file, at, self._used_bytes(reads.file, at, size), size) for at, size in kept]
+        copies: list[Target] = [
+            (at, slot, 0, (size,), (1,), (1,), 1) for (at, size), slot in zip(kept, slots, strict=True)
+        ]
+        try:
+            file.copy(ranges, sorted([*reads.targets, *copies], key=lambda target: target[0]))
+        except BaseException:
+            self._blocks.forget(reads.file)  # They may hold nothing of the file.
+            raise
+        for at, _ in kept:
+            self._blocks.take(reads.file, at, targets)
+
+    def _used_bytes(self, number: int, at: int, size: int) -> int:
+        """How many bytes of a block are those of tensors."""
+        file = self.stored.index.files[number]
+        return min(at + size, file.per_rank[0]) - max(at, file.header_bytes)
+
+    @postponed_collection()
+    def _open(self, number: int) -> CheckedFile:
+        """A file whose own header speaks of the same bytes as the chunk table. The header is not kept: those of many
+        files are long together."""
+        stored = self.stored
+        file = CheckedFile(self._storage, self._directory, stored.index.files[number])
+        try:
+            for tensor, chunks in self._chunks.of_file(number):
+                file.check_entries(expected_entries(stored.index, stored.keys, tensor, chunks))
+        except BaseException:
+            file.close()
+            raise
+        file.drop_header()
+        return file
+
+    def _file(self, number: int) -> CheckedFile:
+        file = self._files.pop(number, None)
+        if file is None:
+            while len(self._files) >= _OPEN_FILES:
+                self._close_oldest()
+            file = self._open(number)
+        self._files[number] = file
+        return file
+
+    def _close_oldest(self) -> None:
+        _, file = self._files.popitem(last=False)
+        self._closed_bytes_read += file.bytes_read
+        file.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _ChunksByFile:
+    """Chunks of tensors: for each number of dimensions their tensors, sorted by file, and the chunks in that order."""
+
+    groups: list[tuple[Int64Array, Hits]]
+
+    @classmethod
+    def of(cls, stored: StoredTensors) -> _ChunksByFile:
+        """Raises CorruptionError for chunks that lie where none can."""
+        boxes = [Box.whole(stored.index.tensors[key].global_shape) for key in stored.keys]
+        groups = []
+        for copies in plan_load(stored.chunks, np.arange(len(boxes)), boxes):
+            check_locations(stored.index, stored.keys, copies.target, copies.hits)
+            order = np.argsort(copies.hits.files, kind="stable")
+            groups.append((copies.target[order], take_hits(copies.hits, order)))
+        return cls(groups)
+
+    def of_file(self, number: int) -> Iterator[tuple[Int64Array, Hits]]:
+        for tensor, chunks in self.groups:
+            low, high = np.searchsorted(chunks.files, [number, number + 1]).tolist()
+            if low < high:
+                yield tensor[low:high], take_hits(chunks, slice(low, high))
+
+
+class _BegunBlocks:
+    """Whole blocks of files of which not every byte has been used; those that were begun first go first."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._memory = memoryview(Memory(capacity * BLOCK_BYTES))
+        self._free = list(range(capacity))
+        self._blocks: dict[tuple[int, int], _BegunBlock] = {}
+
+    def of(self, file: int) -> list[int]:
+        """Where in the file the blocks begin that are held of it, ascending."""
+        return sorted(at for number, at in self._blocks if number == file)
+
+    def add(self, file: int, at: int, used_bytes: int, size: int) -> memoryview:
+        """Memory for a block of the file. At most `capacity` are added before they are filled."""
+        if not self._free:
+            self._remove(next(iter(self._blocks)))
+        slot = self._free.pop()
+        block = _BegunBlock(slot, used_bytes, self._memory[slot * BLOCK_BYTES :][:size])
+        self._blocks[file, at] = block
+        return block.data
+
+    def take(self, file: int, at: int, targets: Targets) -> None:
+        """Copy what targets want of a block, which goes once every byte of it was taken."""
+        block = self._blocks[file, at]
+        block.left_bytes -= targets.copy_from(block.data, at)
+        if block.left_bytes <= 0:
+            self._remove((file, at))
+
+    def forget(self, file: int) -> None:
+        for at in self.of(file):
+            self._remove((file, at))
+
+    def _remove(self, place: tuple[int, int]) -> None:
+        self._free.append(self._blocks.pop(place).slot)
+
+
+@dataclass(slots=True)
+class _BegunBlock:
+    slot: int
+    left_bytes: int
+    data: memoryview

@@ -1,0 +1,82 @@
+"""A source of tensors: every box is what was saved, every block is checked, and read once."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distckpt.commit import list_commits, read_index
+from distckpt.errors import CorruptionError
+from distckpt.geometry import Box, bands
+from distckpt.reader import StoredTensors, Wanted
+from distckpt.shard_file import BLOCK_BYTES
+from distckpt.storage import Storage
+from distckpt.tensor_source import TensorSource
+from distckpt.testing import MemoryStorage
+from tests.unit.damage import change, flip
+from tests.unit.saved_roots import ROWS, saved_root
+
+COLUMNS = BLOCK_BYTES // 8
+WEIGHT = np.arange(ROWS * COLUMNS, dtype=np.int64).reshape(ROWS, COLUMNS)
+
+
+@pytest.fixture(scope="module")
+def root() -> MemoryStorage:
+    return saved_root(1)
+
+
+def open_source(storage: Storage, **options: int) -> TensorSource:
+    commit = list_commits(storage)[0]
+    index, _ = read_index(storage, commit)
+    stored = StoredTensors.read(storage, commit.directory, index, ["bias", "weight"])
+    return TensorSource(storage, commit.directory, stored, **options)
+
+
+def read_box(source: TensorSource, box: Box) -> np.ndarray:
+    out = np.zeros(box.shape, np.int64)
+    source.fill([Wanted("weight", box, out.reshape(-1).view(np.uint8), 0, out.strides, 8)])
+    return out
+
+
+def slices(box: Box) -> tuple[slice, ...]:
+    return tuple(slice(o, e) for o, e in zip(box.offset, box.end, strict=True))
+
+
+@given(st.data())
+def test_any_boxes_in_any_order_are_what_was_saved(root: MemoryStorage, data: st.DataObject) -> None:
+    with open_source(root, cache_bytes=data.draw(st.sampled_from([1, 3])) * BLOCK_BYTES) as source:
+        for _ in range(data.draw(st.integers(1, 4))):
+            row, column = data.draw(st.integers(0, ROWS - 1)), data.draw(st.integers(0, COLUMNS - 1))
+            rows, columns = data.draw(st.integers(1, ROWS - row)), data.draw(st.integers(1, COLUMNS - column))
+            box = Box((row, column), (rows, columns))
+            assert np.array_equal(read_box(source, box), WEIGHT[slices(box)])
+
+
+@pytest.mark.parametrize("max_elements", [COLUMNS // 3, COLUMNS, 2 * COLUMNS + 5])
+def test_bands_in_order_read_every_byte_once(root: MemoryStorage, max_elements: int) -> None:
+    with open_source(root) as source:
+        for box in bands(Box.whole(WEIGHT.shape), max_elements):
+            assert np.array_equal(read_box(source, box), WEIGHT[slices(box)])
+        once = sum(file.size_bytes for file in source.stored.index.files)
+        headers = sum(file.header_bytes for file in source.stored.index.files)
+        assert once <= source.bytes_read <= once + headers  # Headers lie in blocks, which are read too.
+
+
+def test_a_cache_that_is_too_small_reads_again(root: MemoryStorage) -> None:
+    with open_source(root, cache_bytes=BLOCK_BYTES) as source:
+        for column in range(0, COLUMNS, COLUMNS // 4):
+            box = Box((0, column), (ROWS, COLUMNS // 4))
+            assert np.array_equal(read_box(source, box), WEIGHT[slices(box)])
+        assert source.bytes_read > 2 * WEIGHT.nbytes
+
+
+def test_a_damaged_block_is_refused_and_its_neighbours_are_read() -> None:
+    storage = saved_root(1)
+    name = next(n for n in storage.list("iter_0000001") if n.startswith("shard-00001"))
+    change(storage, f"iter_0000001/{name}", flip(2 * BLOCK_BYTES + 5))
+    with open_source(storage) as source:
+        with pytest.raises(CorruptionError, match="block 2"):
+            read_box(source, Box.whole(WEIGHT.shape))
+        assert np.array_equal(read_box(source, Box((0, 0), (3, COLUMNS))), WEIGHT[:3])
