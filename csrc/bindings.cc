@@ -214,6 +214,7 @@ void BindChecksums(py::module_& m) {
   m.attr("CRC32C_KERNELS") = KernelNames();
   m.def("crc32c", &Checksum, py::arg("data"), py::arg("value") = 0);
   m.def("crc32c_by", &ChecksumBy, py::arg("kernel"), py::arg("data"), py::arg("value") = 0);
+  m.def("join_crc32c", &JoinCrc32c, py::arg("first"), py::arg("second"), py::arg("size"));
   m.def("crc32c_blocks", &ChecksumBlocks, py::arg("data"), py::arg("block_size"), py::arg("out"),
         py::kw_only(), py::arg("threads") = 1);
   m.def("sample_checksums", &SampleChecksums, py::arg("parts"), py::arg("item_bytes"), py::arg("out"));
@@ -262,6 +263,14 @@ void BindFile(py::module_& m) {
             return File::Create(name, direct, mode);
           },
           py::arg("path"), py::kw_only(), py::arg("direct") = true, py::arg("mode") = 0666)
+      .def_static(
+          "reopen",
+          [](const py::object& path, bool direct) {
+            const std::string name = ToPath(path);
+            const py::gil_scoped_release release;
+            return File::Reopen(name, direct);
+          },
+          py::arg("path"), py::kw_only(), py::arg("direct") = true)
       .def_static(
           "open",
           [](const py::object& path, bool direct) {

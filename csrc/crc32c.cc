@@ -4,6 +4,7 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "crc32c_polynomial.h"
 #include "parallel.h"
 
 namespace distckpt {
@@ -35,6 +36,11 @@ uint32_t Crc32cBy(const Crc32cKernel& kernel, uint32_t value, const void* data, 
 uint32_t Crc32c(uint32_t value, const void* data, size_t size) {
   static const Crc32cKernel fastest = Crc32cKernels().front();
   return Crc32cBy(fastest, value, data, size);
+}
+
+// The complements at both ends of a sum cancel out, so that sums are joined as registers are.
+uint32_t JoinCrc32c(uint32_t first, uint32_t second, uint64_t size) {
+  return internal::Multiply(first, internal::PowerOfX(8 * size)) ^ second;
 }
 
 size_t BlockCount(size_t size, size_t block_size) {

@@ -13,6 +13,9 @@ namespace distckpt {
 // kernels.
 uint32_t Crc32c(uint32_t value, const void* data, size_t size);
 
+// The checksum of bytes whose checksum is `first`, followed by `size` bytes whose checksum is `second`.
+uint32_t JoinCrc32c(uint32_t first, uint32_t second, uint64_t size);
+
 // A kernel takes and returns the raw shift register: the checksum's complement.
 using Crc32cExtend = uint32_t (*)(uint32_t state, const uint8_t* data, size_t size);
 

@@ -42,6 +42,10 @@ std::unique_ptr<File> File::Create(const std::string& path, bool direct, mode_t 
   return OpenWith(path, O_CREAT | O_EXCL | O_RDWR, direct, mode);
 }
 
+std::unique_ptr<File> File::Reopen(const std::string& path, bool direct) {
+  return OpenWith(path, O_RDWR, direct, 0);
+}
+
 std::unique_ptr<File> File::Open(const std::string& path, bool direct) {
   return OpenWith(path, O_RDONLY, direct, 0);
 }

@@ -32,6 +32,8 @@ class File {
   // A new file, read and write; EEXIST if there is one. Where the file system refuses O_DIRECT it is
   // buffered.
   static std::unique_ptr<File> Create(const std::string& path, bool direct, mode_t mode);
+  // An existing file, read and write.
+  static std::unique_ptr<File> Reopen(const std::string& path, bool direct);
   // An existing file, read only.
   static std::unique_ptr<File> Open(const std::string& path, bool direct);
 
@@ -47,7 +49,8 @@ class File {
   void Sync();
   // Whether `path` leads to this very file: same device, same inode. False where it leads nowhere.
   bool IsNamed(const std::string& path) const;
-  // Permission bits, whatever the umask left of those that it was created with, and group; -1 leaves either as it is.
+  // Permission bits, whatever the umask left of those that it was created with, and group; -1 leaves either
+  // as it is.
   void SetAccess(int mode, int64_t group);
   // A second call does nothing.
   void Close();

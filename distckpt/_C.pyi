@@ -24,6 +24,9 @@ def crc32c(data: Buffer, value: int = 0) -> int:
 def crc32c_by(kernel: str, data: Buffer, value: int = 0) -> int:
     """The same by one of CRC32C_KERNELS, for comparison; ValueError for another."""
 
+def join_crc32c(first: int, second: int, size: int) -> int:
+    """CRC32C of bytes whose own is `first`, followed by `size` bytes whose own is `second`."""
+
 def crc32c_blocks(data: Buffer, block_size: int, out: Buffer, *, threads: int = 1) -> None:
     """CRC32C of each block_size bytes of data (the last block may be short) into `out`, uint32, one per block.
 
@@ -95,6 +98,9 @@ class File:
     @staticmethod
     def create(path: str, *, direct: bool = True, mode: int = 0o666) -> File:
         """O_CREAT | O_EXCL | O_RDWR | O_CLOEXEC. `direct` asks for O_DIRECT; refused (EINVAL), it is buffered."""
+    @staticmethod
+    def reopen(path: str, *, direct: bool = True) -> File:
+        """An existing file, to be written on: O_RDWR | O_CLOEXEC, O_DIRECT as in create."""
     @staticmethod
     def open(path: str, *, direct: bool = False) -> File:
         """O_RDONLY | O_CLOEXEC, O_DIRECT as in create."""

@@ -23,6 +23,7 @@ NAMED_CALLS: list[Callable[[Storage, str], object]] = [
     lambda storage, name: storage.make_directory(name),
     lambda storage, name: storage.sync_directory(name),
     lambda storage, name: storage.create(name),
+    lambda storage, name: storage.reopen(name),
     lambda storage, name: storage.open(name),
     lambda storage, name: storage.put_if_absent(name, b"x"),
     lambda storage, name: storage.replace(name, b"x"),
@@ -152,6 +153,43 @@ class StorageContract:
             file.write(0, buffer)
             file.finish(8192)
             assert read_all(storage, f"f{index}") == content
+
+    def test_file_may_be_synced_while_it_is_written(self, storage: Storage) -> None:
+        content = pattern(2 * 4096)
+        file = storage.create("f")
+        file.write(0, content[:4096])
+        file.sync()
+        file.write(4096, content[4096:])
+        file.finish(len(content))
+        assert read_all(storage, "f") == content
+
+    def test_sync_after_finish_is_refused(self, storage: Storage) -> None:
+        file = storage.create("f")
+        file.finish(0)
+        with pytest.raises(ValueError, match="finished"):
+            file.sync()
+
+    def test_what_was_synced_is_written_on_after_it_was_abandoned(self, storage: Storage) -> None:
+        content = pattern(3 * 4096 + 5)
+        file = storage.create("f")
+        file.write(0, content[:5000])
+        file.sync()
+        file.abandon()
+        file = storage.reopen("f")
+        assert file.name == "f"
+        file.write(4096, content[4096:])
+        file.finish(len(content))
+        assert read_all(storage, "f") == content
+
+    def test_reopen_of_a_missing_file_names_it(self, storage: Storage) -> None:
+        with pytest.raises(FileNotFoundError) as caught:
+            storage.reopen("missing")
+        assert "missing" in str(caught.value.filename)
+
+    def test_reopen_of_a_directory_fails(self, storage: Storage) -> None:
+        storage.make_directory("d")
+        with pytest.raises(OSError, match="d"):
+            storage.reopen("d")
 
     def test_finish_cuts_the_file(self, storage: Storage) -> None:
         content = pattern(8192)

@@ -82,6 +82,9 @@ class CrashingStorage:
         file = self.run("create", name, lambda: self._inner.create(name, size_hint=size_hint))
         return _CrashingWriteFile(self, file)
 
+    def reopen(self, name: str) -> WriteFile:
+        return _CrashingWriteFile(self, self.run("reopen", name, lambda: self._inner.reopen(name)))
+
     def open(self, name: str) -> ReadFile:
         return _CrashingReadFile(self, self.run("open", name, lambda: self._inner.open(name)))
 
@@ -150,6 +153,9 @@ class _CrashingWriteFile:
             self._inner.write(offset, data[: len(data) // 2])
 
         self._run("write", lambda: self._inner.write(offset, buffer), write_half)
+
+    def sync(self) -> None:
+        self._run("sync", self._inner.sync, None)
 
     def finish(self, size_bytes: int) -> None:
         self._run("finish", lambda: self._inner.finish(size_bytes), None)

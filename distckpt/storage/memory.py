@@ -127,6 +127,10 @@ class MemoryStorage:
             self._change_name(name, file)
             return MemoryWriteFile(self, name, file)
 
+    def reopen(self, name: str) -> MemoryWriteFile:
+        with self._lock:
+            return MemoryWriteFile(self, name, self._lookup(name))
+
     def open(self, name: str) -> MemoryReadFile:
         with self._lock:
             return MemoryReadFile(name, self._lookup(name), self._lock)
@@ -300,6 +304,10 @@ class MemoryWriteFile:
             if fits < len(data):
                 self.abandon()
                 raise _os_error(errno.ENOSPC, self._name)
+
+    def sync(self) -> None:
+        with self._storage._lock:
+            self._open_file().sync()
 
     def finish(self, size_bytes: int) -> None:
         with self._storage._lock:

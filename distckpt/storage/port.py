@@ -37,7 +37,8 @@ class ReadFile(Protocol):
 
 
 class WriteFile(Protocol):
-    """One new file, written once, by one thread. A failure at any call abandons the file for good."""
+    """One new file, written by one thread. A failure at any call abandons the file for good: nobody reopens it either,
+    unless what it was synced as is all that counts."""
 
     @property
     def name(self) -> str: ...
@@ -48,6 +49,9 @@ class WriteFile(Protocol):
         Where a buffer ends off such a multiple, the bytes up to the next one are undefined: the end of the
         file must lie there, or a later write cover them.
         """
+
+    def sync(self) -> None:
+        """Make durable what was written so far; the file stays open. The name is as durable as with `finish`."""
 
     def finish(self, size_bytes: int) -> None:
         """Set the length, make the content durable, check that the name still leads to this very file, close.
@@ -81,6 +85,10 @@ class Storage(Protocol):
 
     def create(self, name: str, *, size_hint: int = 0) -> WriteFile:
         """Open a new file for writing; FileExistsError if the name is taken."""
+
+    def reopen(self, name: str) -> WriteFile:
+        """Go on writing a file that was created and never finished, as when its writer has died. What was written after
+        its last sync may be there, whole or in part."""
 
     def open(self, name: str) -> ReadFile: ...
 

@@ -132,6 +132,12 @@ class PosixStorage:
                 raise
         return PosixWriteFile(name, file, self._writes, self._is_buffered)
 
+    def reopen(self, name: str) -> PosixWriteFile:
+        path = self._path(name)
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", path)
+        return PosixWriteFile(name, _C.File.reopen(path), self._writes, self._is_buffered)
+
     def open(self, name: str) -> PosixReadFile:
         path = self._path(name)
         # Look first: a directory opens fine and fails later, a named pipe waits for a writer for ever.
@@ -290,6 +296,13 @@ class PosixWriteFile:
         try:
             with self._pool.borrow() as block_io:
                 block_io.write_checked(file, parts, block_bytes, sums, max_bytes_per_s=max_bytes_per_s)
+        except BaseException:
+            self.abandon()
+            raise
+
+    def sync(self) -> None:
+        try:
+            self._open_file().sync()
         except BaseException:
             self.abandon()
             raise

@@ -50,6 +50,16 @@ void TestChecksumKernelsAgreeAndStayInBounds() {
   }
 }
 
+void TestJoinedChecksums() {
+  const Bytes data = Random(5000, 2);
+  const uint32_t whole = distckpt::Crc32c(0, data.data(), data.size());
+  for (const size_t cut : {0, 1, 7, 4096, 4999, 5000}) {
+    const uint32_t first = distckpt::Crc32c(0, data.data(), cut);
+    const uint32_t second = distckpt::Crc32c(0, data.data() + cut, data.size() - cut);
+    CHECK(distckpt::JoinCrc32c(first, second, data.size() - cut) == whole);
+  }
+}
+
 void TestBlockChecksums() {
   const Bytes data = Random(100001, 1);
   Bytes out(1 + 4 * distckpt::BlockCount(data.size(), 4096));
@@ -387,6 +397,7 @@ int main(int argc, char** argv) {
   CHECK(argc == 2);
   directory = argv[1];
   TestChecksumKernelsAgreeAndStayInBounds();
+  TestJoinedChecksums();
   TestBlockChecksums();
   TestCopyEqualsItsDefinition();
   TestGatherEqualsItsDefinition();

@@ -191,3 +191,10 @@ def test_anything_but_one_item_size_and_one_place_a_part_is_refused(count: int) 
         _C.sample_checksums(parts, [4] * count, np.zeros(2, np.uint32))
     with pytest.raises(ValueError, match="out must be 2 items of 4 bytes"):
         _C.sample_checksums(parts, [4, 4], np.zeros(count, np.uint32))
+
+
+@pytest.mark.parametrize("cut", [0, 1, 7, 64, 99_999, 100_000])
+def test_joined_sums_are_the_sum_of_both_one_after_the_other(cut: int) -> None:
+    data = PATTERN[:100_000]
+    first, second = _C.crc32c(data[:cut]), _C.crc32c(data[cut:])
+    assert _C.join_crc32c(first, second, len(data) - cut) == _C.crc32c(data)
