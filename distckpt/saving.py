@@ -38,7 +38,8 @@ from distckpt.report import SaveReport, slowest_ranks
 from distckpt.roots import claim_root
 from distckpt.save_context import SaveContext
 from distckpt.shard_file import DTYPES, file_name
-from distckpt.share import Share, ShareMessage, adopt, give_shares, shared_metadata
+from distckpt.share import Share, ShareMessage, adopt, give_shares
+from distckpt.share_files import shared_metadata
 from distckpt.staging import Snapshot, empty_snapshot, hold_in_place, take_snapshot
 from distckpt.storage import new_file
 from distckpt.transport import byte_checksums, peak_device_bytes, sample_checksums

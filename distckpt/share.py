@@ -5,7 +5,6 @@ Decides nothing new: it is the plan's word for this rank, worked out as far as i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import msgspec
@@ -15,13 +14,8 @@ from distckpt.arena import Region, arrange
 from distckpt.commit import new_save_id
 from distckpt.describing import Description, Structure
 from distckpt.garbage import postponed_collection
-from distckpt.geometry import Box
-from distckpt.metrics import Metrics
 from distckpt.planner import SavePlan
-from distckpt.shard_file import Chunk, FilePlan, nested_json, plan_file, split_into_files
-
-# Of rank 0's first header, for the values that all ranks share; more than that is not kept there a second time.
-_SHARED_METADATA_BYTES = 8 << 20
+from distckpt.share_files import ShareFile, facts_of_all, plan_share_files
 
 
 class ShareMessage(msgspec.Struct, frozen=True):
@@ -49,15 +43,6 @@ def give_shares(plan: SavePlan, world_size: int) -> list[ShareMessage]:
 
 
 @dataclass(frozen=True, slots=True)
-class ShareFile:
-    """One file of a share. numbers: its shards in file order. metadata: what its header says of them."""
-
-    numbers: list[int]
-    plan: FilePlan
-    metadata: dict[str, str | msgspec.Raw]
-
-
-@dataclass(frozen=True, slots=True)
 class Share:
     """structure: of the state that it fits. plan: rank 0's. regions: where its shards lie in the Arena."""
 
@@ -76,7 +61,14 @@ class Share:
 def adopt(message: ShareMessage, described: Description, plan: SavePlan | None) -> Share:
     """What this rank makes of its share. The leader, who has the plan, has a file even if it puts nothing in it."""
     numbers = np.frombuffer(message.shards, np.int32).tolist()
-    files = _files(message, described, plan) if numbers or message.per_rank or plan is not None else []
+    files = []
+    if numbers or message.per_rank or plan is not None:
+        files = plan_share_files(
+            [described.shards[n] for n in numbers],
+            numbers,
+            per_rank={key: described.structure.per_rank[key] for key in message.per_rank},
+            of_all={} if plan is None else facts_of_all(plan.writers(), plan.specs),
+        )
     regions, image_bytes = arrange([(file.numbers, file.plan.starts.tolist(), file.plan.data_bytes) for file in files])
     return Share(
         plan_id=message.plan_id,
@@ -89,49 +81,3 @@ def adopt(message: ShareMessage, described: Description, plan: SavePlan | None) 
         image_bytes=image_bytes,
         plan=plan,
     )
-
-
-def _files(message: ShareMessage, described: Description, plan: SavePlan | None) -> list[ShareFile]:
-    numbers = np.frombuffer(message.shards, np.int32).tolist()
-    mine = [described.shards[n] for n in numbers]
-    chunks = [
-        Chunk(key, spec.dtype, box.offset, box.shape, box == Box.whole(spec.global_shape)) for key, spec, box in mine
-    ]
-    first = {"per_rank": _nested({key: described.structure.per_rank[key] for key in message.per_rank})}
-    if plan is not None:
-        empty = {key: spec for key, spec in plan.specs.items() if not spec.size_bytes}
-        first |= {"writers": _nested(plan.writers()), "empty_tensors": _nested(empty)}
-    split = split_into_files(
-        chunks,
-        metadata_bytes=[len(nested_json({key: spec})) for key, spec, _ in mine],
-        first_metadata_bytes=sum(len(bytes(text)) for text in first.values())
-        + (0 if plan is None else _SHARED_METADATA_BYTES),
-    )
-    return [
-        ShareFile(
-            numbers=[numbers[i] for i in order],
-            plan=plan_file(chunks, order),
-            metadata={
-                "files": str(len(split)),
-                "tensors": _nested({mine[i][0]: mine[i][1] for i in order}),
-                **({} if number else first),
-            },
-        )
-        for number, order in enumerate(split)
-    ]
-
-
-def shared_metadata(
-    values: Mapping[str, msgspec.Raw], metadata: bytes, metrics: Metrics
-) -> dict[str, str | msgspec.Raw]:
-    """What belongs to no tensor, for the header of rank 0's first file; nothing if it is too long for that."""
-    shared: dict[str, str | msgspec.Raw] = {
-        "values": msgspec.json.encode(values).decode(),
-        "metadata": metadata.decode(),
-        **({"metrics": msgspec.json.encode(metrics).decode()} if metrics else {}),
-    }
-    return shared if len(msgspec.json.encode(shared)) <= _SHARED_METADATA_BYTES else {}
-
-
-def _nested(value: object) -> msgspec.Raw:
-    return msgspec.Raw(nested_json(value))

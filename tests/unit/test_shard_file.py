@@ -214,7 +214,7 @@ def test_a_rank_with_several_files_loads(tmp_path: Path, monkeypatch: pytest.Mon
 def test_values_too_long_for_a_header_are_saved_in_the_index_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("distckpt.share._SHARED_METADATA_BYTES", 100)
+    monkeypatch.setattr("distckpt.share_files._SHARED_METADATA_BYTES", 100)
     with Checkpointer(tmp_path) as ckpt:
         ckpt.save({"history": [0.5] * 100, "w": torch.ones(2)}, iteration=1)
         assert ckpt.read()["history"] == [0.5] * 100

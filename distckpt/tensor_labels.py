@@ -1,0 +1,421 @@
+"""Labels of tensors: over which mesh axis each is split, and which coordinate of which axis holds it. Pure; no torch.
+
+What the plan file says wins over what the index records, and that over what can be inferred: from which ranks wrote
+which chunks, and from numbers in keys. What is inferred is only what leaves no choice; for everything else the error
+prints the lines that the plan needs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from itertools import pairwise
+
+import msgspec
+import numpy as np
+
+from distckpt.chunk_table import Hits
+from distckpt.errors import CheckpointError
+from distckpt.geometry import Int64Array, grid_cuts
+from distckpt.index import Index, Spec
+from distckpt.reshard_plan import ReshardPlan, TensorRule
+from distckpt.shard_file import DTYPES
+from distckpt.target_layout import TargetMesh, TargetTensor
+
+# Axes over which a tensor is the same unless something says otherwise: of its replicas any one is written, so that
+# who wrote a chunk says little.
+REPLICATING = frozenset(("dp", "cp"))
+_MAX_SHOWN = 12
+
+Partition = tuple[str | None, ...]
+ChunksOf = Callable[[str], Hits]  # the stored chunks of a key
+
+
+def label_tensors(
+    index: Index, keys: Sequence[str], chunks_of: ChunksOf, mesh: TargetMesh, plan: ReshardPlan, dtype: str | None
+) -> list[TargetTensor]:
+    """What each tensor is in the target. dtype: what floating-point tensors are converted to, None leaves them.
+
+    Raises CheckpointError for what is neither recorded nor can be inferred: it has the lines that the plan needs.
+    """
+    labels = _Labels(index, keys, chunks_of, mesh, plan)
+    tensors = [labels.tensor(key, dtype) for key in keys]
+    labels.refuse_unknown()
+    _check_rules(plan, keys)
+    _check_axes(mesh, tensors)
+    return tensors
+
+
+def _check_rules(plan: ReshardPlan, keys: Sequence[str]) -> None:
+    for rule in plan.tensors:
+        if not any(fnmatchcase(key, rule.match) for key in keys):
+            raise CheckpointError(
+                f"the plan has a rule for {rule.match!r}, which is the key of no tensor; keys are {_some(keys)}"
+            )
+
+
+def _check_axes(mesh: TargetMesh, tensors: Sequence[TargetTensor]) -> None:
+    """Nobody asks for tp 4 to get four times nothing."""
+    used = {axis for tensor in tensors for axis in (*(tensor.spec.partition or ()), tensor.spec.owner)}
+    idle = [axis for axis, size in mesh.sizes.items() if size > 1 and axis not in used | REPLICATING]
+    if idle and tensors:
+        raise CheckpointError(
+            f"no tensor is split over {idle[0]!r}, or held by one of its coordinates: the checkpoint does not say how, "
+            f"so size {mesh.size(idle[0])} would change nothing. Say in a plan (--plan FILE) how, such as\n"
+            f'  {{"tensors": [{{"match": "{tensors[0].key}", "partition": {_placeholder(tensors[0].spec, idle[0])}}}]}}'
+        )
+
+
+def _placeholder(spec: Spec, axis: str) -> str:
+    partition = [axis if d == 0 else None for d in range(len(spec.global_shape))]
+    return msgspec.json.encode(partition).decode()
+
+
+def _some(keys: Iterable[str]) -> str:
+    keys = list(keys)
+    more = f" and {len(keys) - _MAX_SHOWN} more" if len(keys) > _MAX_SHOWN else ""
+    return ", ".join(repr(key) for key in keys[:_MAX_SHOWN]) + more
+
+
+@dataclass(slots=True)
+class _Labels:
+    """Labels of the tensors of one checkpoint; unknown: template of a key -> the line that the plan needs, and why."""
+
+    index: Index
+    keys: Sequence[str]
+    chunks_of: ChunksOf
+    mesh: TargetMesh
+    plan: ReshardPlan
+    unknown: dict[str, tuple[str, str]] = field(default_factory=dict)
+    _numbering: dict[str, _Numbering | None] = field(default_factory=dict)
+    _by_shape: dict[tuple[int, ...], list[str]] = field(default_factory=dict)
+    _known: dict[str, Spec | None] = field(default_factory=dict)
+
+    def tensor(self, key: str, dtype: str | None) -> TargetTensor:
+        rule = self.plan.rule_of(key)
+        spec = self._partitioned(key, rule)
+        owner = rule.owner or spec.owner
+        spec = msgspec.structs.replace(spec, owner=owner, dtype=_dtype(key, spec.dtype, rule.dtype or dtype))
+        spec = _padded(key, spec, rule, self.mesh)
+        counts = {axis: stage.counts for axis, stage in self.plan.stages.items() if stage.counts is not None}
+        at = None if owner is None else self._coordinate(key, owner, rule)
+        return TargetTensor(key, spec, at, counts)
+
+    def refuse_unknown(self) -> None:
+        if not self.unknown:
+            return
+        shown = list(self.unknown.items())[:_MAX_SHOWN]
+        more = f"\n  ... and {len(self.unknown) - _MAX_SHOWN} more" if len(self.unknown) > _MAX_SHOWN else ""
+        why = "\n".join(f"  {template}: {reason}" for template, (_, reason) in shown)
+        lines = ",\n".join(f"  {line}" for _, (line, _) in shown)
+        raise CheckpointError(
+            f"the checkpoint does not record how these tensors lie on {self.mesh}:\n{why}{more}\n"
+            f'Say it in a plan (--plan FILE): {{"tensors": [\n{lines}\n]}}\n'
+            f"with, for each dimension, the mesh axis that splits it or null, and the coordinate that holds the tensor."
+        )
+
+    def _ask(self, key: str, line: Mapping[str, object], why: str) -> None:
+        template = re.sub(r"\d+", "*", key)
+        text = msgspec.json.encode({"match": template, **line}).decode()
+        self.unknown.setdefault(template, (text, why))
+
+    def _partitioned(self, key: str, rule: TensorRule) -> Spec:
+        """The spec of a tensor with its partition and blocks, as far as they are known."""
+        entry = _spec_of(self.index, key)
+        ndim = len(entry.global_shape)
+        if rule.partition is not None or rule.blocks is not None:
+            for name, labels in (("partition", rule.partition), ("blocks", rule.blocks)):
+                if labels is not None and len(labels) != ndim:
+                    raise CheckpointError(
+                        f"plan: {key!r} has {ndim} dimensions {entry.global_shape}, its {name} is {list(labels)}"
+                    )
+            for d, n in enumerate(rule.blocks or ()):
+                if entry.global_shape[d] % n:
+                    raise CheckpointError(
+                        f"plan: {n} blocks do not divide dimension {d} of {key!r} {entry.global_shape}"
+                    )
+            return msgspec.structs.replace(
+                entry, partition=rule.partition or entry.partition, blocks=rule.blocks or entry.blocks
+            )
+        known = self._known_spec(key)
+        if known is None:
+            asked = [axis for axis, size in self.mesh.sizes.items() if size > 1 and axis not in REPLICATING]
+            if asked:
+                self._ask(
+                    key,
+                    {"partition": [None] * ndim},
+                    f"shape {list(entry.global_shape)}, and nothing tells whether or how {', '.join(asked)} split it",
+                )
+            return entry
+        return known
+
+    def _known_spec(self, key: str) -> Spec | None:
+        """As recorded or inferred; None if the target's axes leave a choice."""
+        if key not in self._known:
+            self._known[key] = self._find_spec(key)
+        return self._known[key]
+
+    def _find_spec(self, key: str) -> Spec | None:
+        entry = _spec_of(self.index, key)
+        # With an owner it was labelled: no partition means that nothing splits it. Plain tensors are whole everywhere.
+        is_labelled = entry.partition is not None or entry.owner is not None or entry.given_as != "sharded"
+        if is_labelled or not entry.size_bytes:
+            return entry
+        open_axes = [
+            axis
+            for axis, size in self.mesh.sizes.items()
+            if size > 1 and axis not in REPLICATING and self.index.mesh.get(axis, 1) == 1
+        ]
+        found = None if open_axes else self._infer(entry, self.chunks_of(key))
+        if found is not None:
+            return found
+        return self._as_its_parameter(key, entry)
+
+    def _infer(self, entry: Spec, chunks: Hits) -> Spec | None:
+        """From which ranks wrote which chunks; None if that does not say."""
+        cuts = grid_cuts(chunks.offsets, chunks.shapes)
+        if cuts is None:
+            return None
+        places = {
+            axis: np.array([file.mesh.get(axis, 0) for file in self.index.files], np.int64)[chunks.files]
+            for axis, size in self.index.mesh.items()
+            if size > 1
+        }
+        partition: list[str | None] = []
+        blocks: list[int] = []
+        for d, starts in enumerate(cuts):
+            cell = np.searchsorted(starts, chunks.offsets[:, d])
+            found = _splitting_axis(cell, len(starts), places, self.index.mesh)
+            if found is None:
+                return None
+            partition.append(found[0])
+            blocks.append(found[1])
+        if any(n > 1 and extent % n for n, extent in zip(blocks, entry.global_shape, strict=True)):
+            return None
+        return msgspec.structs.replace(
+            entry, partition=tuple(partition), blocks=tuple(blocks) if max(blocks, default=1) > 1 else None
+        )
+
+    def _as_its_parameter(self, key: str, entry: Spec) -> Spec | None:
+        """State of an optimizer lies as its parameter does: that has the same shape, and its key ends this one."""
+        if not self._by_shape:
+            for other in self.keys:
+                self._by_shape.setdefault(_spec_of(self.index, other).global_shape, []).append(other)
+        ends = [
+            other
+            for other in self._by_shape[entry.global_shape]
+            if other != key and key.endswith(other) and key[-len(other) - 1] in "./"
+        ]
+        if not ends:
+            return None
+        rule, parameter = self.plan.rule_of(max(ends, key=len)), self._known_spec(max(ends, key=len))
+        if parameter is None and rule.partition is None:
+            return None
+        of = entry if parameter is None else parameter
+        return msgspec.structs.replace(
+            entry,
+            partition=rule.partition or of.partition,
+            blocks=rule.blocks or of.blocks,
+            owner=rule.owner or of.owner,
+        )
+
+    def _coordinate(self, key: str, axis: str, rule: TensorRule) -> int:
+        """Of the owner axis: where a tensor is held."""
+        size, before = self.mesh.size(axis), self.index.mesh.get(axis, 1)
+        if rule.at is not None:
+            return _said_coordinate(key, axis, rule.at, size)
+        if size == 1:
+            return 0
+        held = self._held_at(key, axis)
+        stage = self.plan.stages.get(axis)
+        if size == before and len(held) == 1 and stage is None:
+            return held.pop()
+        numbering = self._numbering_of(axis)
+        number = None if numbering is None else numbering.number(key)
+        if numbering is not None and number is not None:
+            return numbering.coordinate(number, size)
+        if before > 1 and held <= {0, before - 1}:  # A tied tensor is held by both ends, and stored by one.
+            return 0 if 0 in held else size - 1
+        self._ask(key, {"at": "first"}, f"which of {size} coordinates of {axis!r} holds it? (first, last or a number)")
+        return 0
+
+    def _held_at(self, key: str, axis: str) -> set[int]:
+        files = set(self.chunks_of(key).files.tolist())
+        return {self.index.files[number].mesh.get(axis, 0) for number in files}
+
+    def _numbering_of(self, axis: str) -> _Numbering | None:
+        if axis not in self._numbering:
+            owned = [
+                key for key in self.keys if (self.plan.rule_of(key).owner or _spec_of(self.index, key).owner) == axis
+            ]
+            self._numbering[axis] = self._find_numbering(axis, owned)
+        return self._numbering[axis]
+
+    def _find_numbering(self, axis: str, keys: Sequence[str]) -> _Numbering | None:
+        """By which word of the keys what is numbered is dealt out over an axis. Raises CheckpointError."""
+        stage = self.plan.stages.get(axis)
+        counts = None if stage is None else stage.counts
+        words = {word for key in keys for word, _ in _numbers(key)}
+        if stage is not None and stage.numbered_by is not None:
+            fitting = {stage.numbered_by} & words
+            if not fitting:
+                raise CheckpointError(f"plan: no key held by {axis!r} has a number after {stage.numbered_by!r}")
+        else:
+            fitting = {word for word in words if self._follows(axis, word, keys)}
+        if len(fitting) > 1:  # Layers have experts in them, but not every layer need have.
+            numbered = [dict(_numbers(key)) for key in keys if _numbers(key)]
+            everywhere = {word for word in fitting if all(word in numbers for numbers in numbered)}
+            fitting = everywhere or fitting
+        if not fitting:
+            return None
+        if len(fitting) > 1:
+            raise CheckpointError(
+                f"keys held by {axis!r} have numbers after {sorted(fitting)}: say in a plan (--plan FILE) which of "
+                f'them counts, such as {{"stages": {{"{axis}": {{"numbered_by": "{min(fitting)}"}}}}}}'
+            )
+        word = fitting.pop()
+        numbers = {dict(_numbers(key))[word] for key in keys if word in dict(_numbers(key))}
+        return _Numbering.of(axis, word, numbers, self.mesh.size(axis), counts)
+
+    def _follows(self, axis: str, word: str, keys: Sequence[str]) -> bool:
+        """Whether numbers after a word may be what was dealt out: nowhere does a coordinate fall as they rise."""
+        held: dict[int, set[int]] = {}
+        for key in keys:
+            number = dict(_numbers(key)).get(word)
+            if number is not None:
+                held.setdefault(number, set()).update(self._held_at(key, axis))
+        if any(len(at) > 1 for at in held.values()):
+            return False
+        order = [min(held[number]) for number in sorted(held)]
+        is_split = self.index.mesh.get(axis, 1) > 1
+        return order == sorted(order) and (not is_split or len(set(order)) > 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Numbering:
+    """What is numbered after a word, and how many of it each coordinate of an axis gets."""
+
+    word: str
+    counts: Sequence[int]
+
+    @classmethod
+    def of(cls, axis: str, word: str, numbers: set[int], size: int, counts: Sequence[int] | None) -> _Numbering:
+        """Raises CheckpointError where they cannot be dealt out as asked."""
+        total = len(numbers)
+        if numbers != set(range(total)):
+            raise CheckpointError(f"the numbers after {word!r} are {sorted(numbers)[:_MAX_SHOWN]}: they have gaps")
+        if counts is None:
+            if total % size:
+                raise CheckpointError(
+                    f"{total} {word} do not fill {size} coordinates of {axis!r} equally: say how many each gets, "
+                    f"such as --{axis}-layers {','.join(map(str, _balanced(total, size)))}"
+                )
+            counts = [total // size] * size
+        if len(counts) != size or sum(counts) != total:
+            raise CheckpointError(
+                f"{list(counts)}: {size} numbers expected, one for each coordinate of {axis!r}, that sum to the "
+                f"{total} {word} of the checkpoint"
+            )
+        return cls(word, counts)
+
+    def number(self, key: str) -> int | None:
+        return dict(_numbers(key)).get(self.word)
+
+    def coordinate(self, number: int, size: int) -> int:
+        return int(np.searchsorted(np.cumsum(self.counts), number, side="right"))
+
+
+def _balanced(total: int, size: int) -> list[int]:
+    return [total * (i + 1) // size - total * i // size for i in range(size)]
+
+
+def _numbers(key: str) -> list[tuple[str, int]]:
+    """(word before it, number) of each segment of a key that is a number; of several after one word the first."""
+    segments = re.split(r"[./]", key)
+    found: dict[str, int] = {}
+    for word, segment in pairwise(segments):
+        if segment.isdecimal() and len(segment) < 10 and not word.isdecimal():
+            found.setdefault(word, int(segment))
+    return list(found.items())
+
+
+def _spec_of(index: Index, key: str) -> Spec:
+    """A tensor's spec without where its chunks lie."""
+    entry = index.tensors[key]
+    return Spec(**{name: getattr(entry, name) for name in Spec.__struct_fields__})
+
+
+def _splitting_axis(
+    cell: Int64Array, count: int, places: Mapping[str, Int64Array], mesh: Mapping[str, int]
+) -> tuple[str | None, int] | None:
+    """The axis that splits a dimension into `count` cells, and into how many blocks first; (None, 1) where none does;
+    None where that cannot be told. places: the coordinate, on each axis, of who wrote each chunk."""
+    if count == 1:
+        return None, 1
+    fitting: list[tuple[str, int]] = []
+    varies = False
+    for axis, place in places.items():
+        of_cell = np.full(count, -1, np.int64)
+        of_cell[cell] = place
+        is_function = bool((of_cell[cell] == place).all())
+        blocks = _blocks_of(of_cell, mesh[axis]) if is_function else 0
+        if blocks:
+            fitting.append((axis, blocks))
+        elif axis not in REPLICATING and is_function and len(np.unique(of_cell)) > 1:
+            varies = True
+    proper = [found for found in fitting if found[0] not in REPLICATING] or fitting
+    if len(proper) == 1:
+        return proper[0]
+    return None if proper or varies else (None, 1)
+
+
+def _blocks_of(of_cell: Int64Array, size: int) -> int:
+    """Into how many blocks a dimension is cut, each of whose cells go round the coordinates; 0 if it is not so."""
+    count = len(of_cell)
+    if count % size:
+        return 0
+    order = np.arange(count)
+    if (of_cell == order // (count // size)).all():
+        return 1
+    return count // size if (of_cell == order % size).all() else 0
+
+
+def _said_coordinate(key: str, axis: str, at: int | str, size: int) -> int:
+    """Of a plan's "at". Raises CheckpointError."""
+    said = {"first": 0, "last": size - 1}.get(at) if isinstance(at, str) else at
+    if said is None or said >= size:
+        raise CheckpointError(
+            f'plan: {key!r}: "at" is {at!r}, expected "first", "last" or a number below {size} ({axis})'
+        )
+    return said
+
+
+def _dtype(key: str, stored: str, wanted: str | None) -> str:
+    """What a tensor is converted to: floating-point tensors to another such type, all others not."""
+    if wanted is None or stored == wanted or stored not in FLOATING:
+        return stored
+    if wanted not in FLOATING:
+        raise CheckpointError(f"{key!r}: dtype {wanted!r}, expected one of {', '.join(FLOATING)}")
+    return wanted
+
+
+FLOATING = tuple(name for name in DTYPES if name.startswith(("float64", "float32", "float16", "bfloat16")))
+
+
+def _padded(key: str, spec: Spec, rule: TensorRule, mesh: TargetMesh) -> Spec:
+    pad = rule.pad
+    if pad is None:
+        return spec
+    if pad.dim >= len(spec.global_shape) or (spec.blocks and spec.blocks[pad.dim] > 1):
+        raise CheckpointError(f"plan: {key!r} {spec.global_shape}: dimension {pad.dim} cannot be padded")
+    if pad.size > spec.global_shape[pad.dim]:
+        raise CheckpointError(
+            f"plan: {key!r} {spec.global_shape}: dimension {pad.dim} has fewer than {pad.size} entries, the real ones"
+        )
+    axis = (spec.partition or (None,) * len(spec.global_shape))[pad.dim]
+    unit = pad.multiple * (1 if axis is None else mesh.size(axis))
+    shape = list(spec.global_shape)
+    shape[pad.dim] = -(-pad.size // unit) * unit
+    return msgspec.structs.replace(spec, global_shape=tuple(shape))
