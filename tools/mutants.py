@@ -2488,6 +2488,14 @@ MUTANTS = (
         "    return state\n",
         ("tests/unit/test_sharded_optimizer.py",),
     ),
+    # Elements, comparisons and statistics
+    Mutant(
+        "elements: float64 is rounded twice",
+        "distckpt/elements.py",
+        'if source == "float64" and to_dtype in _ML_DTYPES:',
+        "if False:",
+        ("tests/unit/test_elements.py",),
+    ),
 )
 
 

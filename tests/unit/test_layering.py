@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "distckpt"
 
 VALUES = {"errors", "geometry", "json_value", "host", "garbage", "checked_json", "metrics"}
-FORMAT = {"chunk_table", "shard_file", "index"}
+FORMAT = {"chunk_table", "shard_file", "index", "elements"}
 PORTS = {"storage", "coordinator"}
 TENSORS = {"per_rank", "sharded_tensor", "meta", "leaf_value", "state_dict"}
 MOVEMENT = {"transport", "ring", "staging", "arena", "writing", "host_group", "checkpoint_files", "reader"}
@@ -37,6 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "chunk_table": VALUES | {"_C"},
     "shard_file": VALUES | {"_C"},
     "index": VALUES | {"_C", "chunk_table", "shard_file"},
+    "elements": {"shard_file"},
     "placement": VALUES | FORMAT,
     "planner": VALUES | FORMAT | {"placement"},
     "storage": {"_C", "errors", "host"},
