@@ -78,12 +78,12 @@ def copy_checkpoint(
     target = PosixStorage(target) if isinstance(target, (str, os.PathLike)) else target
     commit = select_commits(source, selector)[0]
     check_place(target)
-    _check_is_of_one_run(source, target, commit)
+    check_is_of_one_run(source, target, commit)
     limit = max_bytes_per_s or 0.0
     return copy_commit(source, target, commit, marker=OFFLINE, max_bytes_per_s=limit, on_bytes=on_bytes)
 
 
-def _check_is_of_one_run(source: Storage, target: Storage, commit: Commit) -> None:
+def check_is_of_one_run(source: Storage, target: Storage, commit: Commit) -> None:
     """Raise CheckpointError if the target is another run's: nothing there shares a save or a parent with the source,
     and a job saves there, or this commit would not be the newest there. A run's old copies need share nothing."""
     theirs = list_commits(target)

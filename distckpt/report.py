@@ -92,6 +92,33 @@ class CopyReport:
     tries: int = 1
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReshardReport:
+    """One checkpoint that was rewritten for another mesh.
+
+    source, target: where the roots are. mesh: axis -> size of the target. bytes, files: of the new checkpoint.
+    bytes_written, bytes_read: by this run, of all processes; less than all where it went on from an earlier one
+    (is_resumed). is_there: the target had it already, and nothing was done. notes: what a reader should know, such as
+    per-rank values that were left out. peak_rss_bytes: of the process that took most.
+    """
+
+    iteration: int
+    save_id: str
+    source: str
+    target: str
+    mesh: Mapping[str, int]
+    world_size: int
+    files: int
+    bytes: int
+    bytes_written: int
+    bytes_read: int
+    seconds: float
+    is_resumed: bool = False
+    is_there: bool = False
+    notes: tuple[str, ...] = ()
+    peak_rss_bytes: int = 0
+
+
 def slowest_ranks(phases: Iterable[str], seconds: Sequence[Mapping[str, float]]) -> dict[str, tuple[int, float]]:
     """Phase -> (rank, seconds) of the rank that took longest. seconds: of each rank, by phase."""
     return {

@@ -1,7 +1,7 @@
 """Steps of a reshard: what is brought into memory together, and where in which target file it then goes. No torch.
 
-A tensor is gone through in bands, which are contiguous in every chunk, of the source and of the target: so every file is
-read and written in long runs, whatever the dimension that is cut, and memory does not grow with the tensor.
+A tensor is gone through in bands, which are contiguous in every chunk, of the source and of the target: so every file
+is read and written in long runs, whatever the dimension that is cut, and memory does not grow with the tensor.
 """
 
 from __future__ import annotations
@@ -114,11 +114,11 @@ class Conversion:
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """One step, placed in memory. blank: (begin, size) of the window that hold elements which the source has not, and
-    are to be zeros first. scratch_bytes: what conversions read to."""
+    """One step, placed in memory. blank: (memory, begin, size) that are to be zeros first: they hold elements which the
+    source has not."""
 
     wanted: list[Wanted]
-    blank: list[tuple[int, int]]
+    blank: list[tuple[memoryview, int, int]]
     conversions: list[Conversion]
     runs: list[Run]
 
@@ -163,7 +163,7 @@ def _place_piece(
 ) -> int:
     """Note what fills a piece that lies at byte `at` of the window; returns where the scratch memory is free."""
     tensor, source = piece.tensor, Box.whole(piece.tensor.source_shape)
-    inner = intersect(piece.box, source) if piece.box.shape else piece.box
+    inner = intersect(piece.box, source)
     is_converted = tensor.source_dtype != tensor.dtype
     data, start, item_bytes = (scratch, scratch_at, 0) if is_converted else (window, at, tensor.item_bytes)
     if is_converted:
@@ -174,12 +174,7 @@ def _place_piece(
         )
         scratch_at += piece.box.size * item_bytes
     if inner != piece.box:
-        # The scratch memory may hold anything, too; zeros of one floating-point type are those of any other.
-        blank = transfer.blank if not is_converted else None
-        if blank is not None:
-            blank.append((at, piece.size_bytes))
-        else:
-            scratch[start : start + piece.box.size * item_bytes] = bytes(piece.box.size * item_bytes)
+        transfer.blank.append((data, start, piece.box.size * item_bytes))
     if inner is not None:
         strides = (strides_of(np.array([piece.box.shape], np.int64))[0] * item_bytes).tolist()
         start += sum((i - o) * s for i, o, s in zip(inner.offset, piece.box.offset, strides, strict=True))
@@ -188,6 +183,9 @@ def _place_piece(
 
 
 def _pieces(tensor: PlacedTensor, band: Box) -> Iterator[_Piece]:
+    if len(tensor.outputs) == 1 and band.shape == tensor.shape:  # As nearly all small tensors are.
+        yield _Piece(tensor, band, int(tensor.outputs[0]), int(tensor.starts[0]))
+        return
     low, high = np.array(band.offset, np.int64), np.array(band.end, np.int64)
     begin = np.maximum(tensor.offsets, low)
     end = np.minimum(tensor.offsets + tensor.shapes, high)

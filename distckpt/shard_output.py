@@ -142,7 +142,7 @@ class ShardOutput:
     def finish(self) -> ShardFile:
         """Once all of it was put: add the checksum table, and make the file whole and durable."""
         layout, file = self._layout, self._open_file()
-        self._write(layout.checksum_start, memoryview(self._sums).cast("B"))
+        self._write(layout.checksum_start, memoryview(self._sums.tobytes()))
         for number, page in sorted(self._pages.items()):
             file.write(number * _PAGE, page.data)
         file.finish(layout.size_bytes)

@@ -366,6 +366,8 @@ def _splitting_axis(
         elif axis not in REPLICATING and is_function and len(np.unique(of_cell)) > 1:
             varies = True
     proper = [found for found in fitting if found[0] not in REPLICATING] or fitting
+    # Replicas that were written in turn look like blocks: what needs none explains more.
+    proper = [found for found in proper if found[1] == min(blocks for _, blocks in proper)]
     if len(proper) == 1:
         return proper[0]
     return None if proper or varies else (None, 1)

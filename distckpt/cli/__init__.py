@@ -17,6 +17,7 @@ from distckpt.cli.note import note
 from distckpt.cli.pin import pin
 from distckpt.cli.prune import prune
 from distckpt.cli.repair import repair
+from distckpt.cli.reshard import reshard
 from distckpt.cli.tag import tag
 from distckpt.cli.verify import verify
 from distckpt.errors import CheckpointError
@@ -29,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Look after sharded checkpoints: list, inspect, label, prune, copy, verify and repair them.",
 )
-for command in (ls, inspect, du, tag, note, pin, metric, prune, copy, history, verify, repair):
+for command in (ls, inspect, du, tag, note, pin, metric, prune, copy, reshard, history, verify, repair):
     app.command()(command)
 
 

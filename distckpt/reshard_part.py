@@ -1,0 +1,270 @@
+"""What one process writes of a reshard: its files, step by step, with a journal to go on from. No torch.
+
+Each lot of tensors has a thread that reads and one that writes, and two windows of memory between them. Every few
+seconds what was written is made durable and noted in the journal; who starts again begins there.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+
+from distckpt._C import Memory
+from distckpt.checked_json import checked_body, decode_body, encode_record
+from distckpt.checkpoint_files import OnBytes
+from distckpt.commit import read_file
+from distckpt.elements import convert, view_elements
+from distckpt.errors import CheckpointError
+from distckpt.index import Natural, ShardFile
+from distckpt.reader import StoredTensors
+from distckpt.reshard_files import Lot, TargetFile
+from distckpt.reshard_steps import Conversion, PlacedTensor, Step, Transfer, cut_steps, place_step
+from distckpt.shard_file import FORMAT, FORMAT_VERSION
+from distckpt.shard_output import OutputState, ShardOutput
+from distckpt.storage import Storage
+from distckpt.tensor_source import TensorSource
+
+JOURNAL_S = 5.0
+CACHE_BYTES = 16 << 20  # of each lot, for blocks that are begun
+RINGS_BYTES = 40 << 20  # of each lot, through which files are read and written
+_MIN_WINDOW_BYTES = 4 << 20
+_MAX_JOURNAL_BYTES = 1 << 30
+
+
+class Journal(msgspec.Struct, frozen=True):
+    """How far a part of a reshard is. digest: of what is written. parts: how many there are. outputs: one for each
+    file of the part."""
+
+    format: str
+    version: int
+    save_id: str
+    digest: str
+    part: Natural
+    parts: Natural
+    lots: tuple[Lot, ...]
+    outputs: tuple[OutputState, ...]
+
+
+def journal_name(directory: str, save_id: str, part: int) -> str:
+    return f"{directory}/reshard-{part:05d}-{save_id}.json"
+
+
+def read_journal(storage: Storage, name: str) -> Journal:
+    """Raises CorruptionError, OSError; CheckpointError for one of another version."""
+    body = checked_body(read_file(storage, name, _MAX_JOURNAL_BYTES), name=name)
+    journal = decode_body(body, Journal, name=name)
+    if journal.format != FORMAT or journal.version != FORMAT_VERSION:
+        raise CheckpointError(f"{name}: {journal.format} version {journal.version}, which this package does not read")
+    return journal
+
+
+def window_bytes(memory_bytes: int, lots: int, *, converts: bool) -> int:
+    """Of each window, if all lots together are to take memory_bytes. Raises CheckpointError if that is too little."""
+    shares = 3 if converts else 2  # the third is what is read to be converted
+    size = (memory_bytes // max(1, lots) - CACHE_BYTES - RINGS_BYTES) // shares
+    if size < _MIN_WINDOW_BYTES:
+        needed = lots * (CACHE_BYTES + RINGS_BYTES + shares * _MIN_WINDOW_BYTES)
+        raise CheckpointError(
+            f"memory of {memory_bytes} bytes is too little for {lots} jobs: give at least {needed} bytes, or fewer jobs"
+        )
+    return size
+
+
+@dataclass(frozen=True, slots=True)
+class PartPlan:
+    """What a part is made of. tensors: of the part, whose outputs count in `files`, those of the whole target; own: the
+    numbers of the part's files among them. journal: None begins anew."""
+
+    part: int
+    parts: int
+    digest: str
+    save_id: str
+    directory: str
+    tensors: Sequence[PlacedTensor]
+    files: Sequence[TargetFile]
+    own: Sequence[int]
+    lots: Sequence[Lot]
+    journal: Journal | None
+
+
+class PartWriter:
+    """Writes one part. run() in one thread; note() and stop() from another.
+
+    window_bytes: of each of the windows of a lot. on_bytes: told how many bytes of tensors were written.
+    """
+
+    def __init__(
+        self,
+        source: Storage,
+        source_directory: str,
+        stored: StoredTensors,
+        target: Storage,
+        plan: PartPlan,
+        *,
+        window_bytes: int,
+        on_bytes: OnBytes,
+    ) -> None:
+        self._source, self._source_directory, self._stored = source, source_directory, stored
+        self._target = target
+        self._plan = plan
+        self._window_bytes = window_bytes
+        self._on_bytes = on_bytes
+        self._stopped = threading.Event()
+        self._gate = _Gate()
+        lots = plan.lots if plan.journal is None else plan.journal.lots
+        self._lots = list(lots)
+        self._bytes_read = [0] * len(lots)
+        states = dict(zip(plan.own, plan.journal.outputs, strict=True)) if plan.journal else {}
+        self._outputs = {
+            number: ShardOutput(
+                target,
+                f"{plan.directory}/{plan.files[number].name}",
+                plan.files[number].layout,
+                states.get(number),
+                rank=plan.files[number].planned.rank,
+                mesh=plan.files[number].mesh,
+            )
+            for number in plan.own
+        }
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(self._bytes_read)
+
+    def stop(self) -> None:
+        """Have run() end soon, at a position that the journal can have."""
+        self._stopped.set()
+
+    def run(self, jobs: int) -> list[ShardFile] | None:
+        """Write the rest; the files, in order, or None if it was stopped. Raises CorruptionError or OSError."""
+        try:
+            self.note()
+            with ThreadPoolExecutor(jobs, "distckpt-reshard") as threads:
+                running = [threads.submit(self._run_lot, number) for number in range(len(self._lots))]
+                try:
+                    for lot in running:
+                        lot.result()
+                except BaseException:
+                    self._stopped.set()
+                    raise
+            if self._stopped.is_set():
+                self.note()
+                return None
+            finished = [output.finished or output.finish() for output in self._outputs.values()]
+            self.note()
+            return finished
+        except BaseException:
+            for output in self._outputs.values():
+                output.abandon()
+            raise
+
+    def note(self) -> None:
+        """Make durable what was written, and note it in the journal. Raises OSError."""
+        with self._gate.closed():
+            states = []
+            for output in self._outputs.values():
+                if output.finished is None and output.is_filled:
+                    output.finish()
+                states.append(output.sync())
+            lots = tuple(self._lots)
+            plan = self._plan
+            # Names first: the journal must not speak of a file that a crash can lose.
+            self._target.sync_directory(plan.directory)
+            journal = Journal(
+                FORMAT, FORMAT_VERSION, plan.save_id, plan.digest, plan.part, plan.parts, lots, tuple(states)
+            )
+            self._target.replace(journal_name(plan.directory, plan.save_id, plan.part), encode_record(journal))
+
+    def _run_lot(self, number: int) -> None:
+        plan, lot = self._plan, self._lots[number]
+        steps = cut_steps(plan.tensors, lot.at, lot.end, self._window_bytes)
+        windows = [memoryview(Memory(self._window_bytes + 4096)) for _ in range(2)]
+        converts = any(tensor.source_dtype != tensor.dtype for tensor in plan.tensors)
+        scratch = memoryview(Memory(self._window_bytes + 4096)) if converts else windows[0][:0]
+        writing: Future[None] | None = None
+        source = TensorSource(self._source, self._source_directory, self._stored, cache_bytes=CACHE_BYTES)
+        with ThreadPoolExecutor(1, "distckpt-write") as writer, source:
+            for count, step in enumerate(steps):
+                if self._stopped.is_set():
+                    break
+                window = windows[count % 2]
+                transfer = place_step(plan.tensors, step, window, scratch)
+                self._fill(source, transfer, window, scratch)
+                self._bytes_read[number] = source.bytes_read
+                if writing is not None:
+                    writing.result()
+                writing = writer.submit(self._write, number, step, transfer, window)
+            if writing is not None:
+                writing.result()
+
+    def _fill(self, source: TensorSource, transfer: Transfer, window: memoryview, scratch: memoryview) -> None:
+        for memory, begin, size in transfer.blank:
+            np.frombuffer(memory[begin : begin + size], np.uint8)[:] = 0
+        source.fill(transfer.wanted)
+        for conversion in transfer.conversions:
+            _convert(conversion, window, scratch)
+
+    def _write(self, number: int, step: Step, transfer: Transfer, window: memoryview) -> None:
+        with self._gate.open():
+            for run in transfer.runs:
+                self._outputs[run.output].put(run.offset, window[run.begin : run.begin + run.size_bytes])
+            self._lots[number] = Lot(step.after, self._lots[number].end)
+        self._on_bytes(sum(run.size_bytes for run in transfer.runs))
+
+
+def _convert(conversion: Conversion, window: memoryview, scratch: memoryview) -> None:
+    shape = (conversion.count,)
+    before_bytes = view_elements(b"", conversion.source_dtype, (0,)).itemsize * conversion.count
+    after_bytes = view_elements(b"", conversion.target_dtype, (0,)).itemsize * conversion.count
+    before = view_elements(
+        scratch[conversion.source : conversion.source + before_bytes], conversion.source_dtype, shape
+    )
+    after = convert(before, conversion.target_dtype)
+    if np.count_nonzero(np.isfinite(before)) != np.count_nonzero(np.isfinite(after)):
+        raise CheckpointError(
+            f"{conversion.key!r} has numbers of {conversion.source_dtype} that {conversion.target_dtype} cannot hold. "
+            f'Keep its type by a rule in a plan: {{"match": "{conversion.key}", "dtype": "{conversion.source_dtype}"}}'
+        )
+    view_elements(window[conversion.target : conversion.target + after_bytes], conversion.target_dtype, shape)[:] = (
+        after
+    )
+
+
+class _Gate:
+    """Many may write at a time; none while the journal is written."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._inside = 0
+        self._is_closed = False
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._is_closed)
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._inside -= 1
+                self._changed.notify_all()
+
+    @contextmanager
+    def closed(self) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._is_closed)
+            self._is_closed = True
+            self._changed.wait_for(lambda: not self._inside)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._is_closed = False
+                self._changed.notify_all()

@@ -1,0 +1,196 @@
+"""Planning a reshard: from a checkpoint and what is asked for to a layout of the target. Writes nothing.
+
+Every process of a reshard plans for itself, from the same index, and comes to the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+
+from distckpt.chunk_table import Hits, take_hits
+from distckpt.commit import Commit, read_index
+from distckpt.elements import can_convert
+from distckpt.errors import CheckpointError
+from distckpt.geometry import Box, Int64Array
+from distckpt.index import Index, TensorEntry, check_locations
+from distckpt.planner import plan_load
+from distckpt.reader import StoredTensors
+from distckpt.reshard_content import Content, choose_content
+from distckpt.reshard_plan import ReshardPlan
+from distckpt.storage import Storage
+from distckpt.target_layout import TargetLayout, TargetMesh, lay_out
+from distckpt.tensor_labels import label_tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked for. select, drop: globs of keys. dtype: what floating-point tensors are converted to."""
+
+    mesh: TargetMesh
+    plan: ReshardPlan
+    select: tuple[str, ...] = ()
+    drop: tuple[str, ...] = ()
+    dtype: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedReshard:
+    """firsts: of each tensor of the layout where it begins in the source: (file, first byte)."""
+
+    storage: Storage
+    commit: Commit
+    index: Index
+    stored: StoredTensors
+    content: Content
+    layout: TargetLayout
+    firsts: Sequence[tuple[int, int]]
+
+    @property
+    def sources(self) -> Mapping[str, TensorEntry]:
+        return self.index.tensors
+
+    @property
+    def converts(self) -> bool:
+        """Whether any tensor gets another type."""
+        return any(tensor.spec.dtype != self.sources[tensor.key].dtype for tensor in self.layout.tensors)
+
+
+def plan_reshard(storage: Storage, commit: Commit, request: Request) -> PlannedReshard:
+    """Raises CorruptionError or OSError for the source, CheckpointError for what cannot be done as asked."""
+    index, _ = read_index(storage, commit)
+    mesh = _with_axes_of(index, request.mesh)
+    content = choose_content(index, mesh, select=request.select, drop=request.drop)
+    stored = StoredTensors.read(storage, commit.directory, index, content.keys)
+    chunks = _ChunksByKey.of(stored)
+    tensors = label_tensors(index, content.keys, chunks.of_key, mesh, request.plan, request.dtype)
+    for tensor in tensors:
+        before = index.tensors[tensor.key].dtype
+        if not can_convert(before, tensor.spec.dtype):
+            raise CheckpointError(f"{tensor.key!r}: {before} cannot be converted to {tensor.spec.dtype}")
+    return PlannedReshard(storage, commit, index, stored, content, lay_out(tensors, mesh), chunks.firsts())
+
+
+def _with_axes_of(index: Index, mesh: TargetMesh) -> TargetMesh:
+    """Axes that the source has and nobody asked for have one coordinate."""
+    return TargetMesh.of({**dict.fromkeys(index.mesh, 1), **mesh.sizes})
+
+
+@dataclass(frozen=True, slots=True)
+class _ChunksByKey:
+    """The stored chunks of every tensor, sorted by tensor, file and place. at: number of a tensor -> its group, and
+    where in that its chunks begin and end."""
+
+    stored: StoredTensors
+    groups: list[Hits]
+    at: dict[int, tuple[int, int, int]]
+
+    @classmethod
+    def of(cls, stored: StoredTensors) -> _ChunksByKey:
+        """Raises CorruptionError for chunks that lie where none can."""
+        boxes = [Box.whole(stored.index.tensors[key].global_shape) for key in stored.keys]
+        groups: list[Hits] = []
+        at: dict[int, tuple[int, int, int]] = {}
+        for copies in plan_load(stored.chunks, np.arange(len(boxes)), boxes):
+            check_locations(stored.index, stored.keys, copies.target, copies.hits)
+            order = np.lexsort((copies.hits.starts, copies.hits.files, copies.target))
+            tensors, begins = np.unique(copies.target[order], return_index=True)
+            ends = np.append(begins, len(order))[1:]
+            for t, low, high in zip(tensors.tolist(), begins.tolist(), ends.tolist(), strict=True):
+                at[t] = len(groups), low, high
+            groups.append(take_hits(copies.hits, order))
+        return cls(stored, groups, at)
+
+    def of_key(self, key: str) -> Hits:
+        """None of a tensor without elements."""
+        found = self.at.get(self.stored.number[key])
+        if found is None:
+            ndim = len(self.stored.index.tensors[key].global_shape)
+            none: Int64Array = np.zeros(0, np.int64)
+            return Hits(none, none, none, none, none.reshape(0, ndim), none.reshape(0, ndim))
+        group, low, high = found
+        return take_hits(self.groups[group], slice(low, high))
+
+    def firsts(self) -> list[tuple[int, int]]:
+        """Where each tensor begins: (file, first byte)."""
+        found = []
+        for t in range(len(self.stored.keys)):
+            group, low, _ = self.at.get(t, (-1, 0, 0))
+            hits = self.groups[group] if group >= 0 else None
+            found.append((0, 0) if hits is None else (int(hits.files[low]), int(hits.starts[low])))
+        return found
+
+
+class RankPreview(msgspec.Struct, frozen=True):
+    """What a rank of the target will hold."""
+
+    rank: int
+    mesh: dict[str, int]
+    tensors: int
+    bytes: int
+
+
+class TensorPreview(msgspec.Struct, frozen=True):
+    """How a tensor will lie. at: the coordinate of the owner axis that holds it."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
+    partition: tuple[str | None, ...] | None
+    owner: str | None
+    at: int | None
+    blocks: tuple[int, ...] | None
+    chunks: int
+
+
+class ReshardPreview(msgspec.Struct, frozen=True):
+    """What a reshard would do. memory_bytes: that a process takes for it, beside what Python takes. left_out: keys."""
+
+    iteration: int
+    save_id: str
+    mesh: dict[str, int]
+    world_size: int
+    bytes: int
+    memory_bytes: int
+    ranks: tuple[RankPreview, ...]
+    tensors: tuple[TensorPreview, ...]
+    left_out: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def preview_of(planned: PlannedReshard, memory_bytes: int) -> ReshardPreview:
+    layout, index = planned.layout, planned.index
+    counts = np.zeros(layout.mesh.world_size, np.int64)
+    for chunks in layout.chunks:
+        counts[np.unique(chunks.ranks)] += 1
+    kept = {*planned.content.keys, *planned.content.values, *planned.content.per_rank}
+    return ReshardPreview(
+        iteration=index.iteration,
+        save_id=index.save_id,
+        mesh=dict(layout.mesh.sizes),
+        world_size=layout.mesh.world_size,
+        bytes=int(layout.bytes_by_rank.sum()),
+        memory_bytes=memory_bytes,
+        ranks=tuple(
+            RankPreview(rank, layout.mesh.coordinates(rank), int(counts[rank]), int(size))
+            for rank, size in enumerate(layout.bytes_by_rank.tolist())
+        ),
+        tensors=tuple(
+            TensorPreview(
+                tensor.key,
+                tensor.spec.global_shape,
+                tensor.spec.dtype,
+                tensor.spec.partition,
+                tensor.spec.owner,
+                tensor.at,
+                tensor.spec.blocks,
+                len(chunks),
+            )
+            for tensor, chunks in zip(layout.tensors, layout.chunks, strict=True)
+        ),
+        left_out=tuple(key for key in (*index.tensors, *index.values, *index.per_rank) if key not in kept),
+        notes=planned.content.notes,
+    )
