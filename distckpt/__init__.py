@@ -41,7 +41,12 @@ if TYPE_CHECKING:
     from distckpt.repairing import repair as repair
     from distckpt.report import CopyReport as CopyReport
     from distckpt.report import LoadReport as LoadReport
+    from distckpt.report import ReshardReport as ReshardReport
     from distckpt.report import SaveReport as SaveReport
+    from distckpt.resharding.job import reshard as reshard
+    from distckpt.resharding.plan_file import ReshardPlan as ReshardPlan
+    from distckpt.resharding.planning import ReshardPreview as ReshardPreview
+    from distckpt.resharding.planning import preview_reshard as preview_reshard
     from distckpt.retention import Retention as Retention
     from distckpt.sharded_tensor import ShardedTensor as ShardedTensor
     from distckpt.termination import Termination as Termination
@@ -90,6 +95,11 @@ _HOMES = {
     "CopyReport": "report",
     "LoadReport": "report",
     "SaveReport": "report",
+    "ReshardReport": "report",
+    "ReshardPlan": "resharding.plan_file",
+    "ReshardPreview": "resharding.planning",
+    "preview_reshard": "resharding.planning",
+    "reshard": "resharding.job",
     "ShardedTensor": "sharded_tensor",
     "RepairReport": "repairing",
     "repair": "repairing",

@@ -13,10 +13,9 @@ from distckpt.cli.output import WHICH, console, plain_text, print_json, print_ta
 from distckpt.cli.quantities import size_bytes
 from distckpt.coordinator import default_coordinator
 from distckpt.report import ReshardReport
-from distckpt.reshard_plan import ReshardPlan, StageRule, read_plan
-from distckpt.reshard_planning import ReshardPreview
-from distckpt.resharding import preview_reshard
-from distckpt.resharding import reshard as reshard_root
+from distckpt.resharding.job import reshard as reshard_root
+from distckpt.resharding.plan_file import ReshardPlan, StageRule, read_plan
+from distckpt.resharding.planning import ReshardPreview, preview_reshard
 
 # As people write them, and as torch does.
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}

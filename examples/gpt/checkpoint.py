@@ -20,9 +20,15 @@ def weight_shards(name: str, param: Tensor, tp: Axis) -> list[ShardedTensor]:
     if split is None:
         return [ShardedTensor.from_rank_offsets(name, param.detach(), owner="pp")]
     partition = tuple("tp" if dim == split.dim else None for dim in range(param.ndim))
+    blocks = tuple(split.blocks if dim == split.dim else 1 for dim in range(param.ndim))
     return [
         ShardedTensor.from_rank_offsets(
-            name, piece, (split.dim, block * tp.size + tp.rank, split.blocks * tp.size), partition=partition, owner="pp"
+            name,
+            piece,
+            (split.dim, block * tp.size + tp.rank, split.blocks * tp.size),
+            partition=partition,
+            owner="pp",
+            blocks=blocks,
         )
         for block, piece in enumerate(param.detach().chunk(split.blocks, split.dim))
     ]

@@ -15,6 +15,7 @@ docs/cli.md says what each word means.
 
 from __future__ import annotations
 
+import os
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, TypeAlias
@@ -87,3 +88,10 @@ def read_plan(path: Path) -> ReshardPlan:
         return msgspec.json.decode(path.read_bytes(), type=ReshardPlan)
     except (msgspec.DecodeError, RecursionError) as error:
         raise CheckpointError(f"{path} is no plan: {error}. docs/cli.md has the grammar.") from error
+
+
+def plan_of(plan: ReshardPlan | str | os.PathLike[str] | None) -> ReshardPlan:
+    """A plan, or the file that has one; the empty plan for None. Raises as read_plan does."""
+    if plan is None:
+        return ReshardPlan()
+    return plan if isinstance(plan, ReshardPlan) else read_plan(Path(plan))

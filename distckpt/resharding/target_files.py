@@ -16,11 +16,11 @@ import numpy as np
 from distckpt.geometry import Box, Int64Array, boxes_of
 from distckpt.index import Mesh, MeshCoordinates, TensorEntry
 from distckpt.planner import PerRankKind
-from distckpt.reshard_content import Content
-from distckpt.reshard_steps import PlacedTensor, Position
+from distckpt.resharding.content import Content
+from distckpt.resharding.steps import PlacedTensor, Position
+from distckpt.resharding.target_layout import TargetLayout
 from distckpt.shard_file import DTYPES, FileLayout, file_name
 from distckpt.share_files import ShareFile, facts_of_all, plan_share_files, shared_metadata
-from distckpt.target_layout import TargetLayout
 from distckpt.writing import header_metadata
 
 

@@ -20,9 +20,9 @@ from distckpt.chunk_table import Hits
 from distckpt.errors import CheckpointError
 from distckpt.geometry import Int64Array, grid_cuts
 from distckpt.index import Index, Spec
-from distckpt.reshard_plan import ReshardPlan, TensorRule
+from distckpt.resharding.plan_file import ReshardPlan, TensorRule
+from distckpt.resharding.target_layout import TargetMesh, TargetTensor
 from distckpt.shard_file import DTYPES
-from distckpt.target_layout import TargetMesh, TargetTensor
 
 # Axes over which a tensor is the same unless something says otherwise: of its replicas any one is written, so that
 # who wrote a chunk says little.
@@ -90,7 +90,6 @@ class _Labels:
     plan: ReshardPlan
     unknown: dict[str, tuple[str, str]] = field(default_factory=dict)
     _numbering: dict[str, _Numbering | None] = field(default_factory=dict)
-    _by_shape: dict[tuple[int, ...], list[str]] = field(default_factory=dict)
     _known: dict[str, Spec | None] = field(default_factory=dict)
 
     def tensor(self, key: str, dtype: str | None) -> TargetTensor:
@@ -162,7 +161,7 @@ class _Labels:
         # With an owner it was labelled: no partition means that nothing splits it. Plain tensors are whole everywhere.
         is_labelled = entry.partition is not None or entry.owner is not None or entry.given_as != "sharded"
         if is_labelled or not entry.size_bytes:
-            return entry
+            return self._with_blocks(key, entry)
         open_axes = [
             axis
             for axis, size in self.mesh.sizes.items()
@@ -172,6 +171,45 @@ class _Labels:
         if found is not None:
             return found
         return self._as_its_parameter(key, entry)
+
+    def _with_blocks(self, key: str, entry: Spec) -> Spec:
+        """Where it is recorded what splits a tensor, but not into which blocks first: as its parameter; or, if it is
+        one, by how it was cut."""
+        if entry.partition is None or entry.blocks is not None or not entry.size_bytes:
+            return entry
+        parameter = self._parameter_of(key, entry)
+        if parameter is not None:
+            known = self._known_spec(parameter)
+            is_alike = known is not None and known.partition == entry.partition
+            return msgspec.structs.replace(entry, blocks=known.blocks) if known is not None and is_alike else entry
+        chunks = self.chunks_of(key)
+        cuts = grid_cuts(chunks.offsets, chunks.shapes)
+        if cuts is None:
+            return entry
+        blocks = [
+            1 if axis is None else self._blocks_in(entry.global_shape[d], cuts[d], chunks, d, axis)
+            for d, axis in enumerate(entry.partition)
+        ]
+        return msgspec.structs.replace(entry, blocks=tuple(blocks)) if max(blocks, default=1) > 1 else entry
+
+    def _blocks_in(self, extent: int, starts: Int64Array, chunks: Hits, dim: int, axis: str) -> int:
+        """Into how many blocks a dimension was cut before an axis split each of them."""
+        count, size = len(starts), self.index.mesh.get(axis, 1)
+        if extent % count or not (starts == np.arange(count) * (extent // count)).all():
+            return 1
+        if size == 1:
+            return count
+        of_cell = np.full(count, -1, np.int64)
+        place = np.array([file.mesh.get(axis, 0) for file in self.index.files], np.int64)[chunks.files]
+        cell = np.searchsorted(starts, chunks.offsets[:, dim])
+        of_cell[cell] = place
+        return max(1, _blocks_of(of_cell, size)) if bool((of_cell[cell] == place).all()) else 1
+
+    def _parameter_of(self, key: str, entry: Spec) -> str | None:
+        """The tensor whose state this is, as an optimizer's: it has the same shape, and its key ends this one."""
+        ends = (key[match.end() :] for match in re.finditer(r"[./]", key))  # The longest first.
+        known = self.index.tensors
+        return next((end for end in ends if end in known and known[end].global_shape == entry.global_shape), None)
 
     def _infer(self, entry: Spec, chunks: Hits) -> Spec | None:
         """From which ranks wrote which chunks; None if that does not say."""
@@ -199,18 +237,11 @@ class _Labels:
         )
 
     def _as_its_parameter(self, key: str, entry: Spec) -> Spec | None:
-        """State of an optimizer lies as its parameter does: that has the same shape, and its key ends this one."""
-        if not self._by_shape:
-            for other in self.keys:
-                self._by_shape.setdefault(_spec_of(self.index, other).global_shape, []).append(other)
-        ends = [
-            other
-            for other in self._by_shape[entry.global_shape]
-            if other != key and key.endswith(other) and key[-len(other) - 1] in "./"
-        ]
-        if not ends:
+        """State of an optimizer lies as its parameter does."""
+        other = self._parameter_of(key, entry)
+        if other is None:
             return None
-        rule, parameter = self.plan.rule_of(max(ends, key=len)), self._known_spec(max(ends, key=len))
+        rule, parameter = self.plan.rule_of(other), self._known_spec(other)
         if parameter is None and rule.partition is None:
             return None
         of = entry if parameter is None else parameter

@@ -23,10 +23,10 @@ from distckpt.elements import convert, view_elements
 from distckpt.errors import CheckpointError
 from distckpt.index import Natural, ShardFile
 from distckpt.reader import StoredTensors
-from distckpt.reshard_files import Lot, TargetFile
-from distckpt.reshard_steps import Conversion, PlacedTensor, Step, Transfer, cut_steps, place_step
+from distckpt.resharding.shard_output import OutputState, ShardOutput
+from distckpt.resharding.steps import Conversion, PlacedTensor, Step, Transfer, cut_steps, place_step
+from distckpt.resharding.target_files import Lot, TargetFile
 from distckpt.shard_file import FORMAT, FORMAT_VERSION
-from distckpt.shard_output import OutputState, ShardOutput
 from distckpt.storage import Storage
 from distckpt.tensor_source import TensorSource
 

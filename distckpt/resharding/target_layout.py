@@ -2,7 +2,7 @@
 
 Decides from labels alone: the mesh axis that splits each dimension, the axis whose coordinate holds a tensor, the
 sub-blocks that are split one by one. Where these come from (the index, the plan file, what can be inferred) is
-distckpt.tensor_labels' business.
+distckpt.resharding.tensor_labels' business.
 """
 
 from __future__ import annotations

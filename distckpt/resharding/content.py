@@ -18,8 +18,8 @@ from distckpt.errors import CheckpointError, CorruptionError
 from distckpt.index import Index, PerRankEntry
 from distckpt.json_value import is_container
 from distckpt.planner import PerRankKind
+from distckpt.resharding.target_layout import TargetMesh
 from distckpt.storage import Storage
-from distckpt.target_layout import TargetMesh
 
 _MAX_SHOWN = 10
 

@@ -5,6 +5,7 @@ Every process of a reshard plans for itself, from the same index, and comes to t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,11 +20,15 @@ from distckpt.geometry import Box, Int64Array
 from distckpt.index import Index, TensorEntry, check_locations
 from distckpt.planner import plan_load
 from distckpt.reader import StoredTensors
-from distckpt.reshard_content import Content, choose_content
-from distckpt.reshard_plan import ReshardPlan
+from distckpt.resharding.content import Content, choose_content
+from distckpt.resharding.part import window_bytes
+from distckpt.resharding.plan_file import ReshardPlan, plan_of
+from distckpt.resharding.target_layout import TargetLayout, TargetMesh, lay_out
+from distckpt.resharding.tensor_labels import label_tensors
+from distckpt.selecting import open_selected, select_commits
 from distckpt.storage import Storage
-from distckpt.target_layout import TargetLayout, TargetMesh, lay_out
-from distckpt.tensor_labels import label_tensors
+
+MEMORY_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,3 +199,23 @@ def preview_of(planned: PlannedReshard, memory_bytes: int) -> ReshardPreview:
         left_out=tuple(key for key in (*index.tensors, *index.values, *index.per_rank) if key not in kept),
         notes=planned.content.notes,
     )
+
+
+def preview_reshard(
+    source: str | os.PathLike[str] | Storage,
+    mesh: Mapping[str, int],
+    *,
+    iteration: int | str | None = None,
+    plan: ReshardPlan | str | os.PathLike[str] | None = None,
+    select: Sequence[str] = (),
+    drop: Sequence[str] = (),
+    dtype: str | None = None,
+    memory_bytes: int = MEMORY_BYTES,
+    jobs: int = 1,
+) -> ReshardPreview:
+    """What reshard() would do. Writes nothing; one process. Raises as that does."""
+    request = Request(TargetMesh.of(mesh), plan_of(plan), tuple(select), tuple(drop), dtype)
+    storage, selector = open_selected(source, iteration)
+    planned = plan_reshard(storage, select_commits(storage, selector)[0], request)
+    window_bytes(memory_bytes, jobs, converts=planned.converts)
+    return preview_of(planned, memory_bytes)

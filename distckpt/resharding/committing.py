@@ -1,0 +1,256 @@
+"""The target of a reshard, as rank 0 deals with it: what may be written there, and how it becomes a checkpoint.
+
+Decides what an earlier run has left to go on from; writes no tensors.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from distckpt.assembling import join_records
+from distckpt.checkpoint_files import is_damage
+from distckpt.chunk_table import Chunks, encode_record
+from distckpt.commit import (
+    CommitFailed,
+    Writer,
+    iteration_directory,
+    list_commits,
+    new_save_id,
+    pending_marker,
+    read_index,
+)
+from distckpt.copying import check_is_of_one_run
+from distckpt.errors import CheckpointError, DistributedError
+from distckpt.index import Index, PerRankEntry, ShardFile, Spec
+from distckpt.removing import sweep
+from distckpt.resharding.part import Journal, journal_name, read_journal
+from distckpt.resharding.planning import PlannedReshard
+from distckpt.resharding.steps import PlacedTensor
+from distckpt.resharding.target_files import PlannedFiles, TargetFile, digest_of
+from distckpt.roots import check_place, claim_root
+from distckpt.shard_file import FORMAT, FORMAT_VERSION
+from distckpt.storage import PosixStorage, Storage, new_file
+
+logger = logging.getLogger("distckpt")
+_GRACE_S = 60.0  # of readers of what is swept in the target
+_JOURNAL = re.compile(r"reshard-00000-([0-9a-f]{32})\.json")
+
+
+class Order(msgspec.Struct, frozen=True):
+    """What rank 0 decided. parts: how many the files are written in. is_there: nothing is to be done."""
+
+    save_id: str
+    parts: int
+    is_resumed: bool = False
+    is_there: bool = False
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """What a rank has written: its files, by number in the target, and how much it moved."""
+
+    files: dict[int, ShardFile]
+    bytes_read: int
+    bytes_written: int
+    peak_rss_bytes: int
+
+
+class Totals(msgspec.Struct, frozen=True):
+    files: int
+    size_bytes: int
+    bytes_read: int
+    bytes_written: int
+    peak_rss_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TargetFiles:
+    """The files of the target, and where each tensor lies in them."""
+
+    planned: PlannedFiles
+    files: Sequence[TargetFile]
+    tensors: Sequence[PlacedTensor]
+
+
+def begin(target: Storage, planned: PlannedReshard, world_size: int) -> tuple[Order, Writer | None]:
+    """Look at the target, claim it, and announce. No writer: the target has the checkpoint already.
+
+    Raises CheckpointError where nothing may be written; OSError.
+    """
+    _check_target(target, planned)
+    there = _find_twin(target, planned)
+    if there is not None:
+        return Order(there, 1, is_there=True), None
+    journal = _find_journal(target, planned)
+    writer = claim_root(target)
+    save_id = new_save_id() if journal is None else journal.save_id
+    directory = iteration_directory(planned.index.iteration)
+    target.make_directory(directory)
+    # Before the sweep: whoever began this, its marker is of an epoch that has ended, and it is ours now.
+    target.replace(pending_marker(planned.index.iteration, save_id), str(writer.epoch).encode())
+    sweep(target, grace_s=_GRACE_S)
+    _check_room(target, planned, save_id)
+    return Order(save_id, world_size if journal is None else journal.parts, is_resumed=journal is not None), writer
+
+
+def _check_target(target: Storage, planned: PlannedReshard) -> None:
+    check_place(target)
+    if _is_same_directory(planned.storage, target):
+        raise CheckpointError(
+            f"{target.location} is the root that is read: a reshard there would end the job that saves to it. Give a "
+            f"root of its own."
+        )
+    check_is_of_one_run(planned.storage, target, planned.commit)
+
+
+def _check_room(target: Storage, planned: PlannedReshard, save_id: str) -> None:
+    free = target.free_space()
+    directory = iteration_directory(planned.index.iteration)
+    there = 0
+    for name in target.list(directory):
+        if name.startswith("shard-") and save_id in name:
+            file = target.open(f"{directory}/{name}")
+            there += file.size_bytes
+            file.close()
+    needed = int(planned.layout.bytes_by_rank.sum()) - there
+    if free is not None and needed > free.size_bytes:
+        raise CheckpointError(
+            f"not enough space: the new checkpoint takes {needed} bytes more in {target.location}, which has "
+            f"{free.size_bytes} bytes free"
+        )
+
+
+def commit(
+    target: Storage,
+    planned: PlannedReshard,
+    order: Order,
+    files: TargetFiles,
+    outcomes: Sequence[Outcome],
+    writer: Writer,
+) -> Totals:
+    """Make the files that all ranks have written a checkpoint. Raises DistributedError that says whether it is one."""
+    found = {number: file for outcome in outcomes for number, file in outcome.files.items()}
+    written = [found[number] for number in range(len(files.files))]
+    directory = iteration_directory(planned.index.iteration)
+    try:
+        index, table = _index_of(planned, order.save_id, files, written, writer)
+        name = f"{directory}/{index.chunk_table.name}"
+        target.remove(name)  # Of a try that was cut short here.
+        with new_file(target, name, len(table)) as file:
+            file.write(0, table)
+        writer.publish(index)
+    except (CommitFailed, OSError) as error:
+        raise DistributedError(
+            f"resharding iteration {planned.index.iteration}: {error}",
+            failures={0: str(error)},
+            committed=error.committed if isinstance(error, CommitFailed) else "no",
+        ) from error
+    for part in range(order.parts):
+        target.remove(journal_name(directory, order.save_id, part))
+    target.remove(pending_marker(planned.index.iteration, order.save_id))
+    return Totals(
+        len(written) + 1,
+        sum(file.size_bytes for file in written) + len(table),
+        sum(outcome.bytes_read for outcome in outcomes),
+        sum(outcome.bytes_written for outcome in outcomes),
+        max(outcome.peak_rss_bytes for outcome in outcomes),
+    )
+
+
+def digest_of_plan(planned: PlannedReshard) -> str:
+    """Of all that decides what is written."""
+    return digest_of(planned.index.save_id, planned.layout, planned.content, planned.sources)
+
+
+def _is_same_directory(a: Storage, b: Storage) -> bool:
+    if not isinstance(a, PosixStorage) or not isinstance(b, PosixStorage):
+        return a is b
+    return os.path.exists(b.location) and os.path.samefile(a.location, b.location)
+
+
+def _find_twin(target: Storage, planned: PlannedReshard) -> str | None:
+    """The save_id of a checkpoint of the target that is what this reshard would make."""
+    specs = {tensor.key: tensor.spec for tensor in planned.layout.tensors}
+    for commit in list_commits(target):
+        if commit.iteration != planned.index.iteration:
+            continue
+        try:
+            index, _ = read_index(target, commit)
+        except (CheckpointError, OSError) as error:
+            if not is_damage(error):
+                raise
+            continue
+        found = {key: _spec_of(entry) for key, entry in index.tensors.items()}
+        is_alike = index.mesh == dict(planned.layout.mesh.sizes) and index.values == dict(planned.content.values)
+        if index.parent == planned.index.save_id and is_alike and found == specs:
+            return index.save_id
+        return None  # The newest of the iteration counts.
+    return None
+
+
+def _spec_of(entry: Spec) -> Spec:
+    return Spec(**{name: getattr(entry, name) for name in Spec.__struct_fields__})
+
+
+def _find_journal(target: Storage, planned: PlannedReshard) -> Journal | None:
+    """Of a reshard that would write the same, and was cut short."""
+    directory, digest = iteration_directory(planned.index.iteration), digest_of_plan(planned)
+    for match in filter(None, map(_JOURNAL.fullmatch, target.list(directory))):
+        name = journal_name(directory, match[1], 0)
+        try:
+            journal = read_journal(target, name)
+        except (CheckpointError, OSError) as error:
+            logger.warning("%s is passed over: %s", name, error)
+            continue
+        if journal.digest == digest:
+            return journal
+        logger.warning("%s is of a reshard with other options, which is given up", name)
+    return None
+
+
+def _index_of(
+    planned: PlannedReshard, save_id: str, target: TargetFiles, files: Sequence[ShardFile], writer: Writer
+) -> tuple[Index, bytes]:
+    """The index of the target and the content of its chunk table."""
+    layout, source = planned.layout, planned.index
+    specs: Mapping[str, Spec] = {tensor.key: tensor.spec for tensor in layout.tensors}
+    records = {
+        tensor.key: encode_record(Chunks(tensor.offsets, tensor.shapes, tensor.outputs, tensor.starts), tensor.shape)
+        for tensor in target.tensors
+    }
+    joined = join_records(specs, records)
+    first_file = {file.rank: number for number, file in reversed(list(enumerate(files)))}
+    per_rank = {
+        key: PerRankEntry(
+            axes=kept.axes,
+            on_change=kept.kind.on_change,
+            holders=tuple((at, first_file[rank]) for at, (rank, _) in kept.holders.items()),
+        )
+        for key, kept in planned.content.per_rank.items()
+    }
+    index = Index(
+        format=FORMAT,
+        version=FORMAT_VERSION,
+        save_id=save_id,
+        epoch=writer.epoch,
+        commit_seq=writer.commit_seq,
+        iteration=source.iteration,
+        parent=source.save_id,
+        created_unix_s=time.time(),
+        world_size=layout.mesh.world_size,
+        mesh=dict(layout.mesh.sizes),
+        tensors=joined.tensors,
+        values=dict(planned.content.values),
+        metadata=source.metadata,
+        metrics=source.metrics,
+        per_rank=per_rank,
+        files=tuple(files),
+        chunk_table=joined.table(save_id),
+    )
+    return index, joined.content
