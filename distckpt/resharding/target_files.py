@@ -61,12 +61,14 @@ def plan_files(layout: TargetLayout, content: Content, firsts: Sequence[tuple[in
     per_rank = _per_rank_kinds(content)
     writers = sorted({0, *per_rank, *(rank for chunks in layout.chunks for rank in np.unique(chunks.ranks).tolist())})
     files: list[PlannedFile] = []
+    begun: set[int] = set()
     for part in range(parts):
         held = _by_rank(layout, slices[part])
         for rank in writers:
-            is_first = not any(file.rank == rank for file in files)
             if rank in held or (part == 0 and (rank == 0 or rank in per_rank)):
-                files += _plan_rank(layout, rank, part, held.get(rank, []), per_rank if is_first else {}, writers)
+                kinds = {} if rank in begun else per_rank
+                files += _plan_rank(layout, rank, part, held.get(rank, []), kinds, writers)
+                begun.add(rank)
     files.sort(key=lambda file: (file.rank, file.part))
     return PlannedFiles(layout, order, bounds, files)
 
@@ -110,8 +112,9 @@ def _plan_rank(
         if t not in boxes:
             boxes[t] = boxes_of(layout.chunks[t].offsets, layout.chunks[t].shapes)
     shards = [(layout.tensors[t].key, layout.tensors[t].spec, boxes[t][chunk]) for t, chunk in held]
-    specs = {tensor.key: tensor.spec for tensor in layout.tensors}
-    of_all = facts_of_all(writers, specs) if rank == 0 and part == 0 else {}
+    of_all = {}
+    if rank == 0 and part == 0:
+        of_all = facts_of_all(writers, {tensor.key: tensor.spec for tensor in layout.tensors})
     files = plan_share_files(shards, range(len(held)), per_rank=per_rank.get(rank, {}), of_all=of_all)
     return [PlannedFile(rank, part, file, [held[n] for n in file.numbers]) for file in files]
 

@@ -91,6 +91,7 @@ class _Labels:
     unknown: dict[str, tuple[str, str]] = field(default_factory=dict)
     _numbering: dict[str, _Numbering | None] = field(default_factory=dict)
     _known: dict[str, Spec | None] = field(default_factory=dict)
+    _places: dict[str, Int64Array] = field(default_factory=dict)
 
     def tensor(self, key: str, dtype: str | None) -> TargetTensor:
         rule = self.plan.rule_of(key)
@@ -200,7 +201,7 @@ class _Labels:
         if size == 1:
             return count
         of_cell = np.full(count, -1, np.int64)
-        place = np.array([file.mesh.get(axis, 0) for file in self.index.files], np.int64)[chunks.files]
+        place = self._places_on(axis)[chunks.files]
         cell = np.searchsorted(starts, chunks.offsets[:, dim])
         of_cell[cell] = place
         return max(1, _blocks_of(of_cell, size)) if bool((of_cell[cell] == place).all()) else 1
@@ -216,11 +217,7 @@ class _Labels:
         cuts = grid_cuts(chunks.offsets, chunks.shapes)
         if cuts is None:
             return None
-        places = {
-            axis: np.array([file.mesh.get(axis, 0) for file in self.index.files], np.int64)[chunks.files]
-            for axis, size in self.index.mesh.items()
-            if size > 1
-        }
+        places = {axis: self._places_on(axis)[chunks.files] for axis, size in self.index.mesh.items() if size > 1}
         partition: list[str | None] = []
         blocks: list[int] = []
         for d, starts in enumerate(cuts):
@@ -273,8 +270,13 @@ class _Labels:
         return 0
 
     def _held_at(self, key: str, axis: str) -> set[int]:
-        files = set(self.chunks_of(key).files.tolist())
-        return {self.index.files[number].mesh.get(axis, 0) for number in files}
+        return set(self._places_on(axis)[self.chunks_of(key).files].tolist())
+
+    def _places_on(self, axis: str) -> Int64Array:
+        """The coordinate on an axis of whoever wrote each file."""
+        if axis not in self._places:
+            self._places[axis] = np.array([file.mesh.get(axis, 0) for file in self.index.files], np.int64)
+        return self._places[axis]
 
     def _numbering_of(self, axis: str) -> _Numbering | None:
         if axis not in self._numbering:
