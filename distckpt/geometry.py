@@ -31,7 +31,7 @@ class Box:
     def __post_init__(self) -> None:
         if len(self.offset) != len(self.shape):
             raise ValueError(f"box with offset {self.offset} but shape {self.shape}: the ranks differ")
-        if any(o < 0 for o in self.offset) or any(s < 0 for s in self.shape):
+        if self.offset and (min(self.offset) < 0 or min(self.shape) < 0):
             raise ValueError(f"box with a negative offset {self.offset} or shape {self.shape}")
 
     @classmethod

@@ -124,79 +124,116 @@ class Transfer:
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
-    """A band's part of one target chunk: contiguous in the chunk."""
+class _Pieces:
+    """Parts of bands in target chunks, of tensors of one number of dimensions: each is contiguous in its chunk.
 
-    tensor: PlacedTensor
-    box: Box
-    output: int
-    offset: int
+    tensor: (k,) number. low, shape: (k, ndim) in the tensor. output, offset: (k,) the file, and the first byte in it.
+    """
 
-    @property
-    def size_bytes(self) -> int:
-        return self.box.size * self.tensor.item_bytes
+    tensor: Int64Array
+    low: Int64Array
+    shape: Int64Array
+    output: Int64Array
+    offset: Int64Array
 
 
 def place_step(tensors: Sequence[PlacedTensor], step: Step, window: memoryview, scratch: memoryview) -> Transfer:
     """Where everything of a step goes. Neighbours in a file become one run, aligned in memory as it is in the file."""
-    pieces = [piece for number, band in step.bands for piece in _pieces(tensors[number], band)]
-    pieces.sort(key=lambda piece: (piece.output, piece.offset))
-    transfer = Transfer([], [], [], [])
-    at = scratch_at = 0
-    run: Run | None = None
-    for piece in pieces:
-        if run is None or (run.output, run.offset + run.size_bytes) != (piece.output, piece.offset):
-            if run is not None:
-                transfer.runs.append(run)
-            at += (piece.offset - at) % _PAGE
-            run = Run(piece.output, piece.offset, at, 0)
-        run = Run(run.output, run.offset, run.begin, run.size_bytes + piece.size_bytes)
-        scratch_at = _place_piece(piece, at, transfer, window, scratch, scratch_at)
-        at += piece.size_bytes
-    if run is not None:
-        transfer.runs.append(run)
+    by_ndim: dict[int, list[tuple[int, Box]]] = {}
+    for number, band in step.bands:
+        by_ndim.setdefault(len(band.shape), []).append((number, band))
+    groups = [_pieces(tensors, bands) for bands in by_ndim.values()]
+    output, offset, size = (
+        np.concatenate(columns or [np.zeros(0, np.int64)])
+        for columns in (
+            [pieces.output for pieces in groups],
+            [pieces.offset for pieces in groups],
+            [pieces.shape.prod(axis=1) * _item_bytes(tensors, pieces) for pieces in groups],
+        )
+    )
+    at, runs = _place_runs(output, offset, size)
+    transfer = Transfer([], [], [], runs)
+    first = scratch_at = 0
+    for pieces in groups:
+        places = at[first : first + len(pieces.tensor)].tolist()
+        scratch_at = _place_pieces(tensors, pieces, places, transfer, window, scratch, scratch_at)
+        first += len(pieces.tensor)
     return transfer
 
 
-def _place_piece(
-    piece: _Piece, at: int, transfer: Transfer, window: memoryview, scratch: memoryview, scratch_at: int
+def _item_bytes(tensors: Sequence[PlacedTensor], pieces: _Pieces) -> Int64Array:
+    return np.array([tensors[t].item_bytes for t in pieces.tensor.tolist()], np.int64)
+
+
+def _place_runs(output: Int64Array, offset: Int64Array, size: Int64Array) -> tuple[Int64Array, list[Run]]:
+    """Where in the window each piece lies, and the runs that they make up."""
+    order = np.lexsort((offset, output))
+    file, begin, end = output[order], offset[order], (offset + size)[order]
+    is_first = np.ones(len(order), bool)
+    is_first[1:] = (file[1:] != file[:-1]) | (begin[1:] != end[:-1])
+    firsts = np.flatnonzero(is_first)
+    lasts = np.append(firsts[1:], len(order)) - 1
+    runs: list[Run] = []
+    position = 0
+    columns = (file[firsts].tolist(), begin[firsts].tolist(), end[lasts].tolist() if len(firsts) else [])
+    for number, low, high in zip(*columns, strict=True):
+        position += (low - position) % _PAGE
+        runs.append(Run(number, low, position, high - low))
+        position += high - low
+    at = np.empty(len(order), np.int64)
+    if runs:
+        shift = np.array([run.begin - run.offset for run in runs], np.int64)
+        at[order] = begin + shift[np.cumsum(is_first) - 1]
+    return at, runs
+
+
+def _place_pieces(
+    tensors: Sequence[PlacedTensor],
+    pieces: _Pieces,
+    places: Sequence[int],
+    transfer: Transfer,
+    window: memoryview,
+    scratch: memoryview,
+    scratch_at: int,
 ) -> int:
-    """Note what fills a piece that lies at byte `at` of the window; returns where the scratch memory is free."""
-    tensor, source = piece.tensor, Box.whole(piece.tensor.source_shape)
-    inner = intersect(piece.box, source)
-    is_converted = tensor.source_dtype != tensor.dtype
-    data, start, item_bytes = (scratch, scratch_at, 0) if is_converted else (window, at, tensor.item_bytes)
-    if is_converted:
+    """Note what fills pieces that lie at `places` of the window; returns where the scratch memory is free."""
+    strides = strides_of(pieces.shape).tolist()
+    columns = (pieces.tensor.tolist(), pieces.low.tolist(), pieces.shape.tolist(), strides, places)
+    for number, low, shape, steps, at in zip(*columns, strict=True):
+        tensor = tensors[number]
+        box, data, start = Box(tuple(low), tuple(shape)), window, at
         item_bytes = DTYPES[tensor.source_dtype].item_bytes
-        start = scratch_at = -(-scratch_at // 16) * 16
-        transfer.conversions.append(
-            Conversion(tensor.key, start, tensor.source_dtype, at, tensor.dtype, piece.box.size)
-        )
-        scratch_at += piece.box.size * item_bytes
-    if inner != piece.box:
-        transfer.blank.append((data, start, piece.box.size * item_bytes))
-    if inner is not None:
-        strides = (strides_of(np.array([piece.box.shape], np.int64))[0] * item_bytes).tolist()
-        start += sum((i - o) * s for i, o, s in zip(inner.offset, piece.box.offset, strides, strict=True))
-        transfer.wanted.append(Wanted(tensor.key, inner, data, start, tuple(strides), item_bytes))
+        if tensor.source_dtype != tensor.dtype:
+            data, start = scratch, -(-scratch_at // 16) * 16
+            transfer.conversions.append(Conversion(tensor.key, start, tensor.source_dtype, at, tensor.dtype, box.size))
+            scratch_at = start + box.size * item_bytes
+        inner: Box | None = box
+        if tensor.shape != tensor.source_shape:
+            inner = intersect(box, Box.whole(tensor.source_shape))
+            if inner != box:
+                transfer.blank.append((data, start, box.size * item_bytes))
+        if inner is not None:
+            start += sum((i - o) * n for i, o, n in zip(inner.offset, low, steps, strict=True)) * item_bytes
+            bytes_apart = tuple(n * item_bytes for n in steps)
+            transfer.wanted.append(Wanted(tensor.key, inner, data, start, bytes_apart, item_bytes))
     return scratch_at
 
 
-def _pieces(tensor: PlacedTensor, band: Box) -> Iterator[_Piece]:
-    if len(tensor.outputs) == 1 and band.shape == tensor.shape:  # As nearly all small tensors are.
-        yield _Piece(tensor, band, int(tensor.outputs[0]), int(tensor.starts[0]))
-        return
-    low, high = np.array(band.offset, np.int64), np.array(band.end, np.int64)
-    begin = np.maximum(tensor.offsets, low)
-    end = np.minimum(tensor.offsets + tensor.shapes, high)
+def _pieces(tensors: Sequence[PlacedTensor], bands: Sequence[tuple[int, Box]]) -> _Pieces:
+    """What bands, all of one number of dimensions, have in common with the chunks of their tensors."""
+    mine = [tensors[number] for number, _ in bands]
+    counts = [len(tensor.outputs) for tensor in mine]
+    of_band = np.repeat(np.arange(len(bands)), counts)
+    ndim = len(bands[0][1].shape)
+    low = np.array([band.offset for _, band in bands], np.int64).reshape(len(bands), ndim)[of_band]
+    high = np.array([band.end for _, band in bands], np.int64).reshape(len(bands), ndim)[of_band]
+    offsets = np.concatenate([tensor.offsets for tensor in mine])
+    shapes = np.concatenate([tensor.shapes for tensor in mine])
+    begin, end = np.maximum(offsets, low), np.minimum(offsets + shapes, high)
     rows = np.flatnonzero((begin < end).all(axis=1))
-    inside = ((begin[rows] - tensor.offsets[rows]) * strides_of(tensor.shapes[rows])).sum(axis=1)
-    offsets = tensor.starts[rows] + inside * tensor.item_bytes
-    columns = (
-        begin[rows].tolist(),
-        (end[rows] - begin[rows]).tolist(),
-        tensor.outputs[rows].tolist(),
-        offsets.tolist(),
-    )
-    for offset, shape, output, at in zip(*columns, strict=True):
-        yield _Piece(tensor, Box(tuple(offset), tuple(shape)), output, at)
+    number = np.array([number for number, _ in bands], np.int64)[of_band[rows]]
+    item_bytes = np.array([tensor.item_bytes for tensor in mine], np.int64)[of_band[rows]]
+    inside = ((begin[rows] - offsets[rows]) * strides_of(shapes[rows])).sum(axis=1)
+    starts = np.concatenate([tensor.starts for tensor in mine])[rows]
+    outputs = np.concatenate([tensor.outputs for tensor in mine])[rows]
+    return _Pieces(number, begin[rows], end[rows] - begin[rows], outputs, starts + inside * item_bytes)
