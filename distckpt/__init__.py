@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from distckpt.cataloging import catalog as catalog
     from distckpt.cataloging import incomplete_saves as incomplete_saves
     from distckpt.checkpointer import Checkpointer as Checkpointer
+    from distckpt.comparing import ComparisonReport as ComparisonReport
+    from distckpt.comparing import compare_checkpoints as compare_checkpoints
     from distckpt.copier import Copy as Copy
     from distckpt.copying import copy_checkpoint as copy_checkpoint
     from distckpt.errors import CheckpointError as CheckpointError
@@ -82,6 +84,8 @@ _HOMES = {
     "MismatchError": "errors",
     "UnsupportedTypeError": "errors",
     "CommittedSave": "after_commit",
+    "ComparisonReport": "comparing",
+    "compare_checkpoints": "comparing",
     "Copy": "copier",
     "LinkNames": "link_names",
     "copy_checkpoint": "copying",

@@ -57,6 +57,17 @@ ALLOWED: dict[str, set[str]] = {
     "reader": VALUES | FORMAT | {"storage", "checkpoint_files", "planner"},
     "wanted_tensor": VALUES | {"reader", "transport"},
     "tensor_source": VALUES | FORMAT | {"_C", "storage", "checkpoint_files", "planner", "reader"},
+    "number_differences": {"geometry", "shard_file", "elements"},
+    "value_differences": {"errors", "json_value", "number_differences"},
+    "paired_reading": {
+        *VALUES | FORMAT,
+        *("storage", "checkpoint_files", "planner", "reader", "tensor_source", "number_differences"),
+    },
+    "comparing": {
+        *VALUES | FORMAT,
+        *("storage", "checkpoint_files", "commit", "roots", "selecting"),
+        *("number_differences", "value_differences", "paired_reading"),
+    },
     "host_group": {"_C", "host"},
     "open_files": {"checkpoint_files", "reader"},
     "shared_reading": FORMAT | {"_C", "host_group", "open_files", "reader"},
@@ -182,7 +193,7 @@ ALLOWED: dict[str, set[str]] = {
     | LIFE
     | {"checkpointer", "pending", "one_directory", "report", "verifying", "repairing", "termination", "history_log"}
     | {"training", "copying", "copier", "after_commit", "link_names"}
-    | {"resharding"},
+    | {"resharding", "comparing", "tensor_values"},
     "cli": {
         *VALUES | FORMAT | PORTS | LIFE,
         *(
