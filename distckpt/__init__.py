@@ -51,6 +51,8 @@ if TYPE_CHECKING:
     from distckpt.resharding.planning import preview_reshard as preview_reshard
     from distckpt.retention import Retention as Retention
     from distckpt.sharded_tensor import ShardedTensor as ShardedTensor
+    from distckpt.tensor_values import TensorStatistics as TensorStatistics
+    from distckpt.tensor_values import tensor_statistics as tensor_statistics
     from distckpt.termination import Termination as Termination
     from distckpt.training.assets import extract_assets as extract_assets
     from distckpt.training.base_checkpoint import BaseCheckpoint as BaseCheckpoint
@@ -107,6 +109,8 @@ _HOMES = {
     "ShardedTensor": "sharded_tensor",
     "RepairReport": "repairing",
     "repair": "repairing",
+    "TensorStatistics": "tensor_values",
+    "tensor_statistics": "tensor_values",
     "Termination": "termination",
     "CheckpointSchedule": "training.schedule",
     "Due": "training.schedule",

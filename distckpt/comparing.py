@@ -78,7 +78,8 @@ class ComparisonReport(msgspec.Struct, frozen=True, kw_only=True):
     """What comparing two checkpoints found.
 
     is_equal: nothing differs, by more than the tolerance if there is one. is_complete: all could be read and compared.
-    tensors_compared: that both have, in one shape; of those tensors_same_bits. tensors, the worst first. values: of
+    tensors_compared: that both have, in one shape; of those tensors_equal, and of those tensors_same_bits. tensors:
+    those that are not equal, the worst first. values: of
     shared and per-rank values, metadata and metrics. bytes_read: of both.
     """
 
@@ -89,6 +90,7 @@ class ComparisonReport(msgspec.Struct, frozen=True, kw_only=True):
     only_in_a: tuple[OneSided, ...]
     only_in_b: tuple[OneSided, ...]
     tensors_compared: int
+    tensors_equal: int
     tensors_same_bits: int
     tensors: tuple[TensorDifference, ...]
     values_compared: int
@@ -168,6 +170,7 @@ def compare_checkpoints(
         only_in_a=only[0],
         only_in_b=only[1],
         tensors_compared=len(names),
+        tensors_equal=len(names) - len(tensors) + len(shapes),
         tensors_same_bits=comparison.same_bits,
         tensors=tuple(tensors),
         values_compared=_common_values(*sides, is_wanted),

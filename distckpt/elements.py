@@ -47,6 +47,11 @@ def numpy_dtype(dtype: str) -> NumpyDType | None:
     return _ML_DTYPES[dtype] if dtype in _ML_DTYPES else np.dtype(dtype).newbyteorder("<")
 
 
+def is_of_numpy(dtype: str) -> bool:
+    """Whether numpy has the type without ml_dtypes."""
+    return numpy_dtype(dtype) is not None and dtype not in _ML_DTYPES
+
+
 def view_elements(data: Buffer, dtype: str, shape: Sequence[int]) -> Elements:
     """Bytes, in C order, as an array of this shape that shares their memory.
 

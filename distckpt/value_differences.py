@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 
 from distckpt.errors import CorruptionError
-from distckpt.json_value import MAX_DEPTH, decode_value
+from distckpt.json_value import MAX_DEPTH, decode_value, is_container
 from distckpt.number_differences import Tolerance
 
 
@@ -34,8 +34,9 @@ def differing_paths(
     """
     if a == b:
         return
-    decode_value(a, f"{path!r} in A")
-    decode_value(b, f"{path!r} in B")
+    for side, value in (("A", a), ("B", b)):
+        if not is_container(value):
+            decode_value(value, f"{path!r} in {side}")
     try:
         yield from _walk(path, msgspec.json.decode(a), msgspec.json.decode(b), tolerance, 0)
     except RecursionError as error:
@@ -73,6 +74,8 @@ def _raw(values: dict[str, object], key: str) -> msgspec.Raw | None:
 
 
 def _are_near(a: bytes, b: bytes, tolerance: Tolerance) -> bool:
+    if is_container(a) or is_container(b):
+        return False
     x, y = decode_value(a, "A"), decode_value(b, "B")
     if type(x) is not type(y) or not isinstance(x, float | np.floating) or not isinstance(y, float | np.floating):
         return False

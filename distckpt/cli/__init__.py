@@ -7,7 +7,9 @@ import traceback
 
 import typer
 
+from distckpt.cli.cat import cat
 from distckpt.cli.copy import copy
+from distckpt.cli.diff import diff
 from distckpt.cli.du import du
 from distckpt.cli.history import history
 from distckpt.cli.inspect import inspect
@@ -28,9 +30,9 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Look after sharded checkpoints: list, inspect, label, prune, copy, verify and repair them.",
+    help="Look after sharded checkpoints: list, inspect, compare, label, prune, copy, verify and repair them.",
 )
-for command in (ls, inspect, du, tag, note, pin, metric, prune, copy, reshard, history, verify, repair):
+for command in (ls, inspect, cat, diff, du, tag, note, pin, metric, prune, copy, reshard, history, verify, repair):
     app.command()(command)
 
 

@@ -68,6 +68,11 @@ ALLOWED: dict[str, set[str]] = {
         *("storage", "checkpoint_files", "commit", "roots", "selecting"),
         *("number_differences", "value_differences", "paired_reading"),
     },
+    "moments": {"elements", "number_differences"},
+    "tensor_values": {
+        *VALUES | FORMAT,
+        *("_C", "storage", "checkpoint_files", "commit", "selecting", "reader", "tensor_source", "moments"),
+    },
     "host_group": {"_C", "host"},
     "open_files": {"checkpoint_files", "reader"},
     "shared_reading": FORMAT | {"_C", "host_group", "open_files", "reader"},
@@ -207,6 +212,7 @@ ALLOWED: dict[str, set[str]] = {
             "training",
             "__init__",
         ),
+        *("comparing", "number_differences", "value_differences", "tensor_values", "moments"),
     },
     "testing": VALUES | PORTS | {"transport", "__init__"},
 }
