@@ -14,7 +14,7 @@ import numpy as np
 from distckpt.elements import Elements, numpy_dtype
 from distckpt.number_differences import Float64Array
 
-_PIECE_ELEMENTS = 1 << 16
+_PIECE_ELEMENTS = 1 << 13  # that are added at a time: float64 of more would be fresh pages of memory every time
 
 
 @dataclass(slots=True)

@@ -7,7 +7,6 @@ exact.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -22,7 +21,8 @@ Float64Array: TypeAlias = npt.NDArray[np.float64]
 Uint8Array: TypeAlias = npt.NDArray[np.uint8]
 Number: TypeAlias = int | float | tuple[float, float]  # A complex number is its two parts.
 
-_PIECE_ELEMENTS = 1 << 16  # that are compared at a time: what numpy makes of them stays in the processor's cache
+_SAME_ELEMENTS = 1 << 16  # whose bits are compared at a time
+_PIECE_ELEMENTS = 1 << 13  # that are subtracted at a time: float64 of more would be fresh pages of memory every time
 _COMPLEX = frozenset(("complex128", "complex64", "complex32"))
 _WIDE_INTEGERS = frozenset(("int64", "uint64"))
 _NO_NUMBERS = frozenset(("float4_e2m1fn_x2",))  # of which only the bytes are known
@@ -85,8 +85,9 @@ def add_differences(
     count = len(a) // items[0]
     if not is_one_type and count:
         found.same_bits = False
-    for begin in range(0, count, _PIECE_ELEMENTS):
-        stop = min(begin + _PIECE_ELEMENTS, count)
+    step = _SAME_ELEMENTS if is_one_type else _PIECE_ELEMENTS
+    for begin in range(0, count, step):
+        stop = min(begin + step, count)
         part_a, part_b = (memory[begin * n : stop * n] for memory, n in zip((a, b), items, strict=True))
         if is_one_type:
             where = np.flatnonzero(_bits_differ(part_a, part_b, items[0]))
@@ -95,12 +96,12 @@ def add_differences(
             found.same_bits = False
         else:
             where = np.flatnonzero(_values_differ(part_a, part_b, dtype_a, dtype_b))
-        if len(where):
-            chosen = [
-                view_elements(part.data, dtype, (stop - begin,))[where]
-                for part, dtype in ((part_a, dtype_a), (part_b, dtype_b))
-            ]
-            _add(found, at + begin, where, chosen[0], chosen[1], (dtype_a, dtype_b), tolerance)
+        x, y = (
+            view_elements(part.data, dtype, (stop - begin,)) for part, dtype in ((part_a, dtype_a), (part_b, dtype_b))
+        )
+        for first in range(0, len(where), _PIECE_ELEMENTS):
+            some = where[first : first + _PIECE_ELEMENTS]
+            _add(found, at + begin, some, x[some], y[some], (dtype_a, dtype_b), tolerance)
 
 
 def _bits_differ(a: Uint8Array, b: Uint8Array, item_bytes: int) -> BoolArray:
@@ -119,8 +120,7 @@ def _values_differ(a: Uint8Array, b: Uint8Array, dtype_a: str, dtype_b: str) -> 
         signed, unsigned = (x, y) if dtype_a == "int64" else (y, x)
         return np.less(signed, 0) | np.not_equal(signed.astype(np.uint64), unsigned)
     u, v = _alike(_numbers(x, dtype_a), _numbers(y, dtype_b))
-    differ: BoolArray = np.any((u != v) & ~(np.isnan(u) & np.isnan(v)), axis=1)
-    return differ
+    return _any_part((u != v) & ~(np.isnan(u) & np.isnan(v)))
 
 
 def _add(
@@ -139,22 +139,26 @@ def _add(
         found.max_abs = found.max_rel = None
     elif found.max_abs is not None and found.max_rel is not None:
         u, v = _alike(_numbers(x, dtypes[0]), _numbers(y, dtypes[1]))
-        is_nan: BoolArray = np.any(np.isnan(u) | np.isnan(v), axis=1)
+        is_nan = _any_part(np.isnan(u) | np.isnan(v))
+        if is_nan.any():
+            u[is_nan] = v[is_nan] = 0.0
         size = np.maximum(_magnitudes(u), _magnitudes(v))
         distance = _magnitudes(_apart(u, v))
-        largest: int | float = float(distance[~is_nan].max(initial=0.0))
+        largest: int | float = float(distance.max())
         if _WIDE_INTEGERS.issuperset(dtypes):
             distance, largest = _integers_apart(x, y)
         elif not (FLOATS | _COMPLEX) & set(dtypes):
             largest = int(largest)
         with np.errstate(invalid="ignore", divide="ignore"):
-            relative = np.where(distance == 0, 0.0, np.where(np.isinf(distance), np.inf, distance / size))
+            relative = distance / size
+        relative[distance == 0] = 0.0
+        relative[np.isinf(distance)] = np.inf
         if tolerance is not None:
             limit = tolerance.atol + tolerance.rtol * np.where(np.isinf(size), 0.0, size)
             outside = is_nan | np.isinf(distance) | (distance > limit)
         found.nans += int(is_nan.sum())
         found.max_abs = max(found.max_abs, largest)
-        found.max_rel = max(found.max_rel, float(relative[~is_nan].max(initial=0.0)))
+        found.max_rel = max(found.max_rel, float(relative.max()))
     found.outside += int(outside.sum())
     if found.first is None and outside.any():
         i = int(np.argmax(outside))
@@ -162,28 +166,36 @@ def _add(
 
 
 def _numbers(elements: Elements, dtype: str) -> Float64Array:
-    """(n, 1) numbers, or (n, 2) parts of complex ones."""
+    """(n,) numbers, or (n, 2) parts of complex ones; a copy."""
     if dtype in _COMPLEX and elements.dtype.kind == "c":
         elements = elements.view(f"<f{elements.itemsize // 2}").reshape(-1, 2)
     with np.errstate(invalid="ignore"):  # Signalling NaNs.
-        return elements.astype(np.float64).reshape(len(elements), -1)
+        return elements.astype(np.float64)
 
 
-def _alike(u: Float64Array, v: Float64Array) -> Iterator[Float64Array]:
+def _alike(u: Float64Array, v: Float64Array) -> tuple[Float64Array, Float64Array]:
     """Both with as many parts: a real number is a complex one whose other part is 0."""
-    parts = max(u.shape[1], v.shape[1])
-    return (np.pad(w, ((0, 0), (0, parts - w.shape[1]))) if w.shape[1] < parts else w for w in (u, v))
+    if u.ndim < v.ndim:
+        u = np.stack([u, np.zeros_like(u)], axis=1)
+    elif v.ndim < u.ndim:
+        v = np.stack([v, np.zeros_like(v)], axis=1)
+    return u, v
+
+
+def _any_part(mask: BoolArray) -> BoolArray:
+    return mask if mask.ndim == 1 else mask[:, 0] | mask[:, 1]
 
 
 def _apart(u: Float64Array, v: Float64Array) -> Float64Array:
     with np.errstate(invalid="ignore", over="ignore"):
-        apart: Float64Array = np.where(u == v, 0.0, u - v)  # Infinities of one sign are not apart.
+        apart = u - v
+    apart[u == v] = 0.0  # Infinities of one sign.
     return apart
 
 
 def _magnitudes(numbers: Float64Array) -> Float64Array:
     with np.errstate(over="ignore"):
-        return np.hypot(numbers[:, 0], numbers[:, 1]) if numbers.shape[1] > 1 else np.abs(numbers[:, 0])
+        return np.abs(numbers) if numbers.ndim == 1 else np.hypot(numbers[:, 0], numbers[:, 1])
 
 
 def _integers_apart(x: Elements, y: Elements) -> tuple[Float64Array, int]:

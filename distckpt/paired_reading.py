@@ -30,6 +30,7 @@ from distckpt.tensor_source import TensorSource
 MEMORY_BYTES = 256 << 20
 MIN_MEMORY_BYTES = 16 << 20
 _ALIGNMENT = 64
+_STEP_PARTS = 4096  # of small tensors: what is known of a part is more than a scalar
 
 Stored: TypeAlias = tuple[Storage, str, Index]  # the storage, the iteration's directory below it, its index
 
@@ -140,7 +141,8 @@ class PairReader:
                 if key in self._failed:  # Since the step before was looked at.
                     break
                 sizes = box.size * items[0], box.size * items[1]
-                if parts and any(u + n > self._step_bytes for u, n in zip(used, sizes, strict=True)):
+                is_full = any(u + n > self._step_bytes for u, n in zip(used, sizes, strict=True))
+                if parts and (is_full or len(parts) == _STEP_PARTS):
                     yield parts
                     parts, used = [], [0, 0]
                 parts.append(_Part(key, box, at, at + box.size == whole.size, (used[0], used[1]), sizes))

@@ -78,6 +78,10 @@ LEARNING_RATE = ("tests/unit/test_learning_rate.py",)
 DIFFERENCES = ("tests/unit/test_resume_differences.py",)
 RESUMABLE = ("tests/unit/test_resumable.py",)
 SECTIONS = ("tests/unit/test_sections.py",)
+DIFFERENCES_OF_NUMBERS = ("tests/unit/test_number_differences.py",)
+COMPARING = ("tests/unit/test_comparing.py",)
+VALUES_OF_TENSORS = ("tests/unit/test_tensor_values.py",)
+CLI_VALUES = ("tests/unit/test_cli_values.py",)
 SAVE_POWER_CUT = ("tests/crash/test_save_power_cut.py",)
 IO_FAULTS = ("tests/crash/test_io_faults.py",)
 ROLL_BACK = ("tests/crash/test_roll_back.py",)
@@ -113,6 +117,9 @@ class Mutant:
 
 POSIX = "distckpt/storage/posix.py"
 CUDA = "distckpt/transport/cuda.py"
+NUMBERS = "distckpt/number_differences.py"
+PAIRS = "distckpt/paired_reading.py"
+TENSOR_VALUES = "distckpt/tensor_values.py"
 MUTANTS = (
     # Files and directories of the file system
     Mutant("no fsync of small files", POSIX, "            os.fsync(descriptor)\n", "", POWER_CUT),
@@ -2495,6 +2502,112 @@ MUTANTS = (
         'if source == "float64" and to_dtype in _ML_DTYPES:',
         "if False:",
         ("tests/unit/test_elements.py",),
+    ),
+    Mutant(
+        "diff: integers of 64 bits are subtracted as float64",
+        NUMBERS,
+        "            distance, largest = _integers_apart(x, y)\n",
+        "            pass\n",
+        DIFFERENCES_OF_NUMBERS,
+    ),
+    Mutant(
+        "diff: a NaN is within the tolerance",
+        NUMBERS,
+        "outside = is_nan | np.isinf(distance)",
+        "outside = np.isinf(distance)",
+        DIFFERENCES_OF_NUMBERS,
+    ),
+    Mutant(
+        "diff: an infinity is within the tolerance",
+        NUMBERS,
+        "outside = is_nan | np.isinf(distance) | (distance > limit)",
+        "outside = is_nan | ~(distance <= tolerance.atol + tolerance.rtol * size)",
+        DIFFERENCES_OF_NUMBERS,
+    ),
+    Mutant(
+        "diff: damage is a difference like others",
+        "distckpt/cli/diff.py",
+        "    if not report.is_complete:\n",
+        "    if False:\n",
+        CLI_VALUES,
+    ),
+    Mutant(
+        "diff: a step is read over the one that is compared",
+        PAIRS,
+        "memory = memories[number % 2]",
+        "memory = memories[0]",
+        COMPARING,
+    ),
+    Mutant(
+        "diff: what cannot be read ends the others of its step",
+        PAIRS,
+        "            source.fill([one])\n",
+        "            raise error\n",
+        COMPARING,
+    ),
+    Mutant(
+        "diff: a tensor is ended at every band that cannot be read",
+        PAIRS,
+        "                self._failed.add(part.key)\n",
+        "",
+        COMPARING,
+    ),
+    Mutant(
+        "diff: a checkpoint that was removed is called damaged",
+        "distckpt/comparing.py",
+        "    if not is_complete:\n",
+        "    if False:\n",
+        COMPARING,
+    ),
+    Mutant(
+        "diff: a per-rank value that one side lacks",
+        "distckpt/comparing.py",
+        "            if has_same_axes or _NO_FILE not in files:\n",
+        "            if _NO_FILE not in files:\n",
+        COMPARING,
+    ),
+    Mutant(
+        "cat: squares overflow",
+        "distckpt/moments.py",
+        "    if unit > moments.unit:\n",
+        "    unit = 1.0\n    if unit > moments.unit:\n",
+        ("tests/unit/test_moments.py",),
+    ),
+    Mutant(
+        "cat: a small deviation is lost beside a large mean",
+        "distckpt/moments.py",
+        "        return math.sqrt(self.spread_units / self.finite) * self.unit if self.finite else None\n",
+        "        return math.sqrt(abs(self.squares_units / self.finite - self.mean_units**2)) * self.unit "
+        "if self.finite else None\n",
+        ("tests/unit/test_moments.py",),
+    ),
+    Mutant(
+        "cat: a file has its name before it is durable",
+        TENSOR_VALUES,
+        "            os.fsync(out.fileno())\n",
+        "",
+        VALUES_OF_TENSORS,
+    ),
+    Mutant(
+        "cat: the name of a file is not durable",
+        TENSOR_VALUES,
+        "        sync_directory(os.path.dirname(os.path.abspath(path)))\n",
+        "        pass\n",
+        VALUES_OF_TENSORS,
+    ),
+    Mutant(
+        "cat: writes over what was made meanwhile",
+        TENSOR_VALUES,
+        "            os.link(temporary, path)  # Fails if somebody has made it meanwhile.\n",
+        "            os.replace(temporary, path)\n            return\n",
+        VALUES_OF_TENSORS,
+    ),
+    Mutant(
+        "cat: leaves a half-written file",
+        TENSOR_VALUES,
+        "            os.unlink(temporary)\n        raise\n",
+        "            pass\n        raise\n",
+        VALUES_OF_TENSORS,
     ),
 )
 

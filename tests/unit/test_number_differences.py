@@ -171,6 +171,7 @@ def test_parts_add_up_to_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     b = np.where(random.random(1000) < 0.1, a * np.float32(1.5), a)
     whole = differences(a.tobytes(), b.tobytes(), "float32")
     monkeypatch.setattr(number_differences, "_PIECE_ELEMENTS", 7)
+    monkeypatch.setattr(number_differences, "_SAME_ELEMENTS", 50)
     parts = Differences()
     for begin in range(0, 1000, 111):
         x, y = (memory_of(n[begin : begin + 111].tobytes()) for n in (a, b))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distckpt import CorruptionError, MismatchError, tensor_statistics
+from distckpt import CorruptionError, MismatchError, tensor_statistics, tensor_values
 from distckpt.elements import is_of_numpy, numpy_dtype, view_elements
 from distckpt.geometry import Box
 from distckpt.shard_file import DTYPES
@@ -148,6 +151,22 @@ def test_what_is_there_is_not_written_over_unless_forced(root: MemoryStorage, tm
     write_npy(find_key(root, "w"), file, force=True)
     assert np.array_equal(np.load(file), WHOLE)
     assert [path.name for path in tmp_path.iterdir()] == ["w.npy"]
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_file_gets_its_name_once_it_is_durable(
+    root: MemoryStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: bool
+) -> None:
+    calls: list[str] = []
+
+    def noted(name: str, call: Callable[..., object], *arguments: object) -> object:
+        calls.append(name)
+        return call(*arguments)
+
+    for owner, name in ((os, "fsync"), (os, "link"), (os, "replace"), (tensor_values, "sync_directory")):
+        monkeypatch.setattr(owner, name, partial(noted, name, getattr(owner, name)))
+    write_npy(find_key(root, "w"), tmp_path / "w.npy", force=force)
+    assert calls == ["fsync", "replace" if force else "link", "sync_directory"]
 
 
 def test_a_tensor_that_is_damaged_leaves_no_file_and_the_old_one_alone(tmp_path: Path) -> None:
