@@ -219,5 +219,6 @@ def number_of(element: np.generic | Elements, dtype: str) -> Number:
         pair = (parts.real, parts.imag) if parts.dtype.kind == "c" else (parts[0], parts[1])
         return float(pair[0]), float(pair[1])
     if dtype in FLOATS:
-        return float(np.asarray(element, np.float64))
+        with np.errstate(invalid="ignore"):  # Signalling NaNs.
+            return float(np.asarray(element, np.float64))
     return int(np.asarray(element))

@@ -18,7 +18,7 @@ from distckpt.storage import PosixStorage
 from distckpt.testing import MemoryStorage, run_ranks
 from tests.unit.damage import change, flip, newest
 from tests.unit.laid_out import Layout, laid_out, layouts, random_tensor, save_laid_out
-from tests.unit.saved_roots import ROWS, saved_root
+from tests.unit.saved_roots import RANKS, ROWS, saved_root
 
 SHAPES = {"w": (5, 4), "v": (7,), "cube": (3, 4, 5), "scalar": (), "none": (0, 3)}
 
@@ -200,13 +200,10 @@ def test_a_tensor_that_cannot_be_read_is_named_and_the_others_are_compared() -> 
     assert (report.is_equal, report.is_complete) == (False, False)
 
 
-def test_damage_in_a_late_band_ends_its_tensor_once() -> None:
-    root = saved_root(1)
-    whole = compare_checkpoints(root, root, memory_bytes=MIN_MEMORY_BYTES)
-    assert whole.is_equal
-    report = compare_checkpoints(
-        saved_root(1), damaged(saved_root(1), 2, ROWS // 3 * BLOCK_BYTES), memory_bytes=MIN_MEMORY_BYTES
-    )
+@pytest.mark.parametrize(("rank", "block"), [(0, 1), (RANKS - 1, ROWS // RANKS)])
+def test_a_tensor_that_is_damaged_in_a_band_is_named_once(rank: int, block: int) -> None:
+    broken = damaged(saved_root(1), rank, block * BLOCK_BYTES)
+    report = compare_checkpoints(saved_root(1), broken, memory_bytes=MIN_MEMORY_BYTES)
     assert [one.key for one in report.tensors] == ["weight"]
     assert report.tensors_same_bits == report.tensors_compared - 1
 

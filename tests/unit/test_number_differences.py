@@ -126,6 +126,16 @@ def test_nans_of_the_same_bits_are_the_same_and_others_are_counted() -> None:
     assert found.first[0] == 1
 
 
+@pytest.mark.parametrize(("dtype", "bits"), [("float32", 0x7F800001), ("bfloat16", 0x7F81), ("float16", 0x7C01)])
+def test_a_signalling_nan_is_a_nan_without_a_warning(dtype: str, bits: int) -> None:
+    nan = bits.to_bytes(DTYPES[dtype].item_bytes, "little")
+    found = differences(nan, bytes(len(nan)), dtype)
+    assert (found.differing, found.nans) == (1, 1)
+    assert found.first is not None
+    assert math.isnan(found.first[1])  # type: ignore[arg-type]
+    assert differences(nan, bytes(2), dtype, "int16").nans == 1
+
+
 def test_infinities_are_apart_from_all_others_whatever_the_tolerance() -> None:
     found = of_values([np.inf, np.inf, 1.0], [np.inf, -np.inf, np.inf], "float32", rtol=10.0, atol=10.0)
     assert (found.differing, found.outside, found.max_abs, found.max_rel) == (2, 2, np.inf, np.inf)
