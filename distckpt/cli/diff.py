@@ -109,7 +109,7 @@ def _print_report(report: ComparisonReport, top: int) -> None:
         print_table(table)
         _print_rest(len(report.values), top, "values that differ")
     problems = [one.problem for one in report.tensors] + [one.problem for one in report.values]
-    for problem in list(filter(None, problems))[:top]:
+    for problem in list(dict.fromkeys(filter(None, problems)))[:top]:  # Tensors share blocks.
         console.print(f"not compared: {shown(problem, 1000)}")
     _print_verdict(report)
 
