@@ -65,6 +65,11 @@ class TensorEntry(Spec, frozen=True, kw_only=True, omit_defaults=True):
 
     record: tuple[Natural, Natural]
 
+    @property
+    def spec(self) -> Spec:
+        """The same without where its chunks lie."""
+        return Spec(**{name: getattr(self, name) for name in Spec.__struct_fields__})
+
 
 class ShardFile(msgspec.Struct, frozen=True, kw_only=True):
     """One shard file. `header_crc` covers the first header_bytes, `table_crc` the bytes from checksum_start on.

@@ -186,16 +186,12 @@ def _find_twin(target: Storage, planned: PlannedReshard) -> str | None:
             if not is_damage(error):
                 raise
             continue
-        found = {key: _spec_of(entry) for key, entry in index.tensors.items()}
+        found = {key: entry.spec for key, entry in index.tensors.items()}
         is_alike = index.mesh == dict(planned.layout.mesh.sizes) and index.values == dict(planned.content.values)
         if index.parent == planned.index.save_id and is_alike and found == specs:
             return index.save_id
         return None  # The newest of the iteration counts.
     return None
-
-
-def _spec_of(entry: Spec) -> Spec:
-    return Spec(**{name: getattr(entry, name) for name in Spec.__struct_fields__})
 
 
 def _find_journal(target: Storage, planned: PlannedReshard) -> Journal | None:

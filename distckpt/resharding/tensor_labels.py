@@ -123,7 +123,7 @@ class _Labels:
 
     def _partitioned(self, key: str, rule: TensorRule) -> Spec:
         """The spec of a tensor with its partition and blocks, as far as they are known."""
-        entry = _spec_of(self.index, key)
+        entry = self.index.tensors[key].spec
         ndim = len(entry.global_shape)
         if rule.partition is not None or rule.blocks is not None:
             for name, labels in (("partition", rule.partition), ("blocks", rule.blocks)):
@@ -158,7 +158,7 @@ class _Labels:
         return self._known[key]
 
     def _find_spec(self, key: str) -> Spec | None:
-        entry = _spec_of(self.index, key)
+        entry = self.index.tensors[key].spec
         # With an owner it was labelled: no partition means that nothing splits it. Plain tensors are whole everywhere.
         is_labelled = entry.partition is not None or entry.owner is not None or entry.given_as != "sharded"
         if is_labelled or not entry.size_bytes:
@@ -281,7 +281,7 @@ class _Labels:
     def _numbering_of(self, axis: str) -> _Numbering | None:
         if axis not in self._numbering:
             owned = [
-                key for key in self.keys if (self.plan.rule_of(key).owner or _spec_of(self.index, key).owner) == axis
+                key for key in self.keys if (self.plan.rule_of(key).owner or self.index.tensors[key].spec.owner) == axis
             ]
             self._numbering[axis] = self._find_numbering(axis, owned)
         return self._numbering[axis]
@@ -372,12 +372,6 @@ def _numbers(key: str) -> list[tuple[str, int]]:
         if segment.isdecimal() and len(segment) < 10 and not word.isdecimal():
             found.setdefault(word, int(segment))
     return list(found.items())
-
-
-def _spec_of(index: Index, key: str) -> Spec:
-    """A tensor's spec without where its chunks lie."""
-    entry = index.tensors[key]
-    return Spec(**{name: getattr(entry, name) for name in Spec.__struct_fields__})
 
 
 def _splitting_axis(
