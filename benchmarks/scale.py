@@ -102,6 +102,13 @@ def measure_distckpt(world: World) -> Measured:
     return measured
 
 
+def metadata_of(world: World) -> tuple[bytes, str, bytes]:
+    """The index of a checkpoint of such a world, and name and content of its chunk table."""
+    measured = Measured()
+    plan = _plan(measured, [msgspec.msgpack.encode(Offer(*message)) for message in world.messages()])
+    return _assemble(measured, world, plan)
+
+
 def _plan(measured: Measured, offers: Sequence[bytes]) -> SavePlan:
     measured.facts["offers_bytes"] = sum(map(len, offers))
     with measured.step("decode offers"):

@@ -1,123 +1,256 @@
-"""distckpt inspect: what one checkpoint holds, and whether a job can go on from it."""
+"""distckpt inspect: what lies under a root, and what one checkpoint holds and where."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
 import typer
-from rich.table import Table
 
-from distckpt.cataloging import CheckpointEntry, entry_of, survey, tag_holders
-from distckpt.cli.entries import json_of, marks_of, metric_text
-from distckpt.cli.output import ROOT, WHICH, age_text, console, print_json, print_table, shown, size_text
+from distckpt.cataloging import CheckpointEntry
+from distckpt.checkpoint_files import is_damage
+from distckpt.cli import inspect_text as text
+from distckpt.cli.entries import json_of
+from distckpt.cli.output import DAMAGED, ROOT, WHICH, console, print_json, shown
 from distckpt.commit import Commit, list_commits, read_index
-from distckpt.errors import CheckpointNotFoundError
+from distckpt.errors import CheckpointNotFoundError, CorruptionError
 from distckpt.index import Index
+from distckpt.inspecting import (
+    ORDERS,
+    ChunkFacts,
+    Contents,
+    HeldValue,
+    PerRankFacts,
+    Placement,
+    RankFacts,
+    RootFacts,
+    TensorFacts,
+    ValueFacts,
+    contents_of,
+    held_values,
+    keys_matching,
+    list_per_rank,
+    list_tensors,
+    list_values,
+    read_entry,
+    read_root,
+)
 from distckpt.selecting import open_selected, select_commits
 from distckpt.storage import Storage
-from distckpt.training.resumable import RECORD, Resumability, resumability
+from distckpt.surroundings import not_found
+from distckpt.training.resumable import Resumability, resumability
 
-_OF_RUN = ("environment", "arguments", "models", "assets", "resumed_from", "base")  # of the record, shown in this order
+
+class _Asked(msgspec.Struct, frozen=True, kw_only=True):
+    """What is to be listed of a checkpoint. Nothing: then it is summed up."""
+
+    tensors: bool
+    globs: list[str]
+    order: str
+    top: int | None
+    ranks: bool
+    values: bool
+    key: str | None
+    html: Path | None
+
+    @property
+    def is_summary(self) -> bool:
+        return not (self.tensors or self.ranks or self.values or self.key is not None or self.html is not None)
 
 
-class Section(msgspec.Struct, frozen=True):
-    """What stands under one name at the top of the state. per_rank: values that differ by rank."""
+class _Found(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What was found in one checkpoint, as --json says it; what was not asked for is not there.
 
-    name: str
-    tensors: int
-    values: int
-    per_rank: int
-    bytes: int
+    matching: how many tensors match, of which `tensors` are the first. tensor and chunks: of --key. value: of --key;
+    held: what the ranks have, where it differs by rank. page: the file of --html.
+    """
+
+    contents: Contents
+    resumable: Resumability
+    matching: int | None = None
+    tensors: list[TensorFacts] | None = None
+    ranks: list[RankFacts] | None = None
+    values: list[ValueFacts] | None = None
+    per_rank: list[PerRankFacts] | None = None
+    tensor: TensorFacts | None = None
+    chunks: list[ChunkFacts] | None = None
+    value: ValueFacts | PerRankFacts | None = None
+    held: list[HeldValue] | None = None
+    page: str | None = None
 
 
 def inspect(
     root: Annotated[Path, typer.Argument(help=ROOT)],
     iteration: Annotated[str | None, typer.Option(help=WHICH, show_default=False)] = None,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List the tensors.")] = False,
+    keys: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A glob: list only tensors (and values) whose keys match. May be repeated.", show_default=False
+        ),
+    ] = None,
+    sort: Annotated[str, typer.Option(help=f"Order of the tensors: {', '.join(ORDERS)}.")] = "key",
+    top: Annotated[int | None, typer.Option(help="Only so many rows.", min=1, show_default=False)] = None,
+    ranks: Annotated[bool, typer.Option("--ranks", help="List the ranks, and what the files of each hold.")] = False,
+    values: Annotated[bool, typer.Option("--values", help="List the values that are no tensors.")] = False,
+    key: Annotated[
+        str | None,
+        typer.Option(help="One tensor, and each chunk of it; or one value, in full.", show_default=False),
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page for a browser that shows all of it.", show_default=False)
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
 ) -> None:
-    """Show what one checkpoint holds, what it was made with, and whether a job can go on from it.
+    """Show a root and its newest checkpoint; or one checkpoint, its tensors, and which rank holds what.
 
-    Reads the index and no tensor. Exit code 0; 2: there is no such checkpoint, or its index is damaged.
+    Reads the index, the chunk table of what is listed, and no tensor. Exit code 0; 1: something is damaged, and is
+    printed; 2: there is no such checkpoint, or it cannot be read.
 
-    Example: distckpt inspect /checkpoints/run7 --iteration best:val_loss
+    Example: distckpt inspect /checkpoints/run7
+
+    Example: distckpt inspect /checkpoints/run7 --iteration best:val_loss --keys '*attention*' --sort size --top 20
     """
+    if sort not in ORDERS:
+        raise ValueError(f"--sort {sort}: expected one of {', '.join(ORDERS)}")
+    asked = _Asked(
+        tensors=tensors or (bool(keys) and not (ranks or values or key or html)),
+        globs=keys or [],
+        order=sort,
+        top=top,
+        ranks=ranks,
+        values=values,
+        key=key,
+        html=html,
+    )
     storage, selector = open_selected(root, iteration)
-    commit = select_commits(storage, selector)[0]
-    index, _ = read_index(storage, commit)
-    entry = _entry(storage, commit)
-    answer = resumability(bytes(index.metadata), commit.name)
-    sections = sections_of(index)
+    overview = read_root(storage) if selector is None and asked.is_summary else None
+    if overview is not None and not overview.checkpoints and not overview.incomplete:
+        raise not_found(storage)
+    entry, found = None, None
+    if overview is None or overview.checkpoints:
+        commit = select_commits(storage, selector)[0]
+        entry, found = _look(storage, commit, _entry(storage, commit, overview), asked)
     if json:
-        print_json({**json_of(entry), "sections": sections, "resumable": answer})
+        print_json(_as_json(overview, entry, found))
     else:
-        _print(entry, sections, answer)
+        _print(overview, entry, found, asked)
+    entries = [*(overview.checkpoints if overview is not None else ()), *([entry] if entry is not None else ())]
+    raise typer.Exit(DAMAGED if any(one.damage is not None for one in entries) else 0)
 
 
-def _entry(storage: Storage, commit: Commit) -> CheckpointEntry:
-    records = survey(storage, list_commits(storage))
-    now_unix_s = datetime.now(timezone.utc).timestamp()
-    found = [record for record in records if record.commit == commit]
-    if not found:
-        raise CheckpointNotFoundError(f"{commit.name}: it was removed meanwhile")
-    return entry_of(found[0], tag_holders(records), now_unix_s, storage)
+def _entry(storage: Storage, commit: Commit, overview: RootFacts | None) -> CheckpointEntry:
+    for entry in overview.checkpoints if overview is not None else ():
+        if Commit(entry.epoch, entry.commit_seq, entry.iteration) == commit:
+            return entry
+    return read_entry(storage, commit)
 
 
-def sections_of(index: Index) -> list[Section]:
-    """By name. A tensor with a key of its own counts where it stood."""
-    counts: dict[str, list[int]] = {}
-    for key, tensor in index.tensors.items():
-        home = key if tensor.container is None else tensor.container
-        count = counts.setdefault(home.partition("/")[0] or "/", [0, 0, 0, 0])
-        count[0] += 1
-        count[3] += tensor.size_bytes
-    for place, keys in ((1, index.values), (2, index.per_rank)):
-        for key in keys:
-            counts.setdefault(key.partition("/")[0], [0, 0, 0, 0])[place] += 1
-    return [Section(name, *counts[name]) for name in sorted(counts)]
+def _look(
+    storage: Storage, commit: Commit, entry: CheckpointEntry, asked: _Asked
+) -> tuple[CheckpointEntry, _Found | None]:
+    """What is found; nothing where it cannot be read, and then the entry says why. Raises OSError for what is no
+    damage, CheckpointNotFoundError for what is removed meanwhile."""
+    try:
+        index, _ = read_index(storage, commit)
+        return entry, _found(storage, commit, index, entry, asked)
+    except (CorruptionError, OSError) as error:
+        if not is_damage(error):
+            raise
+        if commit not in list_commits(storage):
+            raise CheckpointNotFoundError(f"{commit.name}: it was removed meanwhile") from error
+        return msgspec.structs.replace(entry, damage=entry.damage or str(error)), None
 
 
-def _print(entry: CheckpointEntry, sections: list[Section], answer: Resumability) -> None:
-    created = datetime.fromtimestamp(entry.created_unix_s or 0, timezone.utc)
-    mesh = " ".join(f"{axis}{size}" for axis, size in entry.mesh.items())
-    facts = {
-        "iteration": str(entry.iteration),
-        "resumable": str(answer),
-        "saved": f"{created:%Y-%m-%d %H:%M:%S} UTC, {age_text(entry.age_s or 0)} ago, save {entry.save_id}",
-        "after": f"save {entry.parent}" if entry.parent else "",
-        "ranks": f"{entry.world_size}{f' ({mesh})' if mesh else ''}",
-        "size": size_text(entry.bytes),
-        "metrics": ", ".join(f"{name} {metric_text(value)}" for name, value in entry.metrics.items()),
-        "tags": ", ".join(entry.tags),
-        "state": ", ".join(marks_of(entry)),
-        "note": entry.note,
-    }
-    for name, text in facts.items():
-        if text:
-            console.print(f"{name + ':':<11}{shown(text, 1000)}")
-    table = Table("section", "tensors", "values", "per rank", "size")
-    for section in sections:
-        counts = (section.tensors, section.values, section.per_rank)
-        table.add_row(shown(section.name), *(str(count or "") for count in counts), size_text(section.bytes))
-    print_table(table)
-    record = entry.metadata.get(RECORD) if isinstance(entry.metadata, dict) else None
-    if isinstance(record, dict):
-        run = Table("of the run", "")
-        for name, text in _flattened({name: record.get(name) for name in _OF_RUN}):
-            run.add_row(shown(name), shown(text))
-        print_table(run)
+def _found(storage: Storage, commit: Commit, index: Index, entry: CheckpointEntry, asked: _Asked) -> _Found:
+    answer = resumability(bytes(index.metadata), commit.name)
+    found = _Found(contents=contents_of(index), resumable=answer)
+    change = msgspec.structs.replace
+    if asked.key is not None:
+        found = _with_key(storage, commit, index, found, asked.key, asked.top)
+    keys = keys_matching(index.tensors, asked.globs)
+    known = [*index.tensors, *(() if asked.tensors else (*index.values, *index.per_rank))]
+    if asked.globs and not keys_matching(known, asked.globs):
+        hint = "" if any("*" in glob for glob in asked.globs) else " (a glob is for the whole key: '*part*')"
+        raise ValueError(f"--keys {' --keys '.join(asked.globs)}: no key matches{hint}; {_some(known)}")
+    if asked.tensors:
+        tensors = list_tensors(storage, commit, index, keys, order=asked.order, top=asked.top)
+        found = change(found, matching=len(keys), tensors=tensors)
+    if asked.ranks:
+        found = change(found, ranks=Placement.read(storage, commit, index, keys).ranks())
+    if asked.values:
+        values, per_rank = list_values(index, asked.globs), list_per_rank(index, asked.globs)
+        found = change(found, values=values, per_rank=per_rank)
+    if asked.html is not None:
+        from distckpt.cli.inspect_page import write_page
+
+        write_page(asked.html, storage, commit, index, entry, keys)
+        found = change(found, page=str(asked.html))
+    return found
 
 
-def _flattened(value: object, name: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted name, text) of all that is recorded, what is empty left out."""
-    if isinstance(value, dict):
-        for key, one in value.items():
-            yield from _flattened(one, f"{name}.{key}" if name else str(key))
-    elif isinstance(value, list) and any(isinstance(one, dict) for one in value):
-        for number, one in enumerate(value):
-            yield from _flattened(one, f"{name}.{number}")
-    elif value not in (None, [], ""):
-        yield name, str(value)
+def _with_key(storage: Storage, commit: Commit, index: Index, found: _Found, key: str, top: int | None) -> _Found:
+    """With what there is under one key. Raises ValueError if there is nothing."""
+    change = msgspec.structs.replace
+    if key in index.tensors:
+        [tensor] = list_tensors(storage, commit, index, [key])
+        return change(found, tensor=tensor, chunks=Placement.read(storage, commit, index, [key]).chunks(top))
+    if key in index.values:
+        text_of = bytes(index.values[key])
+        return change(found, value=ValueFacts(key, len(text_of), msgspec.Raw(text_of)))
+    if key in index.per_rank:
+        entry = index.per_rank[key]
+        facts = PerRankFacts(key, entry.axes, entry.on_change, len(entry.holders))
+        return change(found, value=facts, held=held_values(storage, commit, index, key, top))
+    known = [*index.tensors, *index.values, *index.per_rank]
+    alike = [one for one in known if key in one]
+    raise ValueError(f"--key {key}: there is no tensor or value of this key; {_some(alike or known)}")
+
+
+def _some(keys: list[str]) -> str:
+    """For an error: which keys there are."""
+    more = f" and {len(keys) - 10:,} more" if len(keys) > 10 else ""
+    return f"there are {', '.join(shown(key) for key in keys[:10])}{more}" if keys else "there are none"
+
+
+def _as_json(overview: RootFacts | None, entry: CheckpointEntry | None, found: _Found | None) -> dict[str, object]:
+    fields: dict[str, object] = {} if entry is None else json_of(entry)
+    if found is not None:
+        given = {name: value for name, value in msgspec.structs.asdict(found).items() if value is not None}
+        fields |= {**given, "sections": found.contents.sections}
+    if overview is not None:
+        checkpoints = [json_of(one) for one in overview.checkpoints]
+        fields["root"] = msgspec.structs.asdict(overview) | {"checkpoints": checkpoints}
+    return fields
+
+
+def _print(overview: RootFacts | None, entry: CheckpointEntry | None, found: _Found | None, asked: _Asked) -> None:
+    if overview is not None:
+        text.print_root(overview)
+    if entry is None:
+        return
+    if found is None:
+        console.print(f"iteration {entry.iteration}: DAMAGED: {shown(entry.damage or '', 1000)}")
+        return
+    if asked.is_summary:
+        if overview is not None:
+            console.print()
+        text.print_summary(entry, found.contents, found.resumable)
+        return
+    if found.page is not None:
+        console.print(f"iteration {entry.iteration}: written: {shown(found.page, 1000)}")
+    else:
+        text.print_head(entry, found.contents)
+    if found.tensor is not None and found.chunks is not None:
+        text.print_tensor(found.tensor, found.chunks)
+    if isinstance(found.value, ValueFacts):
+        text.print_value(found.value)
+    if isinstance(found.value, PerRankFacts) and found.held is not None:
+        text.print_held(found.value, found.held)
+    if found.tensors is not None and found.matching is not None:
+        text.print_tensors(found.tensors, found.matching)
+    if found.ranks is not None:
+        text.print_ranks(found.ranks, asked.top, entry.world_size or 0)
+    if found.values is not None and found.per_rank is not None:
+        text.print_values(found.values, found.per_rank, asked.top)

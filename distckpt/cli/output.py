@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
+from rich.tree import Tree
 
 DAMAGED = 1  # exit code
 _NARROWEST, _WIDE = 120, 1000
@@ -32,7 +33,7 @@ def print_json(value: object) -> None:
     sys.stdout.buffer.flush()
 
 
-def print_table(table: Table) -> None:
+def print_table(table: Table | Tree) -> None:
     """As wide as the terminal, but never so narrow that columns are cut; where there is none nothing is folded."""
     width = max(console.width, _NARROWEST) if console.is_terminal else _WIDE
     Console(width=width, highlight=False, markup=False, emoji=False).print(table, crop=False)

@@ -162,7 +162,7 @@ def test_prune_without_a_rule_or_with_a_wrong_one_is_refused(root: Path) -> None
 
 
 def test_help_says_every_way_to_name_a_checkpoint() -> None:
-    said = " ".join(CliRunner().invoke(app, ["inspect", "--help"], terminal_width=500).output.split())
+    said = " ".join(CliRunner().invoke(app, ["inspect", "--help"], terminal_width=500).output.replace("│", " ").split())
     for way in (
         "a number",
         "step:NUMBER",

@@ -83,6 +83,7 @@ ALLOWED: dict[str, set[str]] = {
     "cataloging": VALUES | FORMAT | {"storage", "commit", "checkpoint_files", "labels", "removing", "roots"},
     "surroundings": {"errors", "storage", "commit", "cataloging", "roots"},
     "selecting": VALUES | {"storage", "commit", "cataloging", "roots", "surroundings"},
+    "inspecting": VALUES | FORMAT | {"storage", "commit", "cataloging", "checkpoint_files", "planner"},
     "labelling": VALUES | {"storage", "commit", "cataloging", "labels", "selecting"},
     "heartbeat": {"storage", "commit"},
     "retention": {"metrics", "commit"},
@@ -213,6 +214,7 @@ ALLOWED: dict[str, set[str]] = {
             "__init__",
         ),
         *("comparing", "number_differences", "value_differences", "tensor_values", "moments"),
+        *("checkpoint_files", "inspecting"),
     },
     "testing": VALUES | PORTS | {"transport", "__init__"},
 }
