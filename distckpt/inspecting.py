@@ -35,6 +35,7 @@ from distckpt.planner import plan_load
 from distckpt.shard_file import DTYPES
 from distckpt.storage import Storage
 
+_BATCH_BYTES = 4 << 20  # records that are decoded at a time: a chunk of 12 bytes there takes some 200 in memory
 _MATRIX = 1 << 24  # entries at a time of the table that tells which rank holds which tensor
 ORDERS = ("key", "size", "shape", "dtype", "chunks")
 
@@ -100,7 +101,7 @@ class TensorFacts(msgspec.Struct, frozen=True, kw_only=True):
     blocks: tuple[int, ...] | None
     container: str | None
     chunks: int
-    ranks: list[int]
+    ranks: tuple[int, ...]
 
 
 class RankFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -252,21 +253,17 @@ def list_tensors(
     if order not in ORDERS:
         raise ValueError(f"--sort {order}: expected one of {', '.join(ORDERS)}")
     if order == "chunks":
-        counts = Placement.read(storage, commit, index, keys).chunk_counts.tolist()
-        ordered = [
-            key
-            for _, _, key in sorted((-count, natural_order(key), key) for count, key in zip(counts, keys, strict=True))
-        ]
+        counts = [n for part in placements(storage, commit, index, keys) for n in part.chunk_counts.tolist()]
+        rows = sorted((-count, natural_order(key), key) for count, key in zip(counts, keys, strict=True))
+        ordered = [key for _, _, key in rows][:top]
     else:
         first = _order_of(index.tensors, order)
-        ordered = sorted(keys, key=lambda key: (first(key), natural_order(key)))
-    ordered = ordered[:top]
-    placement = Placement.read(storage, commit, index, ordered)
-    counts = placement.chunk_counts.tolist()
-    return [
-        _tensor_facts(key, index.tensors[key], count, ranks)
-        for key, count, ranks in zip(ordered, counts, placement.ranks_of_tensors(), strict=True)
-    ]
+        ordered = sorted(keys, key=lambda key: (first(key), natural_order(key)))[:top]
+    facts = []
+    for part in placements(storage, commit, index, ordered):
+        columns = zip(part.keys, part.chunk_counts.tolist(), part.ranks_of_tensors(), strict=True)
+        facts += [_tensor_facts(key, index.tensors[key], count, ranks) for key, count, ranks in columns]
+    return facts
 
 
 def _order_of(tensors: dict[str, TensorEntry], order: str) -> Callable[[str], object]:
@@ -279,7 +276,7 @@ def _order_of(tensors: dict[str, TensorEntry], order: str) -> Callable[[str], ob
     return lambda key: 0
 
 
-def _tensor_facts(key: str, entry: TensorEntry, chunks: int, ranks: list[int]) -> TensorFacts:
+def _tensor_facts(key: str, entry: TensorEntry, chunks: int, ranks: tuple[int, ...]) -> TensorFacts:
     return TensorFacts(
         key=key,
         dtype=entry.dtype,
@@ -337,44 +334,21 @@ class Placement:
                 holds[tensor[low:high] - begin, column[hits.files[low:high]]] = True
             yield ranks.tolist(), holds
 
-    def ranks_of_tensors(self) -> Iterator[list[int]]:
-        """Of each tensor the ranks whose files hold some of it, ascending."""
+    def ranks_of_tensors(self) -> Iterator[tuple[int, ...]]:
+        """Of each tensor the ranks whose files hold some of it, ascending; of many tensors they are the same."""
+        known: dict[bytes, tuple[int, ...]] = {}
         for ranks, holds in self.holders():
             for row in holds:
-                yield [ranks[at] for at in np.flatnonzero(row).tolist()]
+                alike = row.tobytes()
+                if alike not in known:
+                    known[alike] = tuple(ranks[at] for at in np.flatnonzero(row).tolist())
+                yield known[alike]
 
     def sizes(self, tensor: Int64Array, hits: Hits) -> Int64Array:
         """Bytes of the chunks of a group."""
         items = np.array([DTYPES[self.index.tensors[key].dtype].item_bytes for key in self.keys], np.int64)
         sizes: Int64Array = hits.shapes.prod(axis=1) * items[tensor]
         return sizes
-
-    def ranks(self) -> list[RankFacts]:
-        """What each rank that has files holds of the tensors."""
-        files: dict[int, list[ShardFile]] = {}
-        for file in self.index.files:
-            files.setdefault(file.rank, []).append(file)
-        ordered = sorted(files)
-        column = np.searchsorted(ordered, [file.rank for file in self.index.files])
-        chunks, tensor_bytes, tensors = np.zeros((3, len(ordered)), np.int64)
-        for tensor, hits in self.groups:
-            of_rank = column[hits.files]
-            chunks += np.bincount(of_rank, minlength=len(ordered))
-            np.add.at(tensor_bytes, of_rank, self.sizes(tensor, hits))
-        for _, holds in self.holders():
-            tensors += holds.sum(axis=0)
-        return [
-            RankFacts(
-                rank=rank,
-                mesh=files[rank][0].mesh,
-                files=[file.name for file in files[rank]],
-                bytes=sum(file.size_bytes for file in files[rank]),
-                tensors=int(tensors[at]),
-                chunks=int(chunks[at]),
-                tensor_bytes=int(tensor_bytes[at]),
-            )
-            for at, rank in enumerate(ordered)
-        ]
 
     def chunks(self, top: int | None = None) -> list[ChunkFacts]:
         """Of all its tensors, in C order of each; the first `top` of each number of dimensions."""
@@ -394,6 +368,53 @@ class Placement:
                 for offset, shape, file, start, size in zip(*columns, strict=True)
             ]
         return facts
+
+
+def placements(storage: Storage, commit: Commit, index: Index, keys: Sequence[str]) -> Iterator[Placement]:
+    """The placement of tensors, in their order, some of them at a time: there may be many millions of chunks.
+
+    Raises CorruptionError or OSError.
+    """
+    batch: list[str] = []
+    record_bytes = 0
+    for key in keys:
+        size = index.tensors[key].record[1]
+        if batch and record_bytes + size > _BATCH_BYTES:
+            yield Placement.read(storage, commit, index, batch)
+            batch, record_bytes = [], 0
+        batch.append(key)
+        record_bytes += size
+    if batch:
+        yield Placement.read(storage, commit, index, batch)
+
+
+def list_ranks(index: Index, parts: Iterable[Placement]) -> list[RankFacts]:
+    """What each rank that has files holds of the tensors whose placement is given."""
+    files: dict[int, list[ShardFile]] = {}
+    for file in index.files:
+        files.setdefault(file.rank, []).append(file)
+    ordered = sorted(files)
+    column = np.searchsorted(ordered, [file.rank for file in index.files])
+    chunks, tensor_bytes, tensors = np.zeros((3, len(ordered)), np.int64)
+    for part in parts:
+        for tensor, hits in part.groups:
+            of_rank = column[hits.files]
+            chunks += np.bincount(of_rank, minlength=len(ordered))
+            np.add.at(tensor_bytes, of_rank, part.sizes(tensor, hits))
+        for _, holds in part.holders():
+            tensors += holds.sum(axis=0)
+    return [
+        RankFacts(
+            rank=rank,
+            mesh=files[rank][0].mesh,
+            files=[file.name for file in files[rank]],
+            bytes=sum(file.size_bytes for file in files[rank]),
+            tensors=int(tensors[at]),
+            chunks=int(chunks[at]),
+            tensor_bytes=int(tensor_bytes[at]),
+        )
+        for at, rank in enumerate(ordered)
+    ]
 
 
 def list_values(index: Index, globs: Sequence[str] = ()) -> list[ValueFacts]:

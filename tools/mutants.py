@@ -82,6 +82,9 @@ DIFFERENCES_OF_NUMBERS = ("tests/unit/test_number_differences.py",)
 COMPARING = ("tests/unit/test_comparing.py",)
 VALUES_OF_TENSORS = ("tests/unit/test_tensor_values.py",)
 CLI_VALUES = ("tests/unit/test_cli_values.py",)
+INSPECTING = ("tests/unit/test_inspecting.py",)
+CLI_INSPECT = ("tests/unit/test_cli_inspect.py",)
+INSPECT_PAGE = ("tests/unit/test_inspect_page.py",)
 SAVE_POWER_CUT = ("tests/crash/test_save_power_cut.py",)
 IO_FAULTS = ("tests/crash/test_io_faults.py",)
 ROLL_BACK = ("tests/crash/test_roll_back.py",)
@@ -2608,6 +2611,83 @@ MUTANTS = (
         "            os.unlink(temporary)\n        raise\n",
         "            pass\n        raise\n",
         VALUES_OF_TENSORS,
+    ),
+    Mutant(
+        "inspect: data in the page can end its element",
+        "distckpt/cli/inspect_page.py",
+        '    for character in "<>&\\u2028\\u2029":\n',
+        "    for character in ():\n",
+        INSPECT_PAGE,
+    ),
+    Mutant(
+        "inspect: the page runs any script",
+        "distckpt/cli/inspect_page.py",
+        "script-src {_hash(script)}",
+        "script-src 'unsafe-inline'",
+        INSPECT_PAGE,
+    ),
+    Mutant(
+        "inspect: the title of the page is markup",
+        "distckpt/cli/inspect_page.py",
+        'escape(str(data["title"]))',
+        'str(data["title"])',
+        INSPECT_PAGE,
+    ),
+    Mutant(
+        "inspect: a page that cannot be put leaves its parts",
+        "distckpt/cli/inspect_page.py",
+        "        part.unlink(missing_ok=True)\n",
+        "        pass\n",
+        INSPECT_PAGE,
+    ),
+    Mutant(
+        "inspect: a page as large as it comes",
+        "distckpt/cli/inspect_page.py",
+        "            if self._numbers + numbers > _MAX_NUMBERS:\n",
+        "            if False:\n",
+        INSPECT_PAGE,
+    ),
+    Mutant(
+        "inspect: chunks where none can lie",
+        "distckpt/inspecting.py",
+        "            check_locations(index, keys, copies.target, copies.hits)\n",
+        "",
+        INSPECTING,
+    ),
+    Mutant(
+        "inspect: all chunks at a time",
+        "distckpt/inspecting.py",
+        "        if batch and record_bytes + size > _BATCH_BYTES:\n",
+        "        if False:\n",
+        INSPECTING,
+    ),
+    Mutant(
+        "inspect: damage is not told by the exit code",
+        "distckpt/cli/inspect.py",
+        "raise typer.Exit(DAMAGED if any(one.damage is not None for one in entries) else 0)",
+        "raise typer.Exit(0)",
+        CLI_INSPECT,
+    ),
+    Mutant(
+        "inspect: what is removed meanwhile is damaged",
+        "distckpt/cli/inspect.py",
+        "        if commit not in list_commits(storage):\n",
+        "        if False:\n",
+        CLI_INSPECT,
+    ),
+    Mutant(
+        "inspect: values give orders to a terminal",
+        "distckpt/cli/inspect_text.py",
+        "{plain_text(_json_text(value.value))}",
+        "{_json_text(value.value)}",
+        CLI_INSPECT,
+    ),
+    Mutant(
+        "inspect: keys give orders to a terminal",
+        "distckpt/cli/inspect_text.py",
+        "            shown(tensor.key),\n",
+        "            tensor.key,\n",
+        CLI_INSPECT,
     ),
 )
 

@@ -31,8 +31,10 @@ from distckpt.inspecting import (
     held_values,
     keys_matching,
     list_per_rank,
+    list_ranks,
     list_tensors,
     list_values,
+    placements,
     read_entry,
     read_root,
 )
@@ -178,7 +180,7 @@ def _found(storage: Storage, commit: Commit, index: Index, entry: CheckpointEntr
         tensors = list_tensors(storage, commit, index, keys, order=asked.order, top=asked.top)
         found = change(found, matching=len(keys), tensors=tensors)
     if asked.ranks:
-        found = change(found, ranks=Placement.read(storage, commit, index, keys).ranks())
+        found = change(found, ranks=list_ranks(index, placements(storage, commit, index, keys)))
     if asked.values:
         values, per_rank = list_values(index, asked.globs), list_per_rank(index, asked.globs)
         found = change(found, values=values, per_rank=per_rank)

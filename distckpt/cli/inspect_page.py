@@ -27,7 +27,15 @@ from distckpt.cli.output import shown
 from distckpt.commit import Commit
 from distckpt.garbage import postponed_collection
 from distckpt.index import Index
-from distckpt.inspecting import Placement, contents_of, list_per_rank, list_values, natural_order
+from distckpt.inspecting import (
+    Placement,
+    contents_of,
+    list_per_rank,
+    list_ranks,
+    list_values,
+    natural_order,
+    placements,
+)
 from distckpt.storage import Storage
 from distckpt.training.resumable import resumability
 
@@ -89,9 +97,14 @@ def page_data(
     """What the page shows, as columns. Raises CorruptionError or OSError."""
     keys = sorted(keys, key=natural_order)
     answer = resumability(bytes(index.metadata), commit.name)
-    placement = Placement.read(storage, commit, index, keys)
     arrangements = _Arrangements()
-    of_tensor = arrangements.of(placement.stored, index, keys)
+    of_tensor: list[int] = []
+
+    def noted(part: Placement) -> Placement:
+        of_tensor.extend(arrangements.of(part))
+        return part
+
+    ranks = list_ranks(index, map(noted, placements(storage, commit, index, keys)))
     metadata = metadata_rows(entry.metadata)
     omitted = []
     if arrangements.left_out:
@@ -116,7 +129,7 @@ def page_data(
             "bytes": [file.size_bytes for file in index.files],
             "rank": [file.rank for file in index.files],
         },
-        "ranks": placement.ranks(),
+        "ranks": ranks,
         **_tensor_columns(index, keys),
         "layout": of_tensor,
         "layouts": arrangements.layouts,
@@ -168,13 +181,13 @@ class _Arrangements:
         self._numbers = 0
         self._known: dict[object, int] = {}
 
-    def of(self, stored: Sequence[Grids | Boxes], index: Index, keys: Sequence[str]) -> list[int]:
+    def of(self, part: Placement) -> list[int]:
         """For each tensor the number of its layout; -1 if it has none."""
-        found = [-1] * len(keys)
-        for group in stored:
+        found = [-1] * len(part.keys)
+        for group in part.stored:
             describe = self._grid if isinstance(group, Grids) else self._boxes
             for row, tensor in enumerate(group.tensors.tolist()):
-                if all(index.tensors[keys[tensor]].global_shape):
+                if all(part.index.tensors[part.keys[tensor]].global_shape):
                     found[tensor] = describe(group, row)  # type: ignore[arg-type]
         return found
 

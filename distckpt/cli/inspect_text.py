@@ -40,7 +40,7 @@ def print_root(root: RootFacts) -> None:
                 branch.add(f"{what}: {shown(problem, 1000)}")
     if len(root.checkpoints) > _MAX_SHOWN:
         tree.add(f"and {len(root.checkpoints) - _MAX_SHOWN} older ones: `distckpt ls` lists them all")
-    for save in root.incomplete:
+    for save in root.incomplete[-_MAX_SHOWN:]:
         tree.add(unfinished_text(save))
     if root.tracker_warning is not None:
         tree.add(f"warning: {root.tracker_warning}; `distckpt repair` mends it")
@@ -168,15 +168,18 @@ def _flattened(value: object, name: str = "") -> Iterator[tuple[str, str]]:
 
 def print_tensors(tensors: Sequence[TensorFacts], of: int) -> None:
     """of: how many there are, of which these are the first."""
+    # Of many tensors few are unlike.
+    ranges = {ranks: ranges_text(ranks) for ranks in {tensor.ranks for tensor in tensors}}
+    splits = {split: split_text(*split) for split in {_split_of(tensor) for tensor in tensors}}
     rows = [
         (
             shown(tensor.key),
             tensor.dtype,
             shape_text(tensor.shape),
             size_text(tensor.bytes),
-            split_text(tensor),
+            splits[_split_of(tensor)],
             f"{tensor.chunks:,}",
-            ranges_text(tensor.ranks),
+            ranges[tensor.ranks],
         )
         for tensor in tensors
     ]
@@ -210,7 +213,7 @@ def print_tensor(tensor: TensorFacts, chunks: Sequence[ChunkFacts]) -> None:
     """One tensor and its chunks."""
     console.print(
         f"{shown(tensor.key, 1000)}: {tensor.dtype} {shape_text(tensor.shape)}, {size_text(tensor.bytes)}, "
-        f"split by {split_text(tensor) or 'nothing'}, {_count(tensor.chunks, 'chunk')}"
+        f"split by {split_text(*_split_of(tensor)) or 'nothing'}, {_count(tensor.chunks, 'chunk')}"
     )
     rows = [
         (
@@ -283,15 +286,20 @@ def coordinates_text(mesh: dict[str, int]) -> str:
     return " ".join(f"{axis}={at}" for axis, at in mesh.items() if axis != RANK_AXIS)
 
 
-def split_text(tensor: TensorFacts) -> str:
-    """tp on dimension 0 (of 3 blocks), held by pp."""
+def _split_of(tensor: TensorFacts) -> tuple[tuple[str | None, ...], tuple[int, ...], str | None]:
+    return tensor.partition or (), tensor.blocks or (), tensor.owner
+
+
+def split_text(partition: Sequence[str | None], blocks: Sequence[int], owner: str | None) -> str:
+    """tp@0 of 3 blocks, held by pp: which mesh axis splits which dimension, and whose coordinate holds it."""
     parts = []
-    for dimension, axis in enumerate(tensor.partition or ()):
-        blocks = tensor.blocks[dimension] if tensor.blocks else 1
-        if axis is not None or blocks > 1:
-            parts.append(f"{axis or 'none'}@{dimension}{f' of {blocks} blocks' if blocks > 1 else ''}")
-    if tensor.owner is not None:
-        parts.append(f"held by {tensor.owner}")
+    for dimension in range(max(len(partition), len(blocks))):
+        axis = partition[dimension] if partition else None
+        count = blocks[dimension] if blocks else 1
+        if axis is not None or count > 1:
+            parts.append(f"{axis or 'none'}@{dimension}{f' of {count} blocks' if count > 1 else ''}")
+    if owner is not None:
+        parts.append(f"held by {owner}")
     return shown(", ".join(parts))
 
 

@@ -41,6 +41,8 @@ def print_table(table: Table | Tree) -> None:
 
 def plain_text(text: str) -> str:
     """One line of what was read from a file, without what a terminal would take for orders."""
+    if text.isprintable():
+        return text
     return "".join(character if character.isprintable() else " " for character in text)
 
 

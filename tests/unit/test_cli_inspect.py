@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,10 +16,10 @@ from typer.testing import CliRunner
 
 from distckpt import Checkpointer, CheckpointNotFoundError, ShardedTensor, TrainState, label
 from distckpt.cli import app
-from distckpt.commit import Commit
+from distckpt.commit import Commit, read_index
 from distckpt.index import Index
 from distckpt.inspecting import read_entry
-from distckpt.storage import PosixStorage
+from distckpt.storage import PosixStorage, Storage
 from tests.unit.damage import change, flip, newest
 from tests.unit.saved_roots import save
 from tests.unit.test_cli import command, run
@@ -281,6 +282,19 @@ def test_missing_file_is_told_beside_what_is_known(copied: Path) -> None:
     code, said = run("inspect", copied)
     assert code == 1
     assert "resumable: " in said
+
+
+def test_checkpoint_that_goes_while_it_is_read_is_gone_and_not_damaged(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(storage: Storage, commit: Commit) -> object:
+        storage.remove(commit.name)
+        return read_index(storage, commit)
+
+    monkeypatch.setattr(sys.modules["distckpt.cli.inspect"], "read_index", read)  # Not the command of this name.
+    done = CliRunner().invoke(app, ["inspect", str(copied)])
+    assert isinstance(done.exception, CheckpointNotFoundError)
+    assert str(done.exception) == "iter_0000020/index-000001-000002.json: it was removed meanwhile"
 
 
 def test_text_from_disk_cannot_do_things_to_a_terminal(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from distckpt.cli.inspect_page import page_data, page_of, write_page
 from distckpt.commit import list_commits, read_index
 from distckpt.coordinator import Coordinator
 from distckpt.errors import CorruptionError
-from distckpt.inspecting import Placement, read_entry
+from distckpt.inspecting import Placement, list_ranks, placements, read_entry
 from distckpt.storage import PosixStorage, Storage
 from distckpt.testing import MemoryStorage, run_ranks
 from tests.unit.damage import change, flip
@@ -228,6 +228,15 @@ def test_page_that_cannot_be_made_or_written_leaves_the_old_one(tmp_path: Path) 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "page.html", "run"]
 
 
+def test_what_the_page_is_made_of_is_packaged() -> None:
+    tree = Path(__file__).parents[2]
+    text = (tree / "pyproject.toml").read_text()
+    [packaged] = re.findall(r"^\[tool\.setuptools\.package-data\]\ndistckpt = (\[.*\])$", text, re.MULTILINE)
+    made_of = set((tree / "distckpt/cli/page").iterdir())
+    assert made_of <= {path for pattern in json.loads(packaged) for path in (tree / "distckpt").glob(pattern)}
+    assert {path.suffix for path in made_of} == {".html", ".css", ".js"}
+
+
 def in_browser(page: Path, profile: Path, script: str = "") -> Elements:
     """The page as Chromium has it after it ran; script: runs after its own, in a copy without its policy."""
     if script:
@@ -322,7 +331,7 @@ def test_page_is_searched_sorted_and_walked_through(page: Path, tmp_path: Path, 
     assert said["chunk"].startswith("[2:4, 3:6, 0:4], 96 bytes on rank 3 (tp 1, dp 1), in shard-00003-of-00004-")
     commit = list_commits(storage)[0]
     index, _ = read_index(storage, commit)
-    assert said["rank"] == Placement.read(storage, commit, index, list(index.tensors)).ranks()[0].tensors
+    assert said["rank"] == list_ranks(index, placements(storage, commit, index, list(index.tensors)))[0].tensors
     assert [crumb.split(" ")[0] for crumb in said["crumbs"]][::2] == ["all", "model"]
     assert said["crumbs"][-1] == f"List {len(HOSTILE)} tensors"
     assert len(said["group"]) == len(HOSTILE)

@@ -24,9 +24,11 @@ from distckpt.inspecting import (
     held_values,
     keys_matching,
     list_per_rank,
+    list_ranks,
     list_tensors,
     list_values,
     natural_order,
+    placements,
     read_root,
 )
 from distckpt.planner import plan_load
@@ -122,8 +124,8 @@ def test_tensor_says_how_it_is_cut_and_which_ranks_hold_it(layouts: MemoryStorag
     found = {one.key: one for one in list_tensors(layouts, commit, index, list(index.tensors))}
     grid = found["grid.10"]
     assert (grid.shape, grid.bytes, grid.partition) == ((4, 6), 48, ("tp", "dp"))
-    assert (grid.chunks, grid.ranks) == (4, [0, 1, 2, 3])
-    assert (found["empty"].chunks, found["empty"].ranks) == (0, [])
+    assert (grid.chunks, grid.ranks) == (4, (0, 1, 2, 3))
+    assert (found["empty"].chunks, found["empty"].ranks) == (0, ())
     assert (found["scalar"].chunks, len(found["scalar"].ranks)) == (1, 1)
 
 
@@ -148,7 +150,7 @@ def test_ranks_hold_together_what_there_is(layouts: MemoryStorage) -> None:
     commit, index = opened(layouts)
     keys = list(index.tensors)
     placement = Placement.read(layouts, commit, index, keys)
-    ranks = placement.ranks()
+    ranks = list_ranks(index, [placement])
     assert [one.rank for one in ranks] == [0, 1, 2, 3]
     assert [one.mesh for one in ranks] == [{"tp": r % 2, "dp": r // 2} for r in range(4)]
     assert sum(one.tensor_bytes for one in ranks) == contents_of(index).tensor_bytes
@@ -159,12 +161,20 @@ def test_ranks_hold_together_what_there_is(layouts: MemoryStorage) -> None:
         assert one.tensors == sum(one.rank in held for held in holders.values())
 
 
-def test_table_of_holders_is_the_same_in_parts(layouts: MemoryStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["_MATRIX", "_BATCH_BYTES"])
+def test_what_is_found_in_parts_is_the_same(layouts: MemoryStorage, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     commit, index = opened(layouts)
-    placement = Placement.read(layouts, commit, index, list(index.tensors))
-    whole = list(placement.ranks_of_tensors()), placement.ranks()
-    monkeypatch.setattr("distckpt.inspecting._MATRIX", 1)
-    assert (list(placement.ranks_of_tensors()), placement.ranks()) == whole
+    keys = list(index.tensors)
+
+    def found() -> list[object]:
+        ranks = list_ranks(index, placements(layouts, commit, index, keys))
+        return [ranks, *(list_tensors(layouts, commit, index, keys, order=order) for order in ORDERS)]
+
+    whole = found()
+    assert len(list(placements(layouts, commit, index, keys))) == 1
+    monkeypatch.setattr(f"distckpt.inspecting.{name}", 1)
+    assert found() == whole
+    assert len(list(placements(layouts, commit, index, keys))) == (len(keys) if name == "_BATCH_BYTES" else 1)
 
 
 def test_values_that_differ_by_rank_are_read_from_their_files(layouts: MemoryStorage) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from io import StringIO
+from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
 
+from benchmarks.inspect_scale import measure, write_checkpoint
 from benchmarks.scale import ENGINES, SIZES, Measured, main, print_runs
 from benchmarks.world import World
 from distckpt.planner import plan_save
+from tests.unit.test_cli import run
 
 WORLDS = [World(1, 5), World(8, 100), World(64, 500), World(64, 120, replicas=4), World(16, 40_000)]
 
@@ -65,3 +68,13 @@ def test_the_table_has_a_column_for_each_run_and_says_why_one_is_missing() -> No
     assert "1,234" in text
     assert "x 2 replicas" in text
     assert "DCP, 64 ranks, 1,200 chunks: no time left" in text
+
+
+def test_checkpoint_of_a_world_can_be_inspected(tmp_path: Path) -> None:
+    facts = write_checkpoint(tmp_path, World(8, 100))
+    code, said = run("inspect", tmp_path, "--ranks", "--json")
+    found = json.loads(said)
+    assert (code, found["contents"]["tensors"], len(found["ranks"])) == (0, facts["tensors"], 8)
+    assert sum(rank["tensor_bytes"] for rank in found["ranks"]) == found["contents"]["tensor_bytes"]
+    timing = measure(tmp_path, ["--json"], 1)
+    assert timing.printed_bytes > 100

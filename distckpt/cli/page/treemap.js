@@ -3,12 +3,14 @@ const MAX_CELLS = 150; // of one group
 const CELL_AREA = 1500; // pixels that one should have
 const MAX_DEPTH = 3; // of groups that are drawn in one another
 
+const MAX_PARTS = 40; // of a path; what follows is one
+
 /** One path of where a tensor stands and its key, in which what both have is there once. */
 function joined(home, names) {
-  for (let same = Math.min(home.length, names.length); same > 0; same--) {
-    if (names.slice(0, same).every((name, i) => name === home[home.length - same + i])) return [...home, ...names.slice(same)];
-  }
-  return [...home, ...names];
+  let same = Math.min(home.length, names.length);
+  while (same > 0 && !names.slice(0, same).every((name, i) => name === home[home.length - same + i])) same--;
+  const path = [...home, ...names.slice(same)];
+  return path.length <= MAX_PARTS ? path : [...path.slice(0, MAX_PARTS - 1), path.slice(MAX_PARTS - 1).join(".")];
 }
 
 /** Groups by the parts of keys, each with its bytes; chains of single groups are one. */
