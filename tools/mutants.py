@@ -2635,7 +2635,7 @@ MUTANTS = (
     ),
     Mutant(
         "inspect: a page that cannot be put leaves its parts",
-        "distckpt/cli/inspect_page.py",
+        "distckpt/cli/output.py",
         "        part.unlink(missing_ok=True)\n",
         "        pass\n",
         INSPECT_PAGE,
@@ -2664,8 +2664,8 @@ MUTANTS = (
     Mutant(
         "inspect: damage is not told by the exit code",
         "distckpt/cli/inspect.py",
-        "raise typer.Exit(DAMAGED if any(one.damage is not None for one in entries) else 0)",
-        "raise typer.Exit(0)",
+        "return DAMAGED if any(one.damage is not None for one in entries) else 0",
+        "return 0",
         CLI_INSPECT,
     ),
     Mutant(

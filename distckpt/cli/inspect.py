@@ -12,7 +12,7 @@ from distckpt.cataloging import CheckpointEntry
 from distckpt.checkpoint_files import is_damage
 from distckpt.cli import inspect_text as text
 from distckpt.cli.entries import json_of
-from distckpt.cli.output import DAMAGED, ROOT, WHICH, console, print_json, shown
+from distckpt.cli.output import DAMAGED, ROOT, WHICH, console, print_json, shown, write_file
 from distckpt.commit import Commit, list_commits, read_index
 from distckpt.errors import CheckpointNotFoundError, CorruptionError
 from distckpt.index import Index
@@ -127,6 +127,11 @@ def inspect(
         html=html,
     )
     storage, selector = open_selected(root, iteration)
+    raise typer.Exit(_inspect(storage, selector, asked, as_json=json))
+
+
+def _inspect(storage: Storage, selector: int | str | None, asked: _Asked, *, as_json: bool) -> int:
+    """Look, print, and return the exit code."""
     overview = read_root(storage) if selector is None and asked.is_summary else None
     if overview is not None and not overview.checkpoints and not overview.incomplete:
         raise not_found(storage)
@@ -134,12 +139,12 @@ def inspect(
     if overview is None or overview.checkpoints:
         commit = select_commits(storage, selector)[0]
         entry, found = _look(storage, commit, _entry(storage, commit, overview), asked)
-    if json:
+    if as_json:
         print_json(_as_json(overview, entry, found))
     else:
         _print(overview, entry, found, asked)
     entries = [*(overview.checkpoints if overview is not None else ()), *([entry] if entry is not None else ())]
-    raise typer.Exit(DAMAGED if any(one.damage is not None for one in entries) else 0)
+    return DAMAGED if any(one.damage is not None for one in entries) else 0
 
 
 def _entry(storage: Storage, commit: Commit, overview: RootFacts | None) -> CheckpointEntry:
@@ -156,16 +161,27 @@ def _look(
     damage, CheckpointNotFoundError for what is removed meanwhile."""
     try:
         index, _ = read_index(storage, commit)
-        return entry, _found(storage, commit, index, entry, asked)
+        found = _found(storage, commit, index, asked)
+        page = None if asked.html is None else _page(storage, commit, index, entry, asked)
     except (CorruptionError, OSError) as error:
         if not is_damage(error):
             raise
         if commit not in list_commits(storage):
             raise CheckpointNotFoundError(f"{commit.name}: it was removed meanwhile") from error
         return msgspec.structs.replace(entry, damage=entry.damage or str(error)), None
+    if asked.html is None or page is None:
+        return entry, found
+    write_file(asked.html, page)  # Out here: that there is no such folder is no damage of the checkpoint.
+    return entry, msgspec.structs.replace(found, page=str(asked.html))
 
 
-def _found(storage: Storage, commit: Commit, index: Index, entry: CheckpointEntry, asked: _Asked) -> _Found:
+def _page(storage: Storage, commit: Commit, index: Index, entry: CheckpointEntry, asked: _Asked) -> bytes:
+    from distckpt.cli.inspect_page import page_data, page_of  # Nobody else needs them.
+
+    return page_of(page_data(storage, commit, index, entry, keys_matching(index.tensors, asked.globs)))
+
+
+def _found(storage: Storage, commit: Commit, index: Index, asked: _Asked) -> _Found:
     answer = resumability(bytes(index.metadata), commit.name)
     found = _Found(contents=contents_of(index), resumable=answer)
     change = msgspec.structs.replace
@@ -184,11 +200,6 @@ def _found(storage: Storage, commit: Commit, index: Index, entry: CheckpointEntr
     if asked.values:
         values, per_rank = list_values(index, asked.globs), list_per_rank(index, asked.globs)
         found = change(found, values=values, per_rank=per_rank)
-    if asked.html is not None:
-        from distckpt.cli.inspect_page import write_page
-
-        write_page(asked.html, storage, commit, index, entry, keys)
-        found = change(found, page=str(asked.html))
     return found
 
 

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from html import escape
 from importlib.resources import files
 from itertools import islice
-from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -43,22 +42,6 @@ _SCRIPTS = ("common.js", "treemap.js", "drawing.js", "tensors.js", "main.js")
 _MAX_NUMBERS = 4_000_000  # in all arrangements of chunks together: a page of tens of megabytes
 _MAX_ROWS = 20_000  # of values, of metadata
 _MAX_TEXT = 2000  # characters of one
-
-
-def write_page(
-    path: Path, storage: Storage, commit: Commit, index: Index, entry: CheckpointEntry, keys: Sequence[str]
-) -> None:
-    """Write the page on a checkpoint and these of its tensors, all of it or nothing.
-
-    Raises CorruptionError or OSError.
-    """
-    page = page_of(page_data(storage, commit, index, entry, keys))
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        part.write_bytes(page)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def page_of(data: dict[str, object]) -> bytes:

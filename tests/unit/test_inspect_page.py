@@ -16,12 +16,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from distckpt import Checkpointer, PerRank, ShardedTensor
-from distckpt.cli.inspect_page import page_data, page_of, write_page
+from distckpt.cli import app
+from distckpt.cli.inspect_page import page_data, page_of
 from distckpt.commit import list_commits, read_index
 from distckpt.coordinator import Coordinator
-from distckpt.errors import CorruptionError
 from distckpt.inspecting import Placement, list_ranks, placements, read_entry
 from distckpt.storage import PosixStorage, Storage
 from distckpt.testing import MemoryStorage, run_ranks
@@ -217,14 +218,15 @@ def test_page_that_cannot_be_made_or_written_leaves_the_old_one(tmp_path: Path) 
     commit = list_commits(storage)[0]
     index, _ = read_index(storage, commit)
     change(storage, f"{commit.directory}/{index.chunk_table.name}", flip(3))
-    with pytest.raises(CorruptionError):
-        write_page(page, storage, commit, index, read_entry(storage, commit), list(index.tensors))
-    assert run("inspect", tmp_path / "run", "--html", page)[0] == 1
+    code, said = run("inspect", tmp_path / "run", "--html", page)
+    assert (code, "DAMAGED" in said) == (1, True)
     assert page.read_text() == "old"
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    with pytest.raises(IsADirectoryError):
-        write_page(folder, storage, commit, index, read_entry(storage, commit), [])
+    change(storage, f"{commit.directory}/{index.chunk_table.name}", flip(3))
+    (tmp_path / "folder").mkdir()
+    for place, error in (("folder", IsADirectoryError), ("nowhere/page.html", FileNotFoundError)):
+        done = CliRunner().invoke(app, ["inspect", str(tmp_path / "run"), "--html", str(tmp_path / place)])
+        assert isinstance(done.exception, error)
+        assert done.stdout == ""
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "page.html", "run"]
 
 
