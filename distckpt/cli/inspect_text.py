@@ -213,7 +213,7 @@ def print_tensor(tensor: TensorFacts, chunks: Sequence[ChunkFacts]) -> None:
     """One tensor and its chunks."""
     console.print(
         f"{shown(tensor.key, 1000)}: {tensor.dtype} {shape_text(tensor.shape)}, {size_text(tensor.bytes)}, "
-        f"split by {split_text(*_split_of(tensor)) or 'nothing'}, {_count(tensor.chunks, 'chunk')}"
+        f"{_count(tensor.chunks, 'chunk')}, split by {split_text(*_split_of(tensor)) or 'nothing'}"
     )
     rows = [
         (

@@ -212,7 +212,7 @@ def test_tensor_is_shown_with_each_of_its_chunks(spread: Path) -> None:
     code, said = run("inspect", spread, "--key", "weight")
     lines = said.splitlines()
     assert code == 0
-    assert lines[1] == "weight: int64 (9, 131072), 9.4 MB, split by nothing, 3 chunks"
+    assert lines[1] == "weight: int64 (9, 131072), 9.4 MB, 3 chunks, split by nothing"
     assert lines[3].split()[:3] == ["[0:3,", "0:131072]", "0"]
     assert lines[3].split()[-1].startswith("shard-00000-of-00003-")
     found = json.loads(run("inspect", spread, "--key", "weight", "--json")[1])
