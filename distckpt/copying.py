@@ -50,6 +50,7 @@ from distckpt.storage import PosixStorage, Storage, WriteFile, new_file
 
 logger = logging.getLogger("distckpt")
 _WINDOW_BYTES = 8 << 20
+_CHECKED_BYTES = 64 << 20  # of what is there already, between two words to on_bytes
 _STEP_S = 0.2
 _OpenFile: TypeAlias = Callable[[Storage], BlockFile]
 OFFLINE = b"copy"  # content of the marker of a copy that no job makes: it dies of age alone
@@ -278,7 +279,11 @@ class _Copy:
         """Whether what the target has under a name is what the index says."""
         try:
             with open_file(self.target) as file:
-                return not any(True for _ in file.faults([(0, file.data_bytes)]))
+                for begin in range(0, file.data_bytes, _CHECKED_BYTES):
+                    if any(True for _ in file.faults([(begin, min(begin + _CHECKED_BYTES, file.data_bytes))])):
+                        return False
+                    self.on_bytes(0)  # It may want to give up.
+                return True
         except (CorruptionError, OSError) as error:
             if not is_damage(error):
                 raise

@@ -114,12 +114,6 @@ def _record_name(save_id: str) -> str:
     return f"parity-{save_id}.json"
 
 
-def parity_faults(storage: Storage, directory: str, group: ParityGroup) -> Iterator[str]:
-    """What is wrong with each damaged block of a parity file. Raises CorruptionError or OSError."""
-    with open_parity(storage, directory, group) as file:
-        yield from file.faults([(0, group.data_bytes)])
-
-
 def find_rebuildable(record: ParityRecord | None, damaged: Collection[str]) -> dict[str, ParityGroup]:
     """Those of the damaged files, parity files among them, that are the only one of their group; with their groups."""
     rebuildable = {}

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 
 import msgspec
@@ -31,13 +31,13 @@ from distckpt.errors import CheckpointError, CheckpointNotFoundError
 from distckpt.geometry import Box
 from distckpt.index import Index, ShardFile, check_locations
 from distckpt.json_value import decode_value
-from distckpt.parity import ParityGroup, parity_faults, read_record
+from distckpt.parity import ParityGroup, open_parity, read_record
 from distckpt.planner import plan_load
 from distckpt.selecting import open_selected, select_commits
 from distckpt.shard_file import BLOCK_BYTES
 from distckpt.storage import Storage
 
-_PIECE_BLOCKS = 256  # blocks that are read between two words to on_bytes
+_PIECE_BLOCKS = 64  # blocks that are read between two words to on_bytes
 
 
 class Fault(msgspec.Struct, frozen=True):
@@ -120,7 +120,7 @@ def verify_commit(
                 faults += found
                 bytes_read += read
             parity = _parity_groups(storage, commit.directory, index, faults)
-            verify_parity = partial(_verify_parity, storage, commit.directory)
+            verify_parity = partial(_verify_parity, storage, commit.directory, on_bytes, is_stopped)
             for group, found in zip(parity, threads.map(verify_parity, parity), strict=True):
                 faults += found
                 size_bytes += group.size_bytes
@@ -168,11 +168,14 @@ def damaged_files(report: VerifyReport) -> set[str]:
 
 
 def stored_bytes(storage: Storage, commit: Commit) -> int:
-    """Of the files that an index names; 0 if it cannot be read."""
-    try:
-        return _total_bytes(read_index(storage, commit)[0])
-    except (CheckpointError, OSError):
-        return 0
+    """Of the files that an index names, and of its parity; 0 if the index cannot be read."""
+    total = 0
+    with suppress(CheckpointError, OSError):
+        index, _ = read_index(storage, commit)
+        total = _total_bytes(index)
+        record = read_record(storage, commit.directory, index)
+        total += sum(group.size_bytes for group in record.groups) if record is not None else 0
+    return total
 
 
 def _total_bytes(index: Index) -> int:
@@ -243,11 +246,19 @@ def _parity_groups(storage: Storage, directory: str, index: Index, faults: list[
     return () if record is None else record.groups
 
 
-def _verify_parity(storage: Storage, directory: str, group: ParityGroup) -> list[Fault]:
+def _verify_parity(
+    storage: Storage, directory: str, on_bytes: OnBytes, is_stopped: threading.Event, group: ParityGroup
+) -> list[Fault]:
     faults: list[Fault] = []
     name = f"{directory}/{group.name}"
-    with _noting(faults, name):
-        faults += [Fault(name, problem) for problem in parity_faults(storage, directory, group)]
+    with _noting(faults, name), open_parity(storage, directory, group) as file:
+        on_bytes(group.size_bytes - group.data_bytes)
+        for begin in range(0, group.data_bytes, _PIECE_BLOCKS * BLOCK_BYTES):
+            if is_stopped.is_set():
+                break
+            end = min(begin + _PIECE_BLOCKS * BLOCK_BYTES, group.data_bytes)
+            faults += [Fault(name, problem) for problem in file.faults([(begin, end)])]
+            on_bytes(end - begin)
     return faults
 
 

@@ -1621,7 +1621,7 @@ MUTANTS = (
     Mutant(
         "verify: parity is not read",
         "distckpt/verifying.py",
-        "for problem in parity_faults(storage, directory, group)]",
+        "for problem in file.faults([(begin, end)])]",
         "for problem in ()]",
         VERIFYING,
     ),

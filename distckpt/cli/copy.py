@@ -31,7 +31,7 @@ def copy(
     """
     storage, selector = open_selected(source, iteration)
     commit = select_commits(storage, selector)[0]
-    with progress_bar(f"iteration {commit.iteration}", stored_bytes(storage, commit)) as on_bytes:
+    with progress_bar(f"copy iteration {commit.iteration}", stored_bytes(storage, commit)) as on_bytes:
         report = copy_commit(
             storage,
             PosixStorage(target),

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -16,7 +19,9 @@ from rich.table import Table
 from rich.tree import Tree
 
 DAMAGED = 1  # exit code
+LOG_INTERVAL_S = 30.0  # between two lines of progress in a log
 _NARROWEST, _WIDE = 120, 1000
+_SPEED_LINES = 4
 
 # Of arguments that several commands have.
 ROOT = "The directory that holds latest_checkpointed_iteration.txt, or that of one iteration in it."
@@ -78,12 +83,96 @@ def shown(text: str, max_length: int = 200) -> str:
 
 
 @contextmanager
-def progress_bar(what: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
-    """A bar on standard error where that is a terminal, nothing in a log; yields what is told of each step's bytes."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    terminal = Console(stderr=True)
-    with Progress(
-        *columns, TimeRemainingColumn(), console=terminal, transient=True, disable=not terminal.is_terminal
-    ) as bar:
-        task = bar.add_task(what, total=total_bytes)
+def progress_bar(
+    what: str, total_bytes: int, *, log_interval_s: float = LOG_INTERVAL_S
+) -> Iterator[Callable[[int], None]]:
+    """Progress on standard error; yields what is told, in any thread, of how many bytes each step took.
+
+    A bar where that is a terminal. In a log plain lines: one at the beginning, one every so many seconds, one at the
+    end. what: of which phase, such as "copy iteration 1000"; a command with several has a bar for each, one after
+    another. total_bytes: 0 if it is not known. The body may take more than that, or less.
+    """
+    terminal = Console(stderr=True, highlight=False, markup=False, emoji=False)
+    if not terminal.is_terminal:
+        with _progress_lines(plain_text(what), total_bytes, log_interval_s) as on_bytes:
+            yield on_bytes
+        return
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=terminal, transient=True) as bar:
+        task = bar.add_task(plain_text(what), total=total_bytes or None)
         yield lambda step: bar.advance(task, step)
+
+
+@contextmanager
+def _progress_lines(what: str, total_bytes: int, interval_s: float) -> Iterator[Callable[[int], None]]:
+    lines = _ProgressLines(what, total_bytes)
+    is_over = threading.Event()
+
+    def tell() -> None:  # In a thread: a log says also that nothing moves.
+        while not is_over.wait(interval_s):
+            lines.print_state()
+
+    thread = threading.Thread(target=tell, name="distckpt-progress", daemon=True)
+    thread.start()
+    try:
+        yield lines.advance
+    except BaseException:
+        is_over.set()
+        lines.print_end(is_done=False)
+        raise
+    else:
+        is_over.set()
+        lines.print_end(is_done=True)
+    finally:
+        thread.join()
+
+
+class _ProgressLines:
+    """How far something is, as lines of a log."""
+
+    def __init__(self, what: str, total_bytes: int) -> None:
+        self._what = what
+        self._of_total = f" of {size_text(total_bytes)}" if total_bytes else ""
+        self._total_bytes = total_bytes
+        self._bytes = 0
+        self._lock = threading.Lock()
+        self._started = time.monotonic()
+        # The last lines, (when, bytes): speed is what they show, as what was found done already went by faster.
+        self._told = deque([(self._started, 0)], maxlen=_SPEED_LINES)
+        self._print(size_text(total_bytes) if total_bytes else "begins")
+
+    def advance(self, step: int) -> None:
+        with self._lock:
+            self._bytes += step
+
+    def print_state(self) -> None:
+        now, done = time.monotonic(), self._bytes
+        since, before = self._told[0]
+        speed = (done - before) / max(now - since, 1e-9)
+        self._told.append((now, done))
+        left = f", {_time_text((self._total_bytes - done) / speed)} left" if done < self._total_bytes and speed else ""
+        self._print(f"{size_text(done)}{self._of_total}, {size_text(round(speed))}/s{left}")
+
+    def print_end(self, *, is_done: bool) -> None:
+        seconds = time.monotonic() - self._started
+        speed = size_text(round(self._bytes / max(seconds, 1e-9)))
+        how = "done: " if is_done else "stopped: "
+        # The total was an estimate, and who is done need not be told how far he is.
+        of_total = "" if is_done else self._of_total
+        self._print(f"{how}{size_text(self._bytes)}{of_total} in {seconds:.1f} s, {speed}/s")
+
+    def _print(self, text: str) -> None:
+        if sys.stderr is None:
+            return
+        with suppress(OSError, ValueError):  # Who closed it does not want to know.
+            sys.stderr.write(f"{self._what}: {text}\n")
+            sys.stderr.flush()
+
+
+def _time_text(seconds: float) -> str:
+    """23 s, 4 min 5 s, 3 h 20 min: whole numbers, for what is not known better."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

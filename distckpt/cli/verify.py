@@ -34,6 +34,8 @@ def verify(
     """
     if all_ and iteration is not None:
         raise typer.BadParameter("give --all or --iteration, not both")
+    if not 0 < sample <= 1:
+        raise ValueError(f"--sample {sample:g}: expected more than 0, and at most 1 for all")
     storage, selector = open_selected(root, iteration)
     commits = select_commits(storage, selector)
     warning = tracker_warning(storage, commits[0]) if selector is None else None
@@ -57,7 +59,7 @@ def verify(
 
 def _verify_with_progress(storage: Storage, commit: Commit, sample: float, jobs: int | None) -> VerifyReport:
     total = round(stored_bytes(storage, commit) * sample)
-    with progress_bar(f"iteration {commit.iteration}", total) as on_bytes:
+    with progress_bar(f"verify iteration {commit.iteration}", total) as on_bytes:
         return verify_commit(storage, commit, sample=sample, jobs=jobs, on_bytes=on_bytes)
 
 
