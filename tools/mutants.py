@@ -65,6 +65,9 @@ SURROUNDINGS = ("tests/unit/test_surroundings.py",)
 METRICS = ("tests/unit/test_metrics.py",)
 PRUNING = ("tests/unit/test_pruning.py",)
 CLI_LIFE = ("tests/unit/test_cli_life.py",)
+CLI_PROGRESS = ("tests/unit/test_cli_progress.py",)
+CLI_ENDINGS = ("tests/unit/test_cli_endings.py",)
+WHOLE_FILE = ("tests/unit/test_whole_file.py",)
 IN_TRAINING = ("tests/unit/test_failures_in_training.py",)
 TERMINATION = ("tests/unit/test_termination.py",)
 FINGERPRINT = ("tests/unit/test_fingerprint.py",)
@@ -551,8 +554,8 @@ MUTANTS = (
     Mutant(
         "copy: a root of another run is a target",
         "distckpt/copying.py",
-        "    _check_is_of_one_run(source, target, commit)\n",
-        "",
+        "    if _saves_and_parents(source, list_commits(source)).isdisjoint(",
+        "    if False and _saves_and_parents(source, list_commits(source)).isdisjoint(",
         COPYING,
     ),
     Mutant(
@@ -1033,6 +1036,69 @@ MUTANTS = (
         'character if character.isprintable() else " " for character in text',
         "character for character in text",
         CLI_LIFE,
+    ),
+    Mutant(
+        "commands: a second signal ends nothing",
+        "distckpt/cli/interruption.py",
+        "            os._exit(128 + number)\n",
+        "            pass\n",
+        CLI_ENDINGS,
+    ),
+    Mutant(
+        "commands: what a launcher passes on counts as a second signal",
+        "distckpt/cli/interruption.py",
+        "        elif now - first_at > _SAME_S:\n",
+        "        else:\n",
+        CLI_ENDINGS,
+    ),
+    Mutant(
+        "commands: an ignored signal is heard",
+        "distckpt/cli/interruption.py",
+        " if signal.getsignal(number) is not signal.SIG_IGN]",
+        "]",
+        CLI_ENDINGS,
+    ),
+    Mutant(
+        "commands: a full disk below standard output is no error",
+        "distckpt/cli/running.py",
+        "        _print_text(str(error))\n        code = NOT_DONE\n",
+        "        code = 0\n",
+        CLI_ENDINGS,
+    ),
+    Mutant(
+        "commands: a closed stream is taken by the next file",
+        "distckpt/cli/running.py",
+        "        while (lowest := os.open(os.devnull, os.O_RDWR)) <= 2:\n",
+        "        while (lowest := os.open(os.devnull, os.O_RDWR)) < 0:\n",
+        CLI_ENDINGS,
+    ),
+    Mutant(
+        "commands: a copy may go anywhere",
+        "distckpt/cli/copy.py",
+        "    check_place(copies)\n",
+        "",
+        CLI_ENDINGS,
+    ),
+    Mutant(
+        "commands: a file that is not finished takes its place",
+        "distckpt/cli/whole_file.py",
+        "        yield temporary\n        os.replace(temporary, path)\n    except",
+        "        try:\n            yield temporary\n        finally:\n            os.replace(temporary, path)\n    except",
+        WHOLE_FILE,
+    ),
+    Mutant(
+        "commands: half of a file stays",
+        "distckpt/cli/whole_file.py",
+        "            temporary.unlink()\n",
+        "            pass\n",
+        WHOLE_FILE,
+    ),
+    Mutant(
+        "commands: steps of several threads are lost",
+        "distckpt/cli/output.py",
+        "        with self._lock:\n            self._bytes += step\n",
+        "        before = self._bytes\n        time.sleep(0)\n        self._bytes = before + step\n",
+        CLI_PROGRESS,
     ),
     # Checksums and what belongs to them
     Mutant("index: no checksum", "distckpt/checked_json.py", "    if found != stated:\n", "    if False:\n", INDEX),

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-import traceback
-
 import typer
 
+from distckpt import __version__
 from distckpt.cli.cat import cat
 from distckpt.cli.copy import copy
 from distckpt.cli.diff import diff
@@ -20,35 +18,45 @@ from distckpt.cli.pin import pin
 from distckpt.cli.prune import prune
 from distckpt.cli.repair import repair
 from distckpt.cli.reshard import reshard
+from distckpt.cli.running import run
 from distckpt.cli.tag import tag
 from distckpt.cli.verify import verify
-from distckpt.errors import CheckpointError
 
-NOT_DONE = 2  # exit code: the command could not do what it was asked; 1 is what it found out
+# What --help shows, in this order.
+_COMMANDS = {
+    "Look: change nothing": (ls, inspect, cat, diff, du, history),
+    "Check and mend": (verify, repair),
+    "Change": (tag, note, pin, metric, prune),
+    "Move": (copy, reshard),
+}
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="Look after sharded checkpoints: list, inspect, compare, label, prune, copy, verify and repair them.",
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+for _panel, _commands in _COMMANDS.items():
+    for _command in _commands:
+        app.command(rich_help_panel=_panel)(_command)
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"distckpt {__version__}")
+        raise typer.Exit
+
+
+@app.callback(
+    epilog="Exit codes: 0 all is well; 1 it is not: damage, or a difference, was found; 2 it could not be done; 130 "
+    "and 143: ended by Ctrl-C and by SIGTERM. With --json, errors are a line of JSON on standard output too."
 )
-for command in (ls, inspect, cat, diff, du, tag, note, pin, metric, prune, copy, reshard, history, verify, repair):
-    app.command()(command)
+def _distckpt(
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Print the version, and exit."
+    ),
+) -> None:
+    """Look after sharded checkpoints: list, inspect, compare, label, prune, move, verify and repair them.
+
+    `distckpt COMMAND --help` says what a command does, with an example.
+    """
 
 
-def main() -> None:
-    """Run the command line. Exit codes: 0 all is well, 1 damage was found, 2 it could not be done; 0 too if who reads
-    the output has seen enough."""
-    try:
-        app()
-    except SystemExit as ended:
-        # Typer and rich end with 1 then, which means damage here.
-        if not isinstance(ended.__context__, BrokenPipeError):
-            raise
-        sys.exit(0)
-    except (CheckpointError, OSError, ValueError) as error:
-        print(f"distckpt: {error}", file=sys.stderr)
-        sys.exit(NOT_DONE)
-    except Exception:  # A defect of ours, and no finding: Python's own exit code would be 1.
-        traceback.print_exc()
-        sys.exit(NOT_DONE)
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line, with the arguments of the process if none are given. Ends by SystemExit."""
+    run(app, arguments)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from distckpt.cli.interruption import leaving
 from distckpt.cli.output import WHICH, console, print_json, progress_bar, size_text
-from distckpt.copying import OFFLINE, copy_commit
+from distckpt.copying import OFFLINE, check_is_of_one_run, copy_commit
+from distckpt.roots import check_place
 from distckpt.selecting import open_selected, select_commits
 from distckpt.storage import PosixStorage
 from distckpt.verifying import stored_bytes
@@ -19,22 +22,32 @@ def copy(
     target: Annotated[Path, typer.Argument(help="The root to copy to; made if it is missing.")],
     iteration: Annotated[str | None, typer.Option(help=WHICH, show_default=False)] = None,
     limit: Annotated[
-        float | None, typer.Option(help="MB (of 1000 kB) per second at the most.", min=0.001, show_default=False)
+        float | None,
+        typer.Option(
+            help="MB (of 1000 kB) per second at the most; no limit if not given.", min=0.001, show_default=False
+        ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
 ) -> None:
-    """Copy one checkpoint to another root. What was cut short goes on where it stopped.
+    """Copy one checkpoint to another root, every byte checked. What was cut short goes on where it stopped.
 
-    The copy keeps its place in the order of commits: a root of copies should be of one run.
+    Parity and labels go with it. What is damaged is not copied: exit code 2. The copy keeps its place in the order of
+    commits: a root of copies should be of one run.
 
     Example: distckpt copy /local/run7 /shared/run7
     """
+    if limit is not None and not math.isfinite(limit):
+        raise ValueError(f"--limit {limit}: expected MB per second")
     storage, selector = open_selected(source, iteration)
     commit = select_commits(storage, selector)[0]
-    with progress_bar(f"copy iteration {commit.iteration}", stored_bytes(storage, commit)) as on_bytes:
+    copies = PosixStorage(target)
+    check_place(copies)
+    check_is_of_one_run(storage, copies, commit)
+    left = f"whole files stay in {target}, where they are no checkpoint yet; the same command goes on from there"
+    with leaving(left), progress_bar(f"copy iteration {commit.iteration}", stored_bytes(storage, commit)) as on_bytes:
         report = copy_commit(
             storage,
-            PosixStorage(target),
+            copies,
             commit,
             marker=OFFLINE,
             max_bytes_per_s=1e6 * (limit or 0.0),
@@ -43,7 +56,6 @@ def copy(
     if json:
         print_json(report)
     else:
-        console.print(
-            f"iteration {report.iteration}: {size_text(report.bytes_copied)} of {size_text(report.bytes)} copied in "
-            f"{report.seconds:.1f} s"
-        )
+        size, copied = size_text(report.bytes), size_text(report.bytes_copied)
+        of_it = copied if report.bytes_copied >= report.bytes else f"{copied} of {size}, the rest was there,"
+        console.print(f"iteration {report.iteration}: {of_it} copied in {report.seconds:.1f} s")

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from distckpt.cli.history_plot import plot_history
 from distckpt.cli.output import ROOT, console, plain_text, print_json, print_table, size_text
+from distckpt.cli.whole_file import whole_file
 from distckpt.history_log import HistoryLine, read_history
 from distckpt.report import CopyReport, SaveReport
 from distckpt.roots import open_root
@@ -47,7 +48,8 @@ def history(
     if found.skipped and not json:
         console.print(f"lines that could not be read: {found.skipped}")
     if plot is not None:
-        plot_history(lines, plot, title=str(root.resolve()))
+        with whole_file(plot) as file:
+            plot_history(lines, file, title=plain_text(str(root.resolve())))
         if not json:
             console.print(f"drawn: {plot}")
 

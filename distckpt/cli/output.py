@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import threading
@@ -18,7 +19,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 from rich.tree import Tree
 
-DAMAGED = 1  # exit code
+DAMAGED = DIFFERENT = 1  # exit codes; see distckpt.cli.running
+MAX_JOBS = 1024
 LOG_INTERVAL_S = 30.0  # between two lines of progress in a log
 _NARROWEST, _WIDE = 120, 1000
 _SPEED_LINES = 4
@@ -36,7 +38,11 @@ console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 def print_json(value: object) -> None:
     """One line of JSON on standard output."""
-    sys.stdout.buffer.write(msgspec.json.encode(value) + b"\n")
+    try:
+        data = msgspec.json.encode(value)
+    except UnicodeEncodeError:  # A path may have bytes that are no UTF-8.
+        data = json.dumps(msgspec.to_builtins(value)).encode()
+    sys.stdout.buffer.write(data + b"\n")
     sys.stdout.buffer.flush()
 
 

@@ -9,6 +9,7 @@ import msgspec
 import typer
 from rich.table import Table
 
+from distckpt.cli.interruption import leaving
 from distckpt.cli.output import console, print_json, print_table, size_text
 from distckpt.cli.quantities import duration_s, size_bytes
 from distckpt.pruning import PruneReport
@@ -58,7 +59,9 @@ def prune(
         raise typer.BadParameter(
             "give at least one rule: --keep-last, --keep-every, --keep-best, --keep-younger-than or --max-size"
         )
-    report = prune_root(root, retention, dry_run=dry_run, removal_grace_s=duration_s(grace))
+    grace_s = duration_s(grace)
+    with leaving("nothing was changed" if dry_run else "checkpoints are removed one by one; the same command goes on"):
+        report = prune_root(root, retention, dry_run=dry_run, removal_grace_s=grace_s)
     if json:
         sums = {"kept_bytes": report.kept_bytes, "removed_bytes": report.removed_bytes}
         print_json(msgspec.structs.asdict(report) | sums)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from distckpt.cli.output import DAMAGED, ROOT, WHICH, console, print_json
+from distckpt.cli.interruption import leaving
+from distckpt.cli.output import DAMAGED, ROOT, WHICH, console, print_json, progress_bar
+from distckpt.errors import CheckpointError
 from distckpt.repairing import repair as repair_root
+from distckpt.selecting import open_selected, select_commits
+from distckpt.verifying import stored_bytes
 
 
 def repair(
@@ -23,11 +28,16 @@ def repair(
     """Mend the tracker, a damaged index or chunk table, and, where there is parity, damaged shard files.
 
     An index is made again from the headers of the shard files, of which every block is checked first: nothing that is
-    damaged gets a new checksum. Exit code 0: nothing is damaged (any more); 1: something still is, and is printed.
+    damaged gets a new checksum. Exit code 0: nothing is damaged (any more); 1: something still is, and is printed; with
+    --dry-run also what could be mended.
 
     Example: distckpt repair /checkpoints/run7 --dry-run
     """
-    report = repair_root(root, iteration, force=force, dry_run=dry_run)
+    with (
+        leaving("nothing is half mended; the same command goes on"),
+        progress_bar("check and repair", _expected_bytes(root, iteration)) as on_bytes,
+    ):
+        report = repair_root(root, iteration, force=force, dry_run=dry_run, on_bytes=on_bytes)
     if json:
         print_json(report)
     else:
@@ -38,3 +48,11 @@ def repair(
         if not report.repaired and not report.damaged:
             console.print("nothing to repair")
     raise typer.Exit(0 if report.is_sound else DAMAGED)
+
+
+def _expected_bytes(root: Path, iteration: str | None) -> int:
+    """At least so many are read; 0 if that cannot be told. What is wrong `repair` finds out."""
+    with suppress(CheckpointError, OSError):
+        storage, selector = open_selected(root, iteration)
+        return stored_bytes(storage, select_commits(storage, selector)[0])
+    return 0

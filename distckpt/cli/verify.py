@@ -8,7 +8,8 @@ from typing import Annotated
 import msgspec
 import typer
 
-from distckpt.cli.output import DAMAGED, ROOT, WHICH, console, print_json, progress_bar, size_text
+from distckpt.cli.interruption import leaving
+from distckpt.cli.output import DAMAGED, MAX_JOBS, ROOT, WHICH, console, print_json, progress_bar, size_text
 from distckpt.commit import Commit, tracker_warning
 from distckpt.errors import CheckpointNotFoundError
 from distckpt.selecting import open_selected, select_commits
@@ -21,9 +22,13 @@ def verify(
     iteration: Annotated[str | None, typer.Option(help=WHICH, show_default=False)] = None,
     all_: Annotated[bool, typer.Option("--all", help="Every iteration, newest first.")] = False,
     sample: Annotated[
-        float, typer.Option(help="Which part of the blocks to read, of every file; headers and indexes always.")
+        float,
+        typer.Option(help="Which part of the blocks of every file to read, 0.05 is 5 %; headers and indexes always."),
     ] = 1.0,
-    jobs: Annotated[int | None, typer.Option(help="Files read at a time; the processors if not given.")] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(help="Files read at a time; as many as there are processors if not given.", min=1, max=MAX_JOBS),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="One line of JSON for each iteration.")] = False,
 ) -> None:
     """Check a checkpoint against its checksums, past the page cache; change nothing.
@@ -59,7 +64,7 @@ def verify(
 
 def _verify_with_progress(storage: Storage, commit: Commit, sample: float, jobs: int | None) -> VerifyReport:
     total = round(stored_bytes(storage, commit) * sample)
-    with progress_bar(f"verify iteration {commit.iteration}", total) as on_bytes:
+    with leaving("nothing was changed"), progress_bar(f"verify iteration {commit.iteration}", total) as on_bytes:
         return verify_commit(storage, commit, sample=sample, jobs=jobs, on_bytes=on_bytes)
 
 
