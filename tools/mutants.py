@@ -67,6 +67,7 @@ PRUNING = ("tests/unit/test_pruning.py",)
 CLI_LIFE = ("tests/unit/test_cli_life.py",)
 CLI_PROGRESS = ("tests/unit/test_cli_progress.py",)
 CLI_ENDINGS = ("tests/unit/test_cli_endings.py",)
+LAUNCHED = ("tests/distributed/test_launched.py",)
 WHOLE_FILE = ("tests/unit/test_whole_file.py",)
 IN_TRAINING = ("tests/unit/test_failures_in_training.py",)
 TERMINATION = ("tests/unit/test_termination.py",)
@@ -1068,8 +1069,8 @@ MUTANTS = (
     Mutant(
         "commands: a closed stream is taken by the next file",
         "distckpt/cli/running.py",
-        "        while (lowest := os.open(os.devnull, os.O_RDWR)) <= 2:\n",
-        "        while (lowest := os.open(os.devnull, os.O_RDWR)) < 0:\n",
+        "        if getattr(sys, name) is None:\n",
+        "        if False:\n",
         CLI_ENDINGS,
     ),
     Mutant(
@@ -1083,7 +1084,8 @@ MUTANTS = (
         "commands: a file that is not finished takes its place",
         "distckpt/cli/whole_file.py",
         "        yield temporary\n        os.replace(temporary, path)\n    except",
-        "        try:\n            yield temporary\n        finally:\n            os.replace(temporary, path)\n    except",
+        "        os.rename(path, temporary) if path.exists() else temporary.touch()\n        temporary.rename(path)\n"
+        "        yield path\n    except",
         WHOLE_FILE,
     ),
     Mutant(
@@ -1099,6 +1101,28 @@ MUTANTS = (
         "        with self._lock:\n            self._bytes += step\n",
         "        before = self._bytes\n        time.sleep(0)\n        self._bytes = before + step\n",
         CLI_PROGRESS,
+    ),
+    # Ranks of a command
+    Mutant(
+        "launched: ranks that were started again meet those that died",
+        "distckpt/coordinator/launched.py",
+        "/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}",
+        "",
+        LAUNCHED,
+    ),
+    Mutant(
+        "launched: nobody waits for the others",
+        "distckpt/coordinator/launched.py",
+        "    _meet(coordinator, timeout_s)\n    return coordinator\n\n\n@dataclass",
+        "    return coordinator\n\n\n@dataclass",
+        LAUNCHED,
+    ),
+    Mutant(
+        "launched: the wait for rank 0 has no bound",
+        "distckpt/coordinator/launched.py",
+        "                if time.monotonic() > deadline:\n                    raise TimeoutError",
+        "                if False:\n                    raise TimeoutError",
+        LAUNCHED,
     ),
     # Checksums and what belongs to them
     Mutant("index: no checksum", "distckpt/checked_json.py", "    if found != stated:\n", "    if False:\n", INDEX),

@@ -93,10 +93,7 @@ def _print_text(message: str) -> None:
 
 def _mend_streams() -> None:
     """Standard streams that are closed, or of an encoding that has not all letters."""
-    with suppress(OSError):
-        while (lowest := os.open(os.devnull, os.O_RDWR)) <= 2:
-            pass  # A file opened later must not become standard output.
-        os.close(lowest)
+    # In this order: each is opened anew under the number that it had, which no later file must get.
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8"))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib.util import find_spec
 
 from distckpt.coordinator.agreement import agree
+from distckpt.coordinator.launched import launched_coordinator, mpi_coordinator
 from distckpt.coordinator.mpi import MpiCoordinator
 from distckpt.coordinator.port import Coordinator, RankFailure
 from distckpt.coordinator.single import SingleProcess
@@ -21,10 +21,8 @@ __all__ = [
     "TorchDistCoordinator",
     "agree",
     "default_coordinator",
+    "launched_coordinator",
 ]
-
-# Open MPI; MPICH and Intel MPI (and Slurm's PMI-2). PMIx itself puts no size into the environment.
-_MPI_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE")
 
 
 def default_coordinator() -> Coordinator:
@@ -35,17 +33,11 @@ def default_coordinator() -> Coordinator:
     torch_distributed = sys.modules.get("torch.distributed")  # not imported: not initialised
     if torch_distributed and torch_distributed.is_available() and torch_distributed.is_initialized():
         return TorchDistCoordinator()
-    sizes = {name: os.environ[name] for name in _MPI_SIZE_VARIABLES if name in os.environ}
-    if not any(size.isdecimal() and int(size) > 1 for size in sizes.values()):
+    coordinator = mpi_coordinator()
+    if coordinator is None:
         _refuse_torchrun()
         return SingleProcess()
-    if find_spec("mpi4py") is None:
-        launched = ", ".join(f"{name}={size}" for name, size in sizes.items())
-        raise CheckpointError(
-            f"this process is one of several launched by mpirun ({launched}), but mpi4py, through which it "
-            "would reach the others, is not installed: install distckpt[mpi], or initialise torch.distributed"
-        )
-    return MpiCoordinator()
+    return coordinator
 
 
 def _refuse_torchrun() -> None:

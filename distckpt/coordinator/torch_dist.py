@@ -1,4 +1,5 @@
-"""Coordinator of a torch.distributed job, over a TCPStore of its own that rank 0 hosts.
+"""Coordinators over a TCPStore of their own that rank 0 hosts: of a torch.distributed job, or of any ranks that reach a
+store in common.
 
 It never uses a process group, so it runs in any thread beside the training's collectives. The job's own store
 serves once, in the constructor, to tell the others where rank 0 listens.
@@ -47,26 +48,17 @@ _GRACE_S = 1.0  # what a store call may take beyond the bound that the store was
 _LINGER_S = 10.0  # how long close() waits for calls that are under way, here and on other ranks
 
 
-class TorchDistCoordinator:
-    """The ranks of torch.distributed's default group, or `ranks` of them in that order.
+class StoreCoordinator:
+    """Ranks that reach a store in common: `job`, which serves in the constructor only; name: of this group in it.
 
     Constructed on all these ranks, from the main thread, as often on one as on any other. Messages may be
     tens of MB large.
     """
 
-    def __init__(self, ranks: Sequence[int] | None = None) -> None:
-        import torch.distributed as dist
-
-        if not (dist.is_available() and dist.is_initialized()):
-            raise CheckpointError("torch.distributed is not initialised: call init_process_group() first")
-        members = list(range(dist.get_world_size())) if ranks is None else list(ranks)
-        if dist.get_rank() not in members:
-            raise ValueError(f"rank {dist.get_rank()} makes a coordinator of ranks {members}, without itself")
-        if len(set(members)) != len(members):
-            raise ValueError(f"a coordinator of ranks {members}: some are named twice")
-        self._rank = members.index(dist.get_rank())
-        self._world_size = len(members)
-        self._store: TCPStore | None = _open_store(members, self._rank)
+    def __init__(self, job: Store, rank: int, world_size: int, *, name: str) -> None:
+        self._rank = rank
+        self._world_size = world_size
+        self._store: TCPStore | None = _open_store(job, rank, name)
         self._gathers = 0
         self._scatters = 0  # since the last gather
         self._silent: list[int] = []  # in the last gather
@@ -182,6 +174,23 @@ class TorchDistCoordinator:
             outcome.cancel()  # if it was given up before it began, behind another one
 
 
+class TorchDistCoordinator(StoreCoordinator):
+    """The ranks of torch.distributed's default group, or `ranks` of them in that order."""
+
+    def __init__(self, ranks: Sequence[int] | None = None) -> None:
+        import torch.distributed as dist
+
+        if not (dist.is_available() and dist.is_initialized()):
+            raise CheckpointError("torch.distributed is not initialised: call init_process_group() first")
+        members = list(range(dist.get_world_size())) if ranks is None else list(ranks)
+        if dist.get_rank() not in members:
+            raise ValueError(f"rank {dist.get_rank()} makes a coordinator of ranks {members}, without itself")
+        if len(set(members)) != len(members):
+            raise ValueError(f"a coordinator of ranks {members}: some are named twice")
+        group = hashlib.sha256(repr(members).encode()).hexdigest()[:16]
+        super().__init__(_job_store(), members.index(dist.get_rank()), len(members), name=f"distckpt/{group}")
+
+
 class _StoreThread:
     """Makes calls one after another; the caller may give up a call that does not return."""
 
@@ -290,17 +299,16 @@ def _reached(store: TCPStore, key: str, count: int) -> bool:
     return count == 0 or (store.check([key]) and len(store.get(key)) >= count)
 
 
-def _open_store(members: list[int], rank: int) -> TCPStore:
+def _open_store(job: Store, rank: int, name: str) -> TCPStore:
     """Rank 0 hosts a store on a free port and leaves its address in the job's store for the others."""
     from torch.distributed import DistError
     from torch.distributed.distributed_c10d import PrefixStore
 
-    group = hashlib.sha256(repr(members).encode()).hexdigest()[:16]
-    job = PrefixStore(f"distckpt/{group}", _job_store())
+    job = PrefixStore(name, job)
     number = job.add(f"opened by {rank}", 1)  # several coordinators of the same ranks have a number each
     if rank == 0:
         try:
-            store = _tcp_store("localhost", 0, is_master=True)
+            store = tcp_store("localhost", 0, is_master=True)
             address = f"{_own_host()} {store.port}"
         except (DistError, OSError) as error:
             job.set(f"address {number}", f"! {error}")
@@ -310,7 +318,7 @@ def _open_store(members: list[int], rank: int) -> TCPStore:
     host, _, port = job.get(f"address {number}").decode().partition(" ")
     if host == "!":
         raise CheckpointError(f"rank 0 cannot host a store for its coordinator: {port}")
-    store = _tcp_store(host, int(port), is_master=False)
+    store = tcp_store(host, int(port), is_master=False)
     store.append(_JOINED, ".")  # type: ignore[attr-defined]
     return store
 
@@ -319,11 +327,11 @@ def _job_store() -> Store:
     try:
         from torch.distributed.distributed_c10d import _get_default_store
     except ImportError:  # it is private; env:// jobs have their store at this address
-        return _tcp_store(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        return tcp_store(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     return _get_default_store()
 
 
-def _tcp_store(host: str, port: int, *, is_master: bool) -> TCPStore:
+def tcp_store(host: str, port: int, *, is_master: bool) -> TCPStore:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     return TCPStore(host, port, is_master=is_master, wait_for_workers=False)

@@ -249,10 +249,10 @@ def test_defect_is_told_with_its_traceback_and_is_no_finding(
     assert json.loads(said.out)["error"]["kind"] == "TypeError"
 
 
-@pytest.mark.parametrize("options", [[], ["--json"]])
-def test_standard_output_on_a_full_disk_is_an_error(root: Path, options: list[str]) -> None:
+@pytest.mark.parametrize("arguments", [["ls", "{root}"], ["ls", "{root}", "--json"], ["--version"]])
+def test_standard_output_on_a_full_disk_is_an_error(root: Path, arguments: list[str]) -> None:
     with open("/dev/full", "w") as full:
-        done = run("ls", root, *options, stdout=full)
+        done = run(*(argument.format(root=root) for argument in arguments), stdout=full)
     assert done.returncode == 2
     assert done.stderr == "distckpt: [Errno 28] No space left on device\n"
 
@@ -260,6 +260,8 @@ def test_standard_output_on_a_full_disk_is_an_error(root: Path, options: list[st
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
 def test_standard_streams_may_be_closed(root: Path, closed: str) -> None:
     done = run("verify", root, command=["sh", "-c", f'exec "$0" "$@" {closed}', *COMMAND])
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False)
+    done = run("ls", root, "--json", command=["sh", "-c", f'exec "$0" "$@" {closed}', *COMMAND])
     assert (done.returncode, "Traceback" in done.stderr) == (0, False)
 
 

@@ -1,0 +1,238 @@
+"""The coordinator of a command-line process under real launchers, and the command line below them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from distckpt.cli import app
+from distckpt.coordinator import SingleProcess, launched_coordinator
+from distckpt.errors import CheckpointError, DistributedError
+from distckpt.storage import PosixStorage
+from tests.distributed.launch import MPIRUN, REPOSITORY, Launcher, Result, launch, start
+from tests.unit.saved_roots import save
+
+LAUNCHERS: list[Launcher] = ["forked"]
+if MPIRUN.exists():
+    LAUNCHERS.append("mpirun")
+
+AGREES = """
+import os, sys, time
+from distckpt.coordinator import agree, launched_coordinator
+from tests.distributed.launch import say
+coordinator = launched_coordinator(timeout_s=40)
+total = agree(coordinator, "sum", lambda: coordinator.rank + 1, lambda ranks: [sum(ranks)] * len(ranks),
+              message=int, decision=int, timeout_s=40)
+say("rank", coordinator.rank, "of", coordinator.world_size, "agreed", total, type(coordinator).__name__)
+coordinator.close()
+"""
+
+
+def torchrun(
+    *arguments: object, ranks: int, options: Sequence[str] = ("--standalone",), env: Mapping[str, str] = {}
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", *options, "--nproc-per-node", str(ranks)]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("TORCHELASTIC", "RANK"))}
+    return subprocess.run(
+        [*command, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**clean, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **env},
+    )
+
+
+def agreed(stdout: str) -> list[str]:
+    return sorted(line for line in stdout.splitlines() if " agreed " in line)
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_ranks_agree(launcher: Launcher) -> None:
+    kind = {"forked": "StoreCoordinator", "mpirun": "MpiCoordinator"}[launcher]
+    said = [result.stdout for result in launch(AGREES, 3, launcher=launcher)]
+    assert said == [f"rank {rank} of 3 agreed 6 {kind}\n" for rank in range(3)]
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_one_process_is_alone(launcher: Launcher) -> None:
+    (result,) = launch(AGREES, 1, launcher=launcher)
+    assert result.stdout == "rank 0 of 1 agreed 1 SingleProcess\n"
+
+
+def test_ranks_of_torchrun_agree_also_when_they_are_started_again(tmp_path: Path) -> None:
+    """Through its agent's store, which remembers the ranks that died."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        AGREES + "\nif os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and coordinator.rank == 1: os._exit(3)"
+    )
+    done = torchrun(script, ranks=3, options=["--standalone", "--max-restarts", "1", "--monitor-interval", "0.1"])
+    assert done.returncode == 0, done.stderr
+    assert set(agreed(done.stdout)) == {f"rank {rank} of 3 agreed 6 StoreCoordinator" for rank in range(3)}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_ranks_of_two_agents_agree(tmp_path: Path) -> None:
+    """As on two machines."""
+    script = tmp_path / "script.py"
+    script.write_text(AGREES)
+    port = free_port()
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    command += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    agents = [
+        subprocess.Popen([*command, "--node-rank", str(node), str(script)], stdout=subprocess.PIPE, text=True, env=env)
+        for node in range(2)
+    ]
+    try:
+        said = "".join(agent.communicate(timeout=120)[0] for agent in agents)
+    finally:
+        for agent in agents:
+            agent.kill()
+    assert agreed(said) == [f"rank {rank} of 2 agreed 3 StoreCoordinator" for rank in range(2)]
+
+
+DIES = """
+import os, sys, signal, time
+from distckpt.coordinator import agree, launched_coordinator
+from distckpt.errors import DistributedError
+from tests.distributed.launch import say
+coordinator = launched_coordinator(timeout_s=40)
+if coordinator.rank == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+try:
+    agree(coordinator, "work", lambda: 1, lambda ranks: ranks, message=int, decision=int, timeout_s=2)
+except DistributedError as error:
+    say("failed", sorted(error.failures), error)
+coordinator.close()
+os._exit(0)
+"""
+
+
+def test_rank_that_dies_is_named_by_the_others() -> None:
+    with start(DIES, 3, launcher="forked") as job:
+        for rank in (0, 2):
+            job.wait_for(rank, "failed [1] 'work' failed on rank 1 of 3")
+
+
+@pytest.mark.skipif("mpirun" not in LAUNCHERS, reason="needs mpi4py and mpirun")
+def test_mpirun_ends_all_when_a_rank_dies() -> None:
+    results = launch(DIES, 3, launcher="mpirun", expect_exit=None)
+    assert results[1].returncode == -signal.SIGKILL
+
+
+COMES_NOT = """
+import os, sys
+from distckpt.coordinator import launched_coordinator
+from distckpt.errors import DistributedError
+from tests.distributed.launch import say
+if os.environ["RANK"] == sys.argv[1]:
+    sys.exit(0)
+try:
+    launched_coordinator(timeout_s=2)
+except DistributedError as error:
+    say("failed", sorted(error.failures), error)
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_rank_that_does_not_come_is_named_within_the_bound(missing: int) -> None:
+    results: list[Result] = launch(COMES_NOT, 3, args=[str(missing)], launcher="forked")
+    for result in results:
+        if result.rank != missing:
+            assert result.stdout.startswith(f"failed [{missing}] "), result
+            assert "All ranks must run the same command; for one process alone, unset WORLD_SIZE." in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"WORLD_SIZE": "2"}, "RANK, MASTER_PORT, MASTER_ADDR cannot be right: no RANK, WORLD_SIZE=2, "),
+        ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "but RANK cannot be right: RANK=2"),
+        ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "x"}, "but MASTER_PORT cannot be right"),
+    ],
+)
+def test_environment_that_cannot_be_right_is_refused(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], says: str
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, text in environment.items():
+        monkeypatch.setenv(name, text)
+    with pytest.raises(CheckpointError, match=re.escape(says)):
+        launched_coordinator()
+
+
+def test_without_a_launcher_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert isinstance(launched_coordinator(), SingleProcess)
+
+
+def test_port_that_somebody_else_has_is_an_error_of_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        for name, text in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, text)
+        with pytest.raises(DistributedError, match=f"rank 0 of 2 does not reach rank 0 through 127.0.0.1:{port}: "):
+            launched_coordinator(timeout_s=2)
+
+
+WAITS = """
+import sys
+from distckpt.cli import app, main
+from distckpt.coordinator import launched_coordinator
+from tests.distributed.launch import say
+
+@app.command()
+def wait() -> None:
+    say("waiting")
+    launched_coordinator(timeout_s=100)
+
+main(["wait"])
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_command_that_waits_for_others_can_be_interrupted(rank: int) -> None:
+    env = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": str(free_port())}
+    with start(WAITS, 1, env=env, launcher="forked") as job:
+        job.wait_for(0, "waiting")
+        time.sleep(0.5)
+        job.signal(0, signal.SIGTERM)
+        (result,) = job.wait(expect_exit=143)
+    assert "distckpt: stopped by SIGTERM" in result.stderr
+
+
+def test_command_line_runs_under_torchrun_from_a_source_tree(tmp_path: Path) -> None:
+    save(PosixStorage(tmp_path), 10)
+    done = torchrun("-m", "distckpt.cli", "verify", tmp_path, "--json", ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line)["is_sound"] for line in done.stdout.splitlines()] == [True, True]
+
+
+def test_tool_in_a_source_tree_is_the_command(tmp_path: Path) -> None:
+    script = REPOSITORY / "tools" / "reshard.py"
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, str(script), "--help"], capture_output=True, text=True, cwd=tmp_path, env=clean, check=False
+    )
+    known = any(command.callback.__name__ == "reshard" for command in app.registered_commands if command.callback)
+    assert ("Usage: distckpt reshard" if known else "No such command 'reshard'") in done.stdout + done.stderr
