@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("distckpt", "tests", "examples", "pyproject.toml", "README.md")
+COPIED = ("distckpt", "tests", "examples", "tools", "docs", "pyproject.toml", "README.md")
 TIMEOUT_S = 300.0
 KILLED = "killed"
 

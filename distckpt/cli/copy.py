@@ -40,6 +40,8 @@ def copy(
         raise ValueError(f"--limit {limit}: expected MB per second")
     storage, selector = open_selected(source, iteration)
     commit = select_commits(storage, selector)[0]
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(f"{target} is no directory, and so no root to copy to")
     copies = PosixStorage(target)
     check_place(copies)
     check_is_of_one_run(storage, copies, commit)
@@ -57,5 +59,10 @@ def copy(
         print_json(report)
     else:
         size, copied = size_text(report.bytes), size_text(report.bytes_copied)
-        of_it = copied if report.bytes_copied >= report.bytes else f"{copied} of {size}, the rest was there,"
-        console.print(f"iteration {report.iteration}: {of_it} copied in {report.seconds:.1f} s")
+        if report.bytes_copied == 0:
+            said = f"all of it, {size}, was there"
+        elif report.bytes_copied < report.bytes:
+            said = f"{copied} of {size} copied in {report.seconds:.1f} s, the rest was there"
+        else:
+            said = f"{copied} copied in {report.seconds:.1f} s"
+        console.print(f"iteration {report.iteration}: {said}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -33,10 +34,8 @@ def repair(
 
     Example: distckpt repair /checkpoints/run7 --dry-run
     """
-    with (
-        leaving("nothing is half mended; the same command goes on"),
-        progress_bar("check and repair", _expected_bytes(root, iteration)) as on_bytes,
-    ):
+    left = "nothing was changed" if dry_run else "nothing is half mended; the same command goes on"
+    with leaving(left), _progress(root, iteration) as on_bytes:
         report = repair_root(root, iteration, force=force, dry_run=dry_run, on_bytes=on_bytes)
     if json:
         print_json(report)
@@ -50,9 +49,14 @@ def repair(
     raise typer.Exit(0 if report.is_sound else DAMAGED)
 
 
-def _expected_bytes(root: Path, iteration: str | None) -> int:
-    """At least so many are read; 0 if that cannot be told. What is wrong `repair` finds out."""
-    with suppress(CheckpointError, OSError):
+@contextmanager
+def _progress(root: Path, iteration: str | None) -> Iterator[Callable[[int], None]]:
+    """Of reading what is selected. What is wrong with that, `repair` finds out."""
+    try:
         storage, selector = open_selected(root, iteration)
-        return stored_bytes(storage, select_commits(storage, selector)[0])
-    return 0
+        commit = select_commits(storage, selector)[0]
+    except (CheckpointError, OSError):
+        yield lambda _: None
+        return
+    with progress_bar(f"check iteration {commit.iteration}", stored_bytes(storage, commit)) as on_bytes:
+        yield on_bytes

@@ -52,6 +52,7 @@ def run_command(app: typer.Typer, arguments: Sequence[str]) -> int:
     as_json = "--json" in options
     command = typer.main.get_command(app)
     try:
+        _check_not_empty(arguments)
         with command.make_context("distckpt", list(arguments) or ["--help"]) as context:
             command.invoke(context)
     except typer.Exit as ended:
@@ -63,7 +64,7 @@ def run_command(app: typer.Typer, arguments: Sequence[str]) -> int:
     except _UsageError as error:
         where = getattr(error, "ctx", None)
         path = "distckpt" if where is None else where.command_path
-        _print_error("UsageError", f"{error.format_message()} Try '{path} --help'.", as_json)
+        _print_error("UsageError", f"{error.format_message().rstrip('.')}. Try '{path} --help'.", as_json)
     except Interrupted as error:
         _print_error("Interrupted", str(error), as_json)
         return 128 + error.number
@@ -77,6 +78,12 @@ def run_command(app: typer.Typer, arguments: Sequence[str]) -> int:
     else:
         return 0
     return NOT_DONE
+
+
+def _check_not_empty(arguments: Sequence[str]) -> None:
+    """A path that is empty would be the current directory, in which nobody wants to prune by mistake."""
+    if "" in (arguments[:2] if arguments[:1] == ["note"] else arguments):  # An empty note is none.
+        raise typer.BadParameter("an argument is empty; is a variable of the shell not set?")
 
 
 def _print_error(kind: str, message: str, as_json: bool) -> None:

@@ -20,6 +20,8 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield path
         return
     path = Path(os.path.realpath(path))  # What a link leads to is replaced, and not the link.
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no directory {path.parent}")
     temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}")
     try:
         yield temporary

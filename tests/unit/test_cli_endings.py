@@ -192,6 +192,11 @@ def test_interrupted_command_says_so_as_json(root: Path, tmp_path: Path) -> None
         (["copy", "{root}"], "UsageError", "Missing argument"),
         (["prune", "{root}"], "UsageError", "Invalid value: give at least one rule"),
         (["du"], "UsageError", "Missing argument"),
+        (["prune", "--keep-last", "1", ""], "UsageError", "Invalid value: an argument is empty"),
+        (["note", "", "text"], "UsageError", "Invalid value: an argument is empty"),
+        (["copy", "{root}", "{root}/latest_checkpointed_iteration.txt"], "NotADirectoryError", "{root}/latest_"),
+        (["history", "{root}/nothing"], "NotADirectoryError", "{root}/nothing is no directory"),
+        (["repair", "{root}/nothing"], "CheckpointNotFoundError", "no checkpoint under {root}/nothing: "),
         (["nonsense"], "UsageError", "No such command 'nonsense'"),
     ],
 )
@@ -252,7 +257,8 @@ def test_defect_is_told_with_its_traceback_and_is_no_finding(
 @pytest.mark.parametrize("arguments", [["ls", "{root}"], ["ls", "{root}", "--json"], ["--version"]])
 def test_standard_output_on_a_full_disk_is_an_error(root: Path, arguments: list[str]) -> None:
     with open("/dev/full", "w") as full:
-        done = run(*(argument.format(root=root) for argument in arguments), stdout=full)
+        buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
+        done = run(*(argument.format(root=root) for argument in arguments), stdout=full, env=buffered)
     assert done.returncode == 2
     assert done.stderr == "distckpt: [Errno 28] No space left on device\n"
 
