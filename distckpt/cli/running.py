@@ -33,7 +33,8 @@ def run(app: typer.Typer, arguments: Sequence[str] | None = None) -> None:
     listen_for_signals()
     try:
         code = run_command(app, sys.argv[1:] if arguments is None else arguments)
-        sys.stdout.flush()
+        if code != NOT_DONE:  # Then why was told.
+            sys.stdout.flush()
     except BrokenPipeError:
         code = 0
     except Interrupted as error:  # While it printed an error, or its last line.

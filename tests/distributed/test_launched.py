@@ -70,13 +70,32 @@ def test_one_process_is_alone(launcher: Launcher) -> None:
     assert result.stdout == "rank 0 of 1 agreed 1 SingleProcess\n"
 
 
+# Rank 1 dies once before it writes anything, when the others have.
+DIES_AT_FIRST = """
+import os, sys
+from pathlib import Path
+from distckpt.coordinator import launched
+from tests.distributed.launch import wait_for_file
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    rank, met, meet = os.environ["RANK"], Path(sys.argv[1]), launched._meet
+    if rank == "1":
+        wait_for_file(met / "0")
+        wait_for_file(met / "2")
+        os._exit(3)
+    def note_and_meet(coordinator, timeout_s):
+        (met / rank).touch()
+        meet(coordinator, timeout_s)
+    launched._meet = note_and_meet
+"""
+
+
 def test_ranks_of_torchrun_agree_also_when_they_are_started_again(tmp_path: Path) -> None:
-    """Through its agent's store, which remembers the ranks that died."""
+    """Through its agent's store, which remembers what ranks that died had written there."""
     script = tmp_path / "script.py"
-    script.write_text(
-        AGREES + "\nif os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and coordinator.rank == 1: os._exit(3)"
+    script.write_text(DIES_AT_FIRST + AGREES)
+    done = torchrun(
+        script, tmp_path, ranks=3, options=["--standalone", "--max-restarts", "1", "--monitor-interval", "0.1"]
     )
-    done = torchrun(script, ranks=3, options=["--standalone", "--max-restarts", "1", "--monitor-interval", "0.1"])
     assert done.returncode == 0, done.stderr
     assert set(agreed(done.stdout)) == {f"rank {rank} of 3 agreed 6 StoreCoordinator" for rank in range(3)}
 
