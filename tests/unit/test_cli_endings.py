@@ -140,8 +140,7 @@ IN_C = (
 )
 
 
-@pytest.mark.parametrize("hang", [IN_PYTHON, IN_C])
-@pytest.mark.parametrize(("number", "code"), SIGNALS)
+@pytest.mark.parametrize(("hang", "number", "code"), [(IN_PYTHON, *SIGNALS[0]), (IN_C, *SIGNALS[1])])
 def test_second_signal_ends_a_command_that_hangs(hang: str, number: signal.Signals, code: int) -> None:
     with started([sys.executable, "-c", HANGS.format(hang=hang)]) as process:
         assert process.stdout is not None
@@ -263,11 +262,9 @@ def test_standard_output_on_a_full_disk_is_an_error(root: Path, arguments: list[
     assert done.stderr == "distckpt: [Errno 28] No space left on device\n"
 
 
-@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+@pytest.mark.parametrize("closed", ["<&- >&-", "2>&-"])
 def test_standard_streams_may_be_closed(root: Path, closed: str) -> None:
-    done = run("verify", root, command=["sh", "-c", f'exec "$0" "$@" {closed}', *COMMAND])
-    assert (done.returncode, "Traceback" in done.stderr) == (0, False)
-    done = run("ls", root, "--json", command=["sh", "-c", f'exec "$0" "$@" {closed}', *COMMAND])
+    done = run("verify", root, "--json", command=["sh", "-c", f'exec "$0" "$@" {closed}', *COMMAND])
     assert (done.returncode, "Traceback" in done.stderr) == (0, False)
 
 
