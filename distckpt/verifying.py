@@ -167,13 +167,13 @@ def damaged_files(report: VerifyReport) -> set[str]:
     return {fault.file.rpartition("/")[2] for fault in report.faults}
 
 
-def stored_bytes(storage: Storage, commit: Commit) -> int:
-    """Of the files that an index names, and of its parity; 0 if the index cannot be read."""
+def stored_bytes(storage: Storage, commit: Commit, *, with_parity: bool = False) -> int:
+    """Of the files that an index names, and of its parity if asked for; 0 if the index cannot be read."""
     total = 0
     with suppress(CheckpointError, OSError):
         index, _ = read_index(storage, commit)
         total = _total_bytes(index)
-        record = read_record(storage, commit.directory, index)
+        record = read_record(storage, commit.directory, index) if with_parity else None
         total += sum(group.size_bytes for group in record.groups) if record is not None else 0
     return total
 

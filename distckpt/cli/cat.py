@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 import typer
 
+from distckpt.cli.interruption import leaving
 from distckpt.cli.numbers import json_number, number_text, shape_text
 from distckpt.cli.output import ROOT, WHICH, console, plain_text, print_json, progress_bar, shown, size_text
 from distckpt.cli.quantities import size_bytes
@@ -70,7 +71,10 @@ def cat(
     elif slice_ is not None:
         _print_slice(stored, slice_, memory_bytes, as_json=json)
     else:
-        with progress_bar(shown(key, 40), stored.entry.size_bytes) as on_bytes:
+        with (
+            leaving("nothing was changed"),
+            progress_bar(f"read {shown(key, 40)}", stored.entry.size_bytes) as on_bytes,
+        ):
             statistics = statistics_of(stored, memory_bytes=memory_bytes, on_bytes=on_bytes)
         if json:
             fields = msgspec.structs.asdict(statistics)
@@ -153,7 +157,8 @@ def _write(
 ) -> None:
     entry = tensor_entry(stored)
     box, shape = parse_slice(where, entry.global_shape)
-    with progress_bar(shown(stored.key, 40), box.size * DTYPES[entry.dtype].item_bytes) as on_bytes:
+    size = box.size * DTYPES[entry.dtype].item_bytes
+    with leaving(f"{npy} was not written"), progress_bar(f"read {shown(stored.key, 40)}", size) as on_bytes:
         dtype = write_npy(stored, npy, where=where, raw=raw, force=force, memory_bytes=memory_bytes, on_bytes=on_bytes)
     if as_json:
         fields = {"key": stored.key, "iteration": stored.commit.iteration, "dtype": entry.dtype}

@@ -46,7 +46,10 @@ def copy(
     check_place(copies)
     check_is_of_one_run(storage, copies, commit)
     left = f"whole files stay in {target}, where they are no checkpoint yet; the same command goes on from there"
-    with leaving(left), progress_bar(f"copy iteration {commit.iteration}", stored_bytes(storage, commit)) as on_bytes:
+    with (
+        leaving(left),
+        progress_bar(f"copy iteration {commit.iteration}", stored_bytes(storage, commit, with_parity=True)) as on_bytes,
+    ):
         report = copy_commit(
             storage,
             copies,

@@ -9,6 +9,7 @@ import msgspec
 import typer
 from rich.table import Table
 
+from distckpt.cli.interruption import leaving
 from distckpt.cli.numbers import count_text, json_number, number_text, shape_text
 from distckpt.cli.output import WHICH, console, print_json, print_table, progress_bar, shown, size_text
 from distckpt.cli.quantities import size_bytes
@@ -59,7 +60,8 @@ def diff(
     Example: distckpt diff /checkpoints/run7 /checkpoints/run7 --iteration 1000 --other-iteration 2000
     """
     storage, selector = open_selected(a, iteration)
-    with progress_bar("comparing", stored_bytes(storage, select_commits(storage, selector)[0])) as on_bytes:
+    total = stored_bytes(storage, select_commits(storage, selector)[0])
+    with leaving("nothing was changed"), progress_bar("compare", total) as on_bytes:
         report = compare_checkpoints(
             a,
             b,

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -88,16 +89,31 @@ def shown(text: str, max_length: int = 200) -> str:
     return text if len(text) <= max_length else f"{text[: max_length - 3]}..."
 
 
+@dataclass(frozen=True, slots=True)
+class OnProgress:
+    """Called with how many bytes each step took, in any thread. expect: with the total, if it is known only later."""
+
+    advance: Callable[[int], None]
+    expect: Callable[[int], None]
+
+    def __call__(self, step: int) -> None:
+        self.advance(step)
+
+
 @contextmanager
 def progress_bar(
-    what: str, total_bytes: int, *, log_interval_s: float = LOG_INTERVAL_S
-) -> Iterator[Callable[[int], None]]:
-    """Progress on standard error; yields what is told, in any thread, of how many bytes each step took.
+    what: str, total_bytes: int, *, is_shown: bool = True, log_interval_s: float = LOG_INTERVAL_S
+) -> Iterator[OnProgress]:
+    """Progress on standard error; yields what is told of it.
 
     A bar where that is a terminal. In a log plain lines: one at the beginning, one every so many seconds, one at the
     end. what: of which phase, such as "copy iteration 1000"; a command with several has a bar for each, one after
-    another. total_bytes: 0 if it is not known. The body may take more than that, or less.
+    another. total_bytes: 0 if it is not known. The body may take more than that, or less. is_shown: not by the ranks
+    beside rank 0, who speaks for all.
     """
+    if not is_shown:
+        yield OnProgress(lambda _: None, lambda _: None)
+        return
     terminal = Console(stderr=True, highlight=False, markup=False, emoji=False)
     if not terminal.is_terminal:
         with _progress_lines(plain_text(what), total_bytes, log_interval_s) as on_bytes:
@@ -106,11 +122,13 @@ def progress_bar(
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=terminal, transient=True) as bar:
         task = bar.add_task(plain_text(what), total=total_bytes or None)
-        yield lambda step: bar.advance(task, step)
+        yield OnProgress(
+            lambda step: bar.advance(task, step), lambda total_bytes: bar.update(task, total=total_bytes or None)
+        )
 
 
 @contextmanager
-def _progress_lines(what: str, total_bytes: int, interval_s: float) -> Iterator[Callable[[int], None]]:
+def _progress_lines(what: str, total_bytes: int, interval_s: float) -> Iterator[OnProgress]:
     lines = _ProgressLines(what, total_bytes)
     is_over = threading.Event()
 
@@ -120,17 +138,14 @@ def _progress_lines(what: str, total_bytes: int, interval_s: float) -> Iterator[
 
     thread = threading.Thread(target=tell, name="distckpt-progress", daemon=True)
     thread.start()
+    is_done = False
     try:
-        yield lines.advance
-    except BaseException:
-        is_over.set()
-        lines.print_end(is_done=False)
-        raise
-    else:
-        is_over.set()
-        lines.print_end(is_done=True)
+        yield OnProgress(lines.advance, lines.expect)
+        is_done = True
     finally:
+        is_over.set()
         thread.join()
+        lines.print_end(is_done=is_done)
 
 
 class _ProgressLines:
@@ -138,7 +153,6 @@ class _ProgressLines:
 
     def __init__(self, what: str, total_bytes: int) -> None:
         self._what = what
-        self._of_total = f" of {size_text(total_bytes)}" if total_bytes else ""
         self._total_bytes = total_bytes
         self._bytes = 0
         self._lock = threading.Lock()
@@ -151,21 +165,27 @@ class _ProgressLines:
         with self._lock:
             self._bytes += step
 
+    def expect(self, total_bytes: int) -> None:
+        self._total_bytes = total_bytes
+
     def print_state(self) -> None:
         now, done = time.monotonic(), self._bytes
         since, before = self._told[0]
         speed = (done - before) / max(now - since, 1e-9)
         self._told.append((now, done))
         left = f", {_time_text((self._total_bytes - done) / speed)} left" if done < self._total_bytes and speed else ""
-        self._print(f"{size_text(done)}{self._of_total}, {size_text(round(speed))}/s{left}")
+        self._print(f"{size_text(done)}{self._of_total()}, {size_text(round(speed))}/s{left}")
 
     def print_end(self, *, is_done: bool) -> None:
         seconds = time.monotonic() - self._started
         speed = size_text(round(self._bytes / max(seconds, 1e-9)))
         how = "done: " if is_done else "stopped: "
         # The total was an estimate, and who is done need not be told how far he is.
-        of_total = "" if is_done else self._of_total
+        of_total = "" if is_done else self._of_total()
         self._print(f"{how}{size_text(self._bytes)}{of_total} in {seconds:.1f} s, {speed}/s")
+
+    def _of_total(self) -> str:
+        return f" of {size_text(self._total_bytes)}" if self._total_bytes else ""
 
     def _print(self, text: str) -> None:
         if sys.stderr is None:

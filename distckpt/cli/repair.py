@@ -58,5 +58,7 @@ def _progress(root: Path, iteration: str | None) -> Iterator[Callable[[int], Non
     except (CheckpointError, OSError):
         yield lambda _: None
         return
-    with progress_bar(f"check iteration {commit.iteration}", stored_bytes(storage, commit)) as on_bytes:
+    with progress_bar(
+        f"check iteration {commit.iteration}", stored_bytes(storage, commit, with_parity=True)
+    ) as on_bytes:
         yield on_bytes

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
+from distckpt.cli.interruption import leaving
 from distckpt.cli.output import WHICH, console, plain_text, print_json, print_table, progress_bar, shown, size_text
 from distckpt.cli.quantities import size_bytes
-from distckpt.coordinator import default_coordinator
+from distckpt.coordinator import launched_coordinator
 from distckpt.report import ReshardReport
 from distckpt.resharding.job import reshard as reshard_root
 from distckpt.resharding.plan_file import ReshardPlan, StageRule, read_plan
@@ -94,9 +96,12 @@ def reshard(
         )
         print_json(preview) if json else _print_preview(preview)
         return
-    coordinator = default_coordinator()
-    steps: list[ReshardPreview] = []
-    with progress_bar("reshard", 0) as on_bytes:
+    coordinator = launched_coordinator()
+    is_first, world_size = coordinator.rank == 0, coordinator.world_size
+    # Rank 0 speaks for all, and of its own part.
+    what = "reshard" if world_size == 1 else f"reshard, rank 0 of {world_size}"
+    left = f"what is whole stays in {target}, where it is no checkpoint yet; the same command goes on from there"
+    with closing(coordinator), leaving(left), progress_bar(what, 0, is_shown=is_first) as on_bytes:
         report = reshard_root(
             source,
             target,
@@ -110,9 +115,9 @@ def reshard(
             jobs=jobs,
             coordinator=coordinator,
             on_bytes=on_bytes,
-            on_plan=steps.append,
+            on_plan=lambda preview: on_bytes.expect(preview.bytes // world_size),
         )
-    if coordinator.rank == 0:
+    if is_first:
         print_json(report) if json else _print_report(report)
 
 

@@ -63,7 +63,7 @@ def verify(
 
 
 def _verify_with_progress(storage: Storage, commit: Commit, sample: float, jobs: int | None) -> VerifyReport:
-    total = round(stored_bytes(storage, commit) * sample)
+    total = round(stored_bytes(storage, commit, with_parity=True) * sample)
     with leaving("nothing was changed"), progress_bar(f"verify iteration {commit.iteration}", total) as on_bytes:
         return verify_commit(storage, commit, sample=sample, jobs=jobs, on_bytes=on_bytes)
 

@@ -90,7 +90,7 @@ def test_its_help_has_an_example_of_options_that_exist_and_it_speaks_json(comman
 def pattern_of(line: str) -> str:
     """Without what is another time: numbers, units, identities, the phase that took longest, the width of columns."""
     line = re.sub(r"\b[0-9a-f]{32}\b", "ID", line)
-    line = re.sub(r"\d+(\.\d+)?(e-\d+)?", "N", line)
+    line = re.sub(r"(?<!\w)-?\d+(\.\d+)?(e-\d+)?|\d+", "N", line)
     line = re.sub(r"N (bytes|[kMGT]B)", "N B", line)
     line = re.sub(r"N (s|min)\b", "N s", line)
     line = re.sub(r"\w+ N s, rank N", "PHASE", line)

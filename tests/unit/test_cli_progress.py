@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from distckpt.cli.output import progress_bar
+from distckpt.cli.output import OnProgress, progress_bar
 from distckpt.storage import PosixStorage
 from tests.unit.saved_roots import save
 
@@ -93,6 +93,24 @@ def test_no_thread_of_it_stays() -> None:
     with progress_bar("verify", 10):
         pass
     assert threading.active_count() == before
+
+
+def test_total_may_be_known_later(capsys: pytest.CaptureFixture[str]) -> None:
+    def give_up(on_bytes: OnProgress) -> None:
+        on_bytes.expect(4000)
+        on_bytes(1000)
+        raise KeyError
+
+    with pytest.raises(KeyError), progress_bar("reshard", 0) as on_bytes:
+        give_up(on_bytes)
+    assert lines_of(capsys)[-1].startswith("reshard: stopped: 1.0 kB of 4.0 kB in ")
+
+
+def test_other_ranks_show_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress_bar("reshard", 0, is_shown=False) as on_bytes:
+        on_bytes.expect(4000)
+        on_bytes(1000)
+    assert lines_of(capsys) == []
 
 
 @pytest.mark.parametrize("error", [BrokenPipeError(errno.EPIPE, "gone"), ValueError("closed")])
