@@ -1053,6 +1053,20 @@ MUTANTS = (
         CLI_ENDINGS,
     ),
     Mutant(
+        "commands: no signal is heard while they are imported",
+        "distckpt/cli/__init__.py",
+        "    except Interrupted as error:\n",
+        "    except ImportError as error:\n",
+        CLI_ENDINGS,
+    ),
+    Mutant(
+        "commands: an empty path is the current directory",
+        "distckpt/cli/running.py",
+        "        _check_not_empty(arguments)\n",
+        "",
+        CLI_ENDINGS,
+    ),
+    Mutant(
         "commands: an ignored signal is heard",
         "distckpt/cli/interruption.py",
         " if signal.getsignal(number) is not signal.SIG_IGN]",

@@ -2,61 +2,31 @@
 
 from __future__ import annotations
 
-import typer
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from distckpt import __version__
-from distckpt.cli.cat import cat
-from distckpt.cli.copy import copy
-from distckpt.cli.diff import diff
-from distckpt.cli.du import du
-from distckpt.cli.history import history
-from distckpt.cli.inspect import inspect
-from distckpt.cli.ls import ls
-from distckpt.cli.metric import metric
-from distckpt.cli.note import note
-from distckpt.cli.pin import pin
-from distckpt.cli.prune import prune
-from distckpt.cli.repair import repair
-from distckpt.cli.reshard import reshard
-from distckpt.cli.running import run
-from distckpt.cli.tag import tag
-from distckpt.cli.verify import verify
-
-# What --help shows, in this order.
-_COMMANDS = {
-    "Look: change nothing": (ls, inspect, cat, diff, du, history),
-    "Check and mend": (verify, repair),
-    "Change": (tag, note, pin, metric, prune),
-    "Move": (copy, reshard),
-}
-
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
-for _panel, _commands in _COMMANDS.items():
-    for _command in _commands:
-        app.command(rich_help_panel=_panel)(_command)
+if TYPE_CHECKING:
+    from distckpt.cli.commands import app as app
 
 
-def _print_version(is_asked: bool) -> None:
-    if is_asked:
-        print(f"distckpt {__version__}")
-        raise typer.Exit
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Be the process of a command, with the arguments of the process if none are given. Ends by SystemExit."""
+    from distckpt.cli.interruption import Interrupted, listen_for_signals
 
-
-@app.callback(
-    epilog="Exit codes: 0 all is well; 1 it is not: damage, or a difference, was found; 2 it could not be done; 130 "
-    "and 143: ended by Ctrl-C and by SIGTERM. With --json, errors are a line of JSON on standard output too."
-)
-def _distckpt(
-    version: bool = typer.Option(
-        False, "--version", callback=_print_version, is_eager=True, help="Print the version, and exit."
-    ),
-) -> None:
-    """Look after sharded checkpoints: list, inspect, compare, label, prune, move, verify and repair them.
-
-    `distckpt COMMAND --help` says what a command does, with an example.
-    """
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command line, with the arguments of the process if none are given. Ends by SystemExit."""
+    listen_for_signals()  # First: all the rest takes a good part of a second to import.
+    try:
+        from distckpt.cli.commands import app
+        from distckpt.cli.running import run
+    except Interrupted as error:
+        print(f"distckpt: {error}", file=sys.stderr)
+        sys.exit(128 + error.number)
     run(app, arguments)
+
+
+def __getattr__(name: str) -> object:
+    if name != "app":
+        raise AttributeError(f"module 'distckpt.cli' has no attribute {name!r}")
+    from distckpt.cli.commands import app
+
+    return app

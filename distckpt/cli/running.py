@@ -12,7 +12,7 @@ from typing import cast
 import typer
 import typer.main
 
-from distckpt.cli.interruption import Interrupted, listen_for_signals
+from distckpt.cli.interruption import Interrupted
 from distckpt.cli.output import print_json
 from distckpt.errors import CheckpointError
 
@@ -27,10 +27,9 @@ _UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[2])
 def run(app: typer.Typer, arguments: Sequence[str] | None = None) -> None:
     """Be the process of a command: run what the arguments name, those of the process by default, and exit.
 
-    From the main thread, once. Who reads standard output and has seen enough is no error.
+    Who reads standard output and has seen enough is no error.
     """
     _mend_streams()
-    listen_for_signals()
     try:
         code = run_command(app, sys.argv[1:] if arguments is None else arguments)
         if code != NOT_DONE:  # Then why was told.
@@ -73,6 +72,10 @@ def run_command(app: typer.Typer, arguments: Sequence[str]) -> int:
         if isinstance(error, BrokenPipeError) and error.filename is None:
             raise
         _print_error(type(error).__name__, str(error), as_json)
+    except MemoryError:
+        _print_error(
+            "MemoryError", "there is not enough memory; give less with --memory or --jobs if it has them", as_json
+        )
     except Exception as error:  # A defect of ours, and no finding: Python's own exit code would be 1.
         traceback.print_exc()
         _print_error(type(error).__name__, f"this should not have happened: {error}", as_json)

@@ -82,10 +82,12 @@ class ReshardPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 def read_plan(path: Path) -> ReshardPlan:
     """Raises CheckpointError for what is no plan, OSError."""
-    if path.stat().st_size > _MAX_BYTES:
-        raise CheckpointError(f"{path}: {path.stat().st_size} bytes, at most {_MAX_BYTES} expected")
+    with path.open("rb") as file:
+        data = file.read(_MAX_BYTES + 1)  # Not by its size: a device has none, and no end.
+    if len(data) > _MAX_BYTES:
+        raise CheckpointError(f"{path} is no plan: more than {_MAX_BYTES} bytes")
     try:
-        return msgspec.json.decode(path.read_bytes(), type=ReshardPlan)
+        return msgspec.json.decode(data, type=ReshardPlan)
     except (msgspec.DecodeError, RecursionError) as error:
         raise CheckpointError(f"{path} is no plan: {error}. docs/cli.md has the grammar.") from error
 

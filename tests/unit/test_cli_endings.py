@@ -122,6 +122,25 @@ def test_verify_with_threads_stops_before_they_have_read_all(
     assert "verify iteration 20: stopped: " in stderr
 
 
+IMPORTS = """
+import builtins, signal, sys
+find = builtins.__import__
+def interrupted(name, *rest):
+    if name == "distckpt.cli.commands":
+        signal.raise_signal(signal.SIGINT)
+    return find(name, *rest)
+builtins.__import__ = interrupted
+from distckpt.cli import main
+main(["--version"])
+"""
+
+
+def test_command_can_be_interrupted_while_it_is_imported() -> None:
+    done = run(command=[sys.executable, "-c", IMPORTS])
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "distckpt: stopped by SIGINT before it was done\n"
+
+
 HANGS = """
 import sys, threading
 from distckpt.cli import interruption
@@ -195,6 +214,11 @@ def test_interrupted_command_says_so_as_json(root: Path, tmp_path: Path) -> None
         (["note", "", "text"], "UsageError", "Invalid value: an argument is empty"),
         (["copy", "{root}", "{root}/latest_checkpointed_iteration.txt"], "NotADirectoryError", "{root}/latest_"),
         (["history", "{root}/nothing"], "NotADirectoryError", "{root}/nothing is no directory"),
+        (
+            ["reshard", "{root}", "{root}/x", "--tp", "1", "--plan", "/dev/zero"],
+            "CheckpointError",
+            "/dev/zero is no plan",
+        ),
         (["repair", "{root}/nothing"], "CheckpointNotFoundError", "no checkpoint under {root}/nothing: "),
         (["nonsense"], "UsageError", "No such command 'nonsense'"),
     ],
