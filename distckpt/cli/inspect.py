@@ -12,7 +12,8 @@ from distckpt.cataloging import CheckpointEntry
 from distckpt.checkpoint_files import is_damage
 from distckpt.cli import inspect_text as text
 from distckpt.cli.entries import json_of
-from distckpt.cli.output import DAMAGED, ROOT, WHICH, console, print_json, shown, write_file
+from distckpt.cli.output import DAMAGED, ROOT, WHICH, console, print_json, shown
+from distckpt.cli.whole_file import whole_file
 from distckpt.commit import Commit, list_commits, read_index
 from distckpt.errors import CheckpointNotFoundError, CorruptionError
 from distckpt.index import Index
@@ -171,7 +172,8 @@ def _look(
         return msgspec.structs.replace(entry, damage=entry.damage or str(error)), None
     if asked.html is None or page is None:
         return entry, found
-    write_file(asked.html, page)  # Out here: that there is no such folder is no damage of the checkpoint.
+    with whole_file(asked.html) as file:  # Out here: that there is no such folder is no damage of the checkpoint.
+        file.write_bytes(page)
     return entry, msgspec.structs.replace(found, page=str(asked.html))
 
 
