@@ -2738,13 +2738,6 @@ MUTANTS = (
         INSPECT_PAGE,
     ),
     Mutant(
-        "inspect: a page that cannot be put leaves its parts",
-        "distckpt/cli/output.py",
-        "        part.unlink(missing_ok=True)\n",
-        "        pass\n",
-        INSPECT_PAGE,
-    ),
-    Mutant(
         "inspect: a page as large as it comes",
         "distckpt/cli/inspect_page.py",
         "            if self._numbers + numbers > _MAX_NUMBERS:\n",
