@@ -60,7 +60,7 @@ def view_elements(data: Buffer, dtype: str, shape: Sequence[int]) -> Elements:
     """
     known = numpy_dtype(dtype)
     numpy_type, trailing = _PARTS[dtype] if known is None else (known, ())
-    elements: Elements = np.frombuffer(memoryview(data), np.uint8).view(numpy_type).reshape(*shape, *trailing)
+    elements: Elements = np.frombuffer(memoryview(data), np.uint8).view(numpy_type).reshape((*shape, *trailing))
     return elements
 
 

@@ -249,7 +249,7 @@ def _find_tensor_fault(index: Index) -> str | None:
             return f"tensor {key!r}: its record {start}+{size} is outside the chunk table's {records_bytes} bytes"
         kind = entry.dtype, entry.global_shape, entry.partition, entry.blocks
         if kind not in known:
-            fault = _find_spec_fault(entry)
+            fault = find_spec_fault(entry)
             if fault:
                 return f"tensor {key!r}: {fault}"
             known[kind] = entry.size_bytes
@@ -258,7 +258,8 @@ def _find_tensor_fault(index: Index) -> str | None:
     return None if size_bytes <= stored else f"the tensors take more bytes than the {stored} that the files hold"
 
 
-def _find_spec_fault(spec: Spec) -> str | None:
+def find_spec_fault(spec: Spec) -> str | None:
+    """What is wrong with what is said of a tensor, or None."""
     if spec.dtype not in DTYPES:
         return f"unknown dtype {spec.dtype!r}"
     if len(spec.global_shape) > MAX_DIMS:  # Before the product, which is slow to compute when there are many.

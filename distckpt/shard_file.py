@@ -149,24 +149,26 @@ def split_into_files(
     metadata_bytes: Sequence[int] = (),
     first_metadata_bytes: int = 0,
     max_header_bytes: int = MAX_HEADER_BYTES,
+    max_data_bytes: int | None = None,
 ) -> list[list[int]]:
     """Chunk numbers per file, in file order (descending item size), so that no header passes the limit.
 
     metadata_bytes: what each chunk adds to `__metadata__` of its file; first_metadata_bytes: what the first file
-    has there besides.
+    has there besides. max_data_bytes: of chunks in a file of several; None is no limit.
     """
     files: list[list[int]] = [[]]
-    header = _HEADER_RESERVE + first_metadata_bytes
+    header, data = _HEADER_RESERVE + first_metadata_bytes, 0
     for i in sorted(range(len(chunks)), key=lambda i: -DTYPES[chunks[i].dtype].item_bytes):
         chunk = chunks[i]
         entry = len(chunk.entry) + _ENTRY_OVERHEAD + 21 * len(chunk.shape)
         if metadata_bytes:
             entry += metadata_bytes[i]
-        if files[-1] and header + entry > max_header_bytes:
+        is_long = max_data_bytes is not None and data + chunk.size_bytes > max_data_bytes
+        if files[-1] and (is_long or header + entry > max_header_bytes):
             files.append([])
-            header = _HEADER_RESERVE
+            header, data = _HEADER_RESERVE, 0
         files[-1].append(i)
-        header += entry
+        header, data = header + entry, data + chunk.size_bytes
     return files
 
 

@@ -32,9 +32,11 @@ def plan_share_files(
     *,
     per_rank: Mapping[str, PerRankKind],
     of_all: Mapping[str, msgspec.Raw],
+    max_data_bytes: int | None = None,
 ) -> list[ShareFile]:
     """As few files as headers allow, at least one. numbers: of the shards. per_rank: the values that the rank writes.
-    of_all: what rank 0 says of all ranks, as facts_of_all gives it; nothing on others."""
+    of_all: what rank 0 says of all ranks, as facts_of_all gives it; nothing on others. max_data_bytes: as of
+    split_into_files."""
     chunks = [
         Chunk(key, spec.dtype, box.offset, box.shape, box == Box.whole(spec.global_shape)) for key, spec, box in shards
     ]
@@ -44,6 +46,7 @@ def plan_share_files(
         metadata_bytes=[len(nested_json({key: spec})) for key, spec, _ in shards],
         first_metadata_bytes=sum(len(bytes(text)) for text in first.values())
         + (_SHARED_METADATA_BYTES if of_all else 0),
+        max_data_bytes=max_data_bytes,
     )
     return [
         ShareFile(

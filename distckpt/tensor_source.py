@@ -27,22 +27,29 @@ from distckpt.shard_file import BLOCK_BYTES
 from distckpt.storage import Storage, Target
 
 CACHE_BYTES = 32 << 20
-_OPEN_FILES = 128  # at a time: a process may have 1,024 open, and each is opened twice to be read directly
+OPEN_FILES = 128  # at a time: a process may have 1,024 open, and each is opened twice to be read directly
 
 
 class TensorSource:
     """The tensors of one checkpoint. A context manager; one thread at a time.
 
-    cache_bytes: for blocks that are begun, beside what is filled. A checkpoint that vanishes meanwhile raises
-    FileNotFoundError.
+    cache_bytes: for blocks that are begun, beside what is filled. max_open_files: at a time. A checkpoint
+    that vanishes meanwhile raises FileNotFoundError.
     """
 
     def __init__(
-        self, storage: Storage, directory: str, stored: StoredTensors, *, cache_bytes: int = CACHE_BYTES
+        self,
+        storage: Storage,
+        directory: str,
+        stored: StoredTensors,
+        *,
+        cache_bytes: int = CACHE_BYTES,
+        max_open_files: int = OPEN_FILES,
     ) -> None:
         self.stored = stored
         self._storage = storage
         self._directory = directory
+        self._max_open_files = max_open_files
         self._files: OrderedDict[int, CheckedFile] = OrderedDict()  # The one that was used last is last.
         self._blocks = _BegunBlocks(max(1, cache_bytes // BLOCK_BYTES))
         self._closed_bytes_read = 0
@@ -114,7 +121,7 @@ class TensorSource:
     def _file(self, number: int) -> CheckedFile:
         file = self._files.pop(number, None)
         if file is None:
-            while len(self._files) >= _OPEN_FILES:
+            while len(self._files) >= self._max_open_files:
                 self._close_oldest()
             file = self._open(number)
         self._files[number] = file

@@ -199,7 +199,7 @@ def test_a_header_that_readers_would_refuse_is_not_written() -> None:
 
 def test_a_rank_with_several_files_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     split = split_into_files
-    monkeypatch.setattr("distckpt.share.split_into_files", lambda c, **k: split(c, **k, max_header_bytes=20_000))
+    monkeypatch.setattr("distckpt.share_files.split_into_files", lambda c, **k: split(c, **k, max_header_bytes=20_000))
     state = {f"layer {i}": torch.full((3,), float(i)) for i in range(300)}
     target = {key: torch.zeros(3) for key in state}
     with Checkpointer(tmp_path) as ckpt:
