@@ -27,8 +27,12 @@ if TYPE_CHECKING:
     from distckpt.errors import InvalidShardingError as InvalidShardingError
     from distckpt.errors import MismatchError as MismatchError
     from distckpt.errors import UnsupportedTypeError as UnsupportedTypeError
+    from distckpt.exporting import export_safetensors as export_safetensors
+    from distckpt.exporting import export_zarr as export_zarr
     from distckpt.history_log import HistoryLine as HistoryLine
     from distckpt.history_log import history as history
+    from distckpt.importing import import_safetensors as import_safetensors
+    from distckpt.importing import import_zarr as import_zarr
     from distckpt.labelling import label as label
     from distckpt.link_names import LinkNames as LinkNames
     from distckpt.one_directory import async_save as async_save
@@ -42,6 +46,8 @@ if TYPE_CHECKING:
     from distckpt.repairing import RepairReport as RepairReport
     from distckpt.repairing import repair as repair
     from distckpt.report import CopyReport as CopyReport
+    from distckpt.report import ExportReport as ExportReport
+    from distckpt.report import ImportReport as ImportReport
     from distckpt.report import LoadReport as LoadReport
     from distckpt.report import ReshardReport as ReshardReport
     from distckpt.report import SaveReport as SaveReport
@@ -91,6 +97,10 @@ _HOMES = {
     "Copy": "copier",
     "LinkNames": "link_names",
     "copy_checkpoint": "copying",
+    "export_safetensors": "exporting",
+    "export_zarr": "exporting",
+    "import_safetensors": "importing",
+    "import_zarr": "importing",
     "HistoryLine": "history_log",
     "history": "history_log",
     "async_save": "one_directory",
@@ -99,6 +109,8 @@ _HOMES = {
     "save": "one_directory",
     "PerRank": "per_rank",
     "CopyReport": "report",
+    "ExportReport": "report",
+    "ImportReport": "report",
     "LoadReport": "report",
     "SaveReport": "report",
     "ReshardReport": "report",

@@ -119,6 +119,42 @@ class ReshardReport:
     peak_rss_bytes: int = 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportReport:
+    """One checkpoint that was exported.
+
+    target: where it is. tensors, bytes: what was exported, as it is there. files: that hold elements. left_out: values,
+    and what differs by rank, that the target does not have.
+    """
+
+    iteration: int
+    save_id: str
+    target: str
+    tensors: int
+    bytes: int
+    files: int
+    left_out: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportReport:
+    """One checkpoint that was made of something else.
+
+    source, target: where that is, and the root. tensors, values: how many (values that differ by rank among them).
+    bytes: of all its files.
+    """
+
+    iteration: int
+    save_id: str
+    source: str
+    target: str
+    tensors: int
+    values: int
+    bytes: int
+    seconds: float
+
+
 def slowest_ranks(phases: Iterable[str], seconds: Sequence[Mapping[str, float]]) -> dict[str, tuple[int, float]]:
     """Phase -> (rank, seconds) of the rank that took longest. seconds: of each rank, by phase."""
     return {

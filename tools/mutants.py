@@ -82,6 +82,8 @@ LEARNING_RATE = ("tests/unit/test_learning_rate.py",)
 DIFFERENCES = ("tests/unit/test_resume_differences.py",)
 RESUMABLE = ("tests/unit/test_resumable.py",)
 SECTIONS = ("tests/unit/test_sections.py",)
+ZARR_EXPORT = ("tests/unit/test_zarr_export.py",)
+SAFETENSORS = ("tests/unit/test_safetensors_export.py",)
 DIFFERENCES_OF_NUMBERS = ("tests/unit/test_number_differences.py",)
 COMPARING = ("tests/unit/test_comparing.py",)
 VALUES_OF_TENSORS = ("tests/unit/test_tensor_values.py",)
@@ -2785,6 +2787,237 @@ MUTANTS = (
         "            shown(tensor.key),\n",
         "            tensor.key,\n",
         CLI_INSPECT,
+    ),
+    # Export and import
+    Mutant(
+        "export: zeros are left out",
+        "distckpt/zarr_group.py",
+        'config={"write_empty_chunks": True},',
+        'config={"write_empty_chunks": False},',
+        ZARR_EXPORT,
+    ),
+    Mutant(
+        "export: chunks of zarr have no checksum",
+        "distckpt/zarr_group.py",
+        "compressors=[*compressors, codecs.Crc32cCodec()],",
+        "compressors=compressors,",
+        ZARR_EXPORT,
+    ),
+    Mutant(
+        "export: arrays lie in arrays", "distckpt/zarr_layout.py", '("%t" if key in parents else "")', '""', ZARR_EXPORT
+    ),
+    Mutant(
+        "export: names that zarr keeps are not escaped",
+        "distckpt/zarr_layout.py",
+        "    if _RESERVED.match(name):\n",
+        "    if False:\n",
+        ZARR_EXPORT,
+    ),
+    Mutant(
+        "export: chunks of zarr grow with a tensor",
+        "distckpt/zarr_layout.py",
+        "        if extent * row <= max_elements:\n",
+        "        if extent <= max_elements:\n",
+        ZARR_EXPORT,
+    ),
+    Mutant(
+        "export: dimensions of one name have two sizes",
+        "distckpt/zarr_layout.py",
+        'f"size_{extent}" if count == 1',
+        'f"size_{len(shape)}" if count == 1',
+        ZARR_EXPORT,
+    ),
+    Mutant(
+        "export: stored chunks are gone through several at a time",
+        "distckpt/exporting.py",
+        "    if cell is None:\n        return boxes\n",
+        "    if True:\n        return boxes\n",
+        ZARR_EXPORT,
+    ),
+    Mutant(
+        "export: what is given up stays",
+        "distckpt/exporting.py",
+        "        shutil.rmtree(temporary, ignore_errors=True)\n        raise\n",
+        "        raise\n",
+        ZARR_EXPORT,
+    ),
+    Mutant(
+        "export: a target that is there is replaced",
+        "distckpt/exporting.py",
+        "    if os.path.lexists(path):\n",
+        "    if False:\n",
+        ZARR_EXPORT,
+    ),
+    Mutant(
+        "export: a full disk is seen late",
+        "distckpt/exporting.py",
+        "    if free is not None and size_bytes > free.size_bytes:\n",
+        "    if False:\n",
+        ZARR_EXPORT,
+    ),
+    Mutant(
+        "export: shards of zarr are not synced",
+        "distckpt/zarr_group.py",
+        "        sync_path(os.path.join(self.root, self.path, key))\n",
+        "",
+        ZARR_EXPORT,
+    ),
+    Mutant(
+        "export: directories of zarr are not synced",
+        "distckpt/zarr_group.py",
+        "            sync_path(directory)\n",
+        "",
+        ZARR_EXPORT,
+    ),
+    Mutant(
+        "export: the name of a target is not synced", "distckpt/exporting.py", "    sync_path(above)\n", "", ZARR_EXPORT
+    ),
+    Mutant(
+        "export: numbers become infinities",
+        "distckpt/export_source.py",
+        "if not np.array_equal(np.isfinite(elements), np.isfinite(converted)):",
+        "if False:",
+        SAFETENSORS,
+    ),
+    Mutant(
+        "export: two keys get one name",
+        "distckpt/safetensors_files.py",
+        "        if name in taken:\n",
+        "        if False:\n",
+        SAFETENSORS,
+    ),
+    Mutant(
+        "import: a shard that is missing is zeros",
+        "distckpt/zarr_group.py",
+        "            if not os.path.isfile(file):",
+        "            if False:",
+        ZARR_EXPORT,
+    ),
+    Mutant(
+        "import: an array may be of any type and shape",
+        "distckpt/zarr_group.py",
+        "        if is_ != expected:\n",
+        "        if False:\n",
+        ZARR_EXPORT,
+    ),
+    Mutant(
+        "import: a layout that is newer is read",
+        "distckpt/zarr_group.py",
+        "        if version != LAYOUT_VERSION:\n",
+        "        if False:\n",
+        ZARR_EXPORT,
+    ),
+    Mutant(
+        "import: what is said of ranks is not checked",
+        "distckpt/importing.py",
+        "    _check_facts(facts, path)\n",
+        "",
+        ZARR_EXPORT,
+    ),
+    Mutant(
+        "import: chunks of any size are held",
+        "distckpt/zarr_group.py",
+        "* item_bytes > max_bytes:\n",
+        "* item_bytes > max_bytes * 1000:\n",
+        ZARR_EXPORT,
+    ),
+    Mutant(
+        "import: the index is not checked",
+        "distckpt/import_commit.py",
+        "            decode_index(encode_index(index), name=source)  # What",
+        "            # What",
+        ZARR_EXPORT,
+    ),
+    Mutant(
+        "import: a root that has checkpoints is taken",
+        "distckpt/import_commit.py",
+        "    if commits:\n",
+        "    if False:\n",
+        ZARR_EXPORT,
+    ),
+    Mutant(
+        "import: a full disk is seen late",
+        "distckpt/import_commit.py",
+        "    if free is not None and needed > free.size_bytes:\n",
+        "    if False:\n",
+        ZARR_EXPORT,
+    ),
+    Mutant(
+        "import: what is given up stays",
+        "distckpt/import_commit.py",
+        "            discard(storage, iteration, save_id)",
+        "            pass",
+        ZARR_EXPORT,
+    ),
+    Mutant(
+        "import: the values lie in any file",
+        "distckpt/import_commit.py",
+        "    written = [write(files[0])]\n",
+        "    written = [write(files[-1])]\n",
+        ZARR_EXPORT,
+    ),
+    Mutant(
+        "import: a header of any length is read",
+        "distckpt/safetensors_files.py",
+        "    if size > MAX_HEADER_BYTES or size + 8 > file.size_bytes:\n",
+        "    if False:\n",
+        SAFETENSORS,
+    ),
+    Mutant(
+        "import: tensors overlap",
+        "distckpt/safetensors_files.py",
+        "        if entry.data_offsets[0] != position or entry.data_offsets[1] < position:\n",
+        "        if False:\n",
+        SAFETENSORS,
+    ),
+    Mutant(
+        "import: bytes behind the tensors are left out",
+        "distckpt/safetensors_files.py",
+        "    if 8 + size + position != file.size_bytes:\n",
+        "    if False:\n",
+        SAFETENSORS,
+    ),
+    Mutant(
+        "import: a tensor has any number of bytes",
+        "distckpt/safetensors_files.py",
+        "    if prod(entry.shape) * DTYPES[stored].item_bytes != size:\n",
+        "    if False:\n",
+        SAFETENSORS,
+    ),
+    Mutant(
+        "import: an index names files anywhere",
+        "distckpt/safetensors_files.py",
+        'if "/" in file or "\\\\" in file or "\\0" in file or not',
+        "if not",
+        SAFETENSORS,
+    ),
+    Mutant(
+        "import: a tensor that an index names is missing",
+        "distckpt/importing.py",
+        "        if missing:\n",
+        "        if False:\n",
+        SAFETENSORS,
+    ),
+    Mutant(
+        "import: of two tensors of one name the last counts",
+        "distckpt/importing.py",
+        "            if key in tensors:\n                raise CorruptionError",
+        "            if False:\n                raise CorruptionError",
+        SAFETENSORS,
+    ),
+    Mutant(
+        "import: a shard file is taken for whole tensors",
+        "distckpt/safetensors_files.py",
+        '    if metadata.get("format") == FORMAT:\n',
+        "    if False:\n",
+        SAFETENSORS,
+    ),
+    Mutant(
+        "export: a tensor is held whole",
+        "distckpt/exporting.py",
+        "max_bytes // item_bytes):",
+        "spec.size_bytes):",
+        SAFETENSORS,
     ),
 )
 

@@ -9,7 +9,9 @@ from distckpt.cli.cat import cat
 from distckpt.cli.copy import copy
 from distckpt.cli.diff import diff
 from distckpt.cli.du import du
+from distckpt.cli.export import export
 from distckpt.cli.history import history
+from distckpt.cli.import_ import import_
 from distckpt.cli.inspect import inspect
 from distckpt.cli.ls import ls
 from distckpt.cli.metric import metric
@@ -26,13 +28,14 @@ _COMMANDS = {
     "Look: change nothing": (ls, inspect, cat, diff, du, history),
     "Check and mend": (verify, repair),
     "Change": (tag, note, pin, metric, prune),
-    "Move": (copy, reshard),
+    "Move": (copy, reshard, export, import_),
 }
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 for _panel, _commands in _COMMANDS.items():
     for _command in _commands:
-        app.command(rich_help_panel=_panel)(_command)
+        # The name of one is a word of Python's own, and so its function's cannot be.
+        app.command(_command.__name__.rstrip("_"), rich_help_panel=_panel)(_command)
 
 
 def _print_version(is_asked: bool) -> None:

@@ -1,4 +1,4 @@
-"""Sizes and times as people type them: 2TB, 500GiB, 7d."""
+"""Sizes, times and types as people type them: 2TB, 500GiB, 7d, bf16."""
 
 from __future__ import annotations
 
@@ -22,6 +22,11 @@ def size_bytes(text: str) -> int:
     """Of "2TB" (units of 1000) or "500GiB" (of 1024). Raises ValueError."""
     number, unit = _split(text, _BYTES, "2TB")
     return round(number * _BYTES[unit])
+
+
+def dtype_name(text: str) -> str:
+    """torch's name of "bf16", "fp16", "fp32", "fp64"; any other text as it is."""
+    return {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}.get(text, text)
 
 
 def duration_s(text: str) -> float:

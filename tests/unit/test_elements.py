@@ -117,3 +117,8 @@ def test_what_is_of_the_type_already_is_not_copied() -> None:
     array = np.zeros(2, np.float32)
     assert convert(array, "float32") is array
     assert can_convert("int32", "int32")
+
+
+def test_a_tensor_without_dimensions_is_one_element() -> None:
+    assert view_elements(np.float32(2).tobytes(), "float32", ()).tolist() == 2.0
+    assert view_elements(bytes(4), "complex32", ()).shape == (2,)

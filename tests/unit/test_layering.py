@@ -140,6 +140,27 @@ ALLOWED: dict[str, set[str]] = {
         "roots",
         "selecting",
     },
+    "zarr_layout": VALUES | FORMAT,
+    "zarr_group": VALUES | FORMAT | {"zarr_layout"},
+    "safetensors_files": VALUES | FORMAT | {"storage"},
+    "export_source": VALUES
+    | FORMAT
+    | {"storage", "checkpoint_files", "commit", "reader", "selecting", "tensor_source", "zarr_layout"},
+    "exporting": {
+        *VALUES | FORMAT,
+        *("_C", "storage", "checkpoint_files", "export_source", "report", "safetensors_files", "selecting"),
+        *("tensor_source", "zarr_group", "zarr_layout"),
+    },
+    "import_commit": {
+        *VALUES | FORMAT,
+        *("storage", "assembling", "checkpoint_files", "commit", "heartbeat", "planner", "removing", "report", "roots"),
+        *("share_files", "writing", "zarr_layout"),
+    },
+    "importing": {
+        *VALUES | FORMAT,
+        *("storage", "checkpoint_files", "export_source", "import_commit", "report", "safetensors_files", "zarr_group"),
+        "zarr_layout",
+    },
     "parity": VALUES | FORMAT | {"_C", "storage", "commit", "checkpoint_files"},
     "rebuilding": VALUES | FORMAT | {"_C", "storage", "assembling", "commit", "checkpoint_files"},
     "repairing": VALUES
@@ -199,7 +220,7 @@ ALLOWED: dict[str, set[str]] = {
     | LIFE
     | {"checkpointer", "pending", "one_directory", "report", "verifying", "repairing", "termination", "history_log"}
     | {"training", "copying", "copier", "after_commit", "link_names"}
-    | {"resharding", "comparing", "tensor_values"},
+    | {"resharding", "comparing", "tensor_values", "exporting", "importing"},
     "cli": {
         *VALUES | FORMAT | PORTS | LIFE,
         *(
@@ -215,6 +236,7 @@ ALLOWED: dict[str, set[str]] = {
         ),
         *("comparing", "number_differences", "value_differences", "tensor_values", "moments"),
         *("checkpoint_files", "inspecting"),
+        *("export_source", "exporting", "import_commit", "importing"),
     },
     "testing": VALUES | PORTS | {"transport", "__init__"},
 }
