@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from distckpt.cli.interruption import leaving
 from distckpt.cli.output import ROOT, WHICH, console, print_json, progress_bar, size_text
 from distckpt.cli.quantities import dtype_name, size_bytes
 from distckpt.export_source import ExportSource
@@ -82,7 +83,10 @@ def export(
     wanted = None if dtype is None else dtype_name(dtype)
     source = ExportSource.open(root, iteration, select=select or (), drop=drop or (), dtype=wanted)
     memory_bytes = size_bytes(memory)
-    with progress_bar(f"iteration {source.index.iteration}", source.size_bytes) as on_bytes:
+    with (
+        leaving(f"{target} was not made"),
+        progress_bar(f"export iteration {source.index.iteration}", source.size_bytes) as on_bytes,
+    ):
         if to is Format.zarr:
             report = write_zarr(
                 source,

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from distckpt.cli.export import JOBS, MEMORY, Format
+from distckpt.cli.interruption import leaving
 from distckpt.cli.output import console, print_json, progress_bar, size_text
 from distckpt.cli.quantities import size_bytes
 from distckpt.export_source import share_memory
@@ -64,5 +65,6 @@ def import_(
 
 
 def _commit(root: Path, incoming: Incoming, iteration: int, source: Path, jobs: int) -> ImportReport:
-    with progress_bar(f"iteration {iteration}", incoming.size_bytes) as on_bytes:
+    left = f"{root} has no checkpoint of it; a later save or prune there sweeps what was written"
+    with leaving(left), progress_bar(f"import iteration {iteration}", incoming.size_bytes) as on_bytes:
         return commit_incoming(root, incoming, iteration, source=str(source), jobs=jobs, on_bytes=on_bytes)

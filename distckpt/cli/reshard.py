@@ -12,15 +12,13 @@ from rich.table import Table
 
 from distckpt.cli.interruption import leaving
 from distckpt.cli.output import WHICH, console, plain_text, print_json, print_table, progress_bar, shown, size_text
-from distckpt.cli.quantities import size_bytes
+from distckpt.cli.quantities import dtype_name, size_bytes
 from distckpt.coordinator import launched_coordinator
 from distckpt.report import ReshardReport
 from distckpt.resharding.job import reshard as reshard_root
 from distckpt.resharding.plan_file import ReshardPlan, StageRule, read_plan
 from distckpt.resharding.planning import ReshardPreview, preview_reshard
 
-# As people write them, and as torch does.
-_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
 _MAX_SHOWN = 40
 
 
@@ -80,7 +78,7 @@ def reshard(
     """
     mesh = _mesh({"tp": tp, "cp": cp, "ep": ep, "dp": dp, "pp": pp}, axis or [])
     wishes = _with_layers(ReshardPlan() if plan is None else read_plan(plan), pp_layers)
-    wanted = None if dtype is None else _DTYPES.get(dtype, dtype)
+    wanted = None if dtype is None else dtype_name(dtype)
     memory_bytes = size_bytes(memory)
     if dry_run:
         preview = preview_reshard(
