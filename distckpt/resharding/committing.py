@@ -13,11 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
+import numpy as np
 
 from distckpt.assembling import join_records
 from distckpt.checkpoint_files import is_damage
 from distckpt.chunk_table import Chunks, encode_record
 from distckpt.commit import (
+    Commit,
     CommitFailed,
     Writer,
     iteration_directory,
@@ -28,10 +30,12 @@ from distckpt.commit import (
 )
 from distckpt.copying import check_is_of_one_run
 from distckpt.errors import CheckpointError, DistributedError
+from distckpt.geometry import Int64Array
 from distckpt.index import Index, PerRankEntry, ShardFile, Spec
+from distckpt.reader import StoredTensors
 from distckpt.removing import sweep
 from distckpt.resharding.part import Journal, journal_name, read_journal
-from distckpt.resharding.planning import PlannedReshard
+from distckpt.resharding.planning import ChunksByKey, PlannedReshard
 from distckpt.resharding.steps import PlacedTensor
 from distckpt.resharding.target_files import PlannedFiles, TargetFile, digest_of
 from distckpt.roots import check_place, claim_root
@@ -176,22 +180,46 @@ def _is_same_directory(a: Storage, b: Storage) -> bool:
 
 def _find_twin(target: Storage, planned: PlannedReshard) -> str | None:
     """The save_id of a checkpoint of the target that is what this reshard would make."""
-    specs = {tensor.key: tensor.spec for tensor in planned.layout.tensors}
     for commit in list_commits(target):
         if commit.iteration != planned.index.iteration:
             continue
         try:
             index, _ = read_index(target, commit)
+            # The newest of the iteration counts.
+            return index.save_id if _is_twin(target, commit, index, planned) else None
         except (CheckpointError, OSError) as error:
             if not is_damage(error):
                 raise
-            continue
-        found = {key: entry.spec for key, entry in index.tensors.items()}
-        is_alike = index.mesh == dict(planned.layout.mesh.sizes) and index.values == dict(planned.content.values)
-        if index.parent == planned.index.save_id and is_alike and found == specs:
-            return index.save_id
-        return None  # The newest of the iteration counts.
     return None
+
+
+def _is_twin(target: Storage, commit: Commit, index: Index, planned: PlannedReshard) -> bool:
+    """Whether a checkpoint has what this reshard would write, in files of the same ranks. Raises as read_index does."""
+    content, layout = planned.content, planned.layout
+    specs = {tensor.key: tensor.spec for tensor in layout.tensors}
+    per_rank = {key: (kept.axes, kept.kind.on_change, set(kept.holders)) for key, kept in content.per_rank.items()}
+    is_alike = (
+        index.parent == planned.index.save_id
+        and index.mesh == dict(layout.mesh.sizes)
+        and index.values == dict(content.values)
+        and {key: (e.axes, e.on_change, {at for at, _ in e.holders}) for key, e in index.per_rank.items()} == per_rank
+        and {key: entry.spec for key, entry in index.tensors.items()} == specs
+    )
+    if not is_alike:
+        return False
+    there = ChunksByKey.of(StoredTensors.read(target, commit.directory, index, content.keys))
+    rank_of = np.array([file.rank for file in index.files], np.int64)
+    for tensor, chunks in zip(layout.tensors, layout.chunks, strict=True):
+        hits = there.of_key(tensor.key)
+        found = _sorted_rows(hits.offsets, hits.shapes, rank_of[hits.files])
+        if not np.array_equal(found, _sorted_rows(chunks.offsets, chunks.shapes, chunks.ranks)):
+            return False
+    return True
+
+
+def _sorted_rows(*columns: Int64Array) -> Int64Array:
+    rows: Int64Array = np.column_stack(columns)
+    return rows[np.lexsort(rows.T[::-1])]
 
 
 def _find_journal(target: Storage, planned: PlannedReshard) -> Journal | None:

@@ -70,7 +70,7 @@ def plan_reshard(storage: Storage, commit: Commit, request: Request) -> PlannedR
     mesh = _with_axes_of(index, request.mesh)
     content = choose_content(index, mesh, select=request.select, drop=request.drop)
     stored = StoredTensors.read(storage, commit.directory, index, content.keys)
-    chunks = _ChunksByKey.of(stored)
+    chunks = ChunksByKey.of(stored)
     tensors = label_tensors(index, content.keys, chunks.of_key, mesh, request.plan, request.dtype)
     for tensor in tensors:
         before = index.tensors[tensor.key].dtype
@@ -85,7 +85,7 @@ def _with_axes_of(index: Index, mesh: TargetMesh) -> TargetMesh:
 
 
 @dataclass(frozen=True, slots=True)
-class _ChunksByKey:
+class ChunksByKey:
     """The stored chunks of every tensor, sorted by tensor, file and place. at: number of a tensor -> its group, and
     where in that its chunks begin and end."""
 
@@ -94,7 +94,7 @@ class _ChunksByKey:
     at: dict[int, tuple[int, int, int]]
 
     @classmethod
-    def of(cls, stored: StoredTensors) -> _ChunksByKey:
+    def of(cls, stored: StoredTensors) -> ChunksByKey:
         """Raises CorruptionError for chunks that lie where none can."""
         boxes = [Box.whole(stored.index.tensors[key].global_shape) for key in stored.keys]
         groups: list[Hits] = []

@@ -138,7 +138,8 @@ class _Pieces:
 
 
 def place_step(tensors: Sequence[PlacedTensor], step: Step, window: memoryview, scratch: memoryview) -> Transfer:
-    """Where everything of a step goes. Neighbours in a file become one run, aligned in memory as it is in the file."""
+    """Where everything of a step goes. Neighbours in a file become one run, aligned in memory as it is in the file, as
+    far as the window has room for that: there may be very many."""
     by_ndim: dict[int, list[tuple[int, Box]]] = {}
     for number, band in step.bands:
         by_ndim.setdefault(len(band.shape), []).append((number, band))
@@ -151,7 +152,7 @@ def place_step(tensors: Sequence[PlacedTensor], step: Step, window: memoryview, 
             [pieces.shape.prod(axis=1) * _item_bytes(tensors, pieces) for pieces in groups],
         )
     )
-    at, runs = _place_runs(output, offset, size)
+    at, runs = _place_runs(output, offset, size, len(window) - int(size.sum()))
     transfer = Transfer([], [], [], runs)
     first = scratch_at = 0
     for pieces in groups:
@@ -165,8 +166,10 @@ def _item_bytes(tensors: Sequence[PlacedTensor], pieces: _Pieces) -> Int64Array:
     return np.array([tensors[t].item_bytes for t in pieces.tensor.tolist()], np.int64)
 
 
-def _place_runs(output: Int64Array, offset: Int64Array, size: Int64Array) -> tuple[Int64Array, list[Run]]:
-    """Where in the window each piece lies, and the runs that they make up."""
+def _place_runs(
+    output: Int64Array, offset: Int64Array, size: Int64Array, room: int
+) -> tuple[Int64Array, list[Run]]:
+    """Where in the window each piece lies, and the runs that they make up. room: bytes that may stay free between."""
     order = np.lexsort((offset, output))
     file, begin, end = output[order], offset[order], (offset + size)[order]
     is_first = np.ones(len(order), bool)
@@ -177,7 +180,9 @@ def _place_runs(output: Int64Array, offset: Int64Array, size: Int64Array) -> tup
     position = 0
     columns = (file[firsts].tolist(), begin[firsts].tolist(), end[lasts].tolist() if len(firsts) else [])
     for number, low, high in zip(*columns, strict=True):
-        position += (low - position) % _PAGE
+        skipped = (low - position) % _PAGE
+        if skipped <= room:
+            position, room = position + skipped, room - skipped
         runs.append(Run(number, low, position, high - low))
         position += high - low
     at = np.empty(len(order), np.int64)
@@ -204,7 +209,7 @@ def _place_pieces(
         box, data, start = Box(tuple(low), tuple(shape)), window, at
         item_bytes = DTYPES[tensor.source_dtype].item_bytes
         if tensor.source_dtype != tensor.dtype:
-            data, start = scratch, -(-scratch_at // 16) * 16
+            data, start = scratch, scratch_at
             transfer.conversions.append(Conversion(tensor.key, start, tensor.source_dtype, at, tensor.dtype, box.size))
             scratch_at = start + box.size * item_bytes
         inner: Box | None = box
