@@ -18,6 +18,7 @@ from distckpt.errors import CheckpointError, CorruptionError
 from distckpt.index import Index, PerRankEntry
 from distckpt.json_value import is_container
 from distckpt.planner import PerRankKind
+from distckpt.resharding.plan_file import glob_of
 from distckpt.resharding.target_layout import TargetMesh
 from distckpt.storage import Storage
 
@@ -64,7 +65,7 @@ def choose_content(index: Index, mesh: TargetMesh, *, select: Sequence[str] = ()
         raise CheckpointError(f"nothing is left of the {len(known)} keys of the checkpoint")
     gone = [key for key in known if not is_kept(key)]
     values = {key: value for key, value in values.items() if not _is_hollow(key, value, gone, (keys, values, entries))}
-    per_rank, notes = _place_per_rank(entries, mesh)
+    per_rank, notes = _place_per_rank(entries, {axis: _size_of(axis, index, mesh) for axis in index.mesh}, mesh)
     return Content(keys, values, per_rank, notes)
 
 
@@ -87,25 +88,31 @@ def _is_hollow(
     )
 
 
+def _size_of(axis: str, index: Index, mesh: TargetMesh) -> int:
+    """Of an axis of the source, in the target. A job without a mesh counts all its ranks on one."""
+    is_only = len(index.mesh) == 1 and axis == "rank"
+    return mesh.world_size if is_only and mesh.size(axis) == index.mesh[axis] else mesh.size(axis)
+
+
 def _place_per_rank(
-    entries: Mapping[str, PerRankEntry], mesh: TargetMesh
+    entries: Mapping[str, PerRankEntry], sizes: Mapping[str, int], mesh: TargetMesh
 ) -> tuple[dict[str, KeptPerRank], tuple[str, ...]]:
     placed: dict[str, KeptPerRank] = {}
     notes: list[str] = []
     for key, entry in entries.items():
         kind = PerRankKind(tuple(axis for axis, _ in entry.axes), entry.on_change)
-        changed = {axis: size for axis, size in entry.axes if mesh.size(axis) != size}
+        changed = {axis: size for axis, size in entry.axes if sizes.get(axis, 1) != size}
         if not changed:
             holders = {
                 at: (mesh.ranks_at(dict(zip(kind.axes, at, strict=True)))[0], number) for at, number in entry.holders
             }
             placed[key] = KeptPerRank(kind, entry.axes, holders)
             continue
-        were = ", ".join(f"{axis} {size} -> {mesh.size(axis)}" for axis, size in changed.items())
+        were = ", ".join(f"{axis} {size} -> {sizes.get(axis, 1)}" for axis, size in changed.items())
         if entry.on_change == "exact":
             raise CheckpointError(
                 f"per-rank value {key!r} must come back exactly, but its axes change ({were}). Leave it out with "
-                f"--drop '{key}', or keep the sizes of these axes."
+                f"--drop '{glob_of(key)}', or keep the sizes of these axes."
             )
         what = "ranks will draw a new seed" if entry.on_change == "reseed" else "ranks will keep what they have"
         notes.append(f"per-rank value {key!r} is left out, as its axes change ({were}): at a load {what}")

@@ -23,6 +23,7 @@ from distckpt.elements import convert, view_elements
 from distckpt.errors import CheckpointError
 from distckpt.index import Natural, ShardFile
 from distckpt.reader import StoredTensors
+from distckpt.resharding.plan_file import glob_of
 from distckpt.resharding.shard_output import OutputState, ShardOutput
 from distckpt.resharding.steps import Conversion, PlacedTensor, Step, Transfer, cut_steps, place_step
 from distckpt.resharding.target_files import Lot, TargetFile
@@ -227,9 +228,10 @@ def _convert(conversion: Conversion, window: memoryview, scratch: memoryview) ->
     )
     after = convert(before, conversion.target_dtype)
     if np.count_nonzero(np.isfinite(before)) != np.count_nonzero(np.isfinite(after)):
+        match = msgspec.json.encode(glob_of(conversion.key)).decode()
         raise CheckpointError(
             f"{conversion.key!r} has numbers of {conversion.source_dtype} that {conversion.target_dtype} cannot hold. "
-            f'Keep its type by a rule in a plan: {{"match": "{conversion.key}", "dtype": "{conversion.source_dtype}"}}'
+            f'Keep its type by a rule in a plan: {{"match": {match}, "dtype": "{conversion.source_dtype}"}}'
         )
     view_elements(window[conversion.target : conversion.target + after_bytes], conversion.target_dtype, shape)[:] = (
         after

@@ -16,6 +16,7 @@ docs/cli.md says what each word means.
 from __future__ import annotations
 
 import os
+import re
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, TypeAlias
@@ -78,6 +79,11 @@ class ReshardPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                     if getattr(rule, field) is not None:
                         said.setdefault(field, getattr(rule, field))
         return msgspec.convert({**said, "match": key}, TensorRule) if said else TensorRule(match=key)
+
+
+def glob_of(key: str) -> str:
+    """The glob that matches this key alone."""
+    return re.sub(r"([*?[])", r"[\1]", key)
 
 
 def read_plan(path: Path) -> ReshardPlan:

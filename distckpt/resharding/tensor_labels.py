@@ -8,7 +8,7 @@ prints the lines that the plan needs.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import pairwise
@@ -20,8 +20,8 @@ from distckpt.chunk_table import Hits
 from distckpt.errors import CheckpointError
 from distckpt.geometry import Int64Array, grid_cuts
 from distckpt.index import Index, Spec
-from distckpt.resharding.plan_file import ReshardPlan, TensorRule
-from distckpt.resharding.target_layout import TargetMesh, TargetTensor
+from distckpt.resharding.plan_file import ReshardPlan, TensorRule, glob_of
+from distckpt.resharding.target_layout import AXIS_ORDER, TargetMesh, TargetTensor
 from distckpt.shard_file import DTYPES
 
 # Axes over which a tensor is the same unless something says otherwise: of its replicas any one is written, so that
@@ -40,6 +40,7 @@ def label_tensors(
 
     Raises CheckpointError for what is neither recorded nor can be inferred: it has the lines that the plan needs.
     """
+    _check_plan_axes(plan, {*mesh.sizes, *AXIS_ORDER})
     labels = _Labels(index, keys, chunks_of, mesh, plan)
     tensors = [labels.tensor(key, dtype) for key in keys]
     labels.refuse_unknown()
@@ -56,15 +57,30 @@ def _check_rules(plan: ReshardPlan, keys: Sequence[str]) -> None:
             )
 
 
+def _check_plan_axes(plan: ReshardPlan, known: Collection[str]) -> None:
+    named = [(axis, f"stages of {axis!r}") for axis in plan.stages]
+    for rule in plan.tensors:
+        axes = [axis for axis in (*(rule.partition or ()), rule.owner) if axis is not None]
+        named += [(axis, f"the rule for {rule.match!r} names {axis!r}") for axis in axes]
+    for axis, where in named:
+        if axis not in known:
+            raise CheckpointError(f"plan: {where}, which is no axis of the mesh; axes are {', '.join(sorted(known))}")
+
+
 def _check_axes(mesh: TargetMesh, tensors: Sequence[TargetTensor]) -> None:
     """Nobody asks for tp 4 to get four times nothing."""
+    for tensor in tensors:
+        axes = [axis for axis in tensor.spec.partition or () if axis is not None]
+        if len(set(axes)) < len(axes):  # Its coordinates would have the diagonal, and nobody the rest.
+            raise CheckpointError(f"{tensor.key!r}: partition {list(tensor.spec.partition or ())} has an axis twice")
     used = {axis for tensor in tensors for axis in (*(tensor.spec.partition or ()), tensor.spec.owner)}
     idle = [axis for axis, size in mesh.sizes.items() if size > 1 and axis not in used | REPLICATING]
     if idle and tensors:
+        example = msgspec.json.encode(glob_of(tensors[0].key)).decode()
         raise CheckpointError(
             f"no tensor is split over {idle[0]!r}, or held by one of its coordinates: the checkpoint does not say how, "
             f"so size {mesh.size(idle[0])} would change nothing. Say in a plan (--plan FILE) how, such as\n"
-            f'  {{"tensors": [{{"match": "{tensors[0].key}", "partition": {_placeholder(tensors[0].spec, idle[0])}}}]}}'
+            f'  {{"tensors": [{{"match": {example}, "partition": {_placeholder(tensors[0].spec, idle[0])}}}]}}'
         )
 
 
@@ -89,9 +105,13 @@ class _Labels:
     mesh: TargetMesh
     plan: ReshardPlan
     unknown: dict[str, tuple[str, str]] = field(default_factory=dict)
+    _is_kept: frozenset[str | None] = field(init=False)
     _numbering: dict[str, _Numbering | None] = field(default_factory=dict)
     _known: dict[str, Spec | None] = field(default_factory=dict)
     _places: dict[str, Int64Array] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._is_kept = frozenset(self.keys)
 
     def tensor(self, key: str, dtype: str | None) -> TargetTensor:
         rule = self.plan.rule_of(key)
@@ -117,7 +137,8 @@ class _Labels:
         )
 
     def _ask(self, key: str, line: Mapping[str, object], why: str) -> None:
-        template = re.sub(r"\d+", "*", key)
+        key = self._stands_for(key) or key
+        template = re.sub(r"(?<![^./])\d+(?![^./])", "*", glob_of(key))  # Not the 1 of fc1: fc2 is cut otherwise.
         text = msgspec.json.encode({"match": template, **line}).decode()
         self.unknown.setdefault(template, (text, why))
 
@@ -212,6 +233,11 @@ class _Labels:
         known = self.index.tensors
         return next((end for end in ends if end in known and known[end].global_shape == entry.global_shape), None)
 
+    def _stands_for(self, key: str) -> str | None:
+        """The parameter whose state a tensor is, if it is taken along: what is said of that holds for the state."""
+        parameter = self._parameter_of(key, self.index.tensors[key])
+        return parameter if parameter in self._is_kept else None
+
     def _infer(self, entry: Spec, chunks: Hits) -> Spec | None:
         """From which ranks wrote which chunks; None if that does not say."""
         cuts = grid_cuts(chunks.offsets, chunks.shapes)
@@ -252,8 +278,10 @@ class _Labels:
     def _coordinate(self, key: str, axis: str, rule: TensorRule) -> int:
         """Of the owner axis: where a tensor is held."""
         size, before = self.mesh.size(axis), self.index.mesh.get(axis, 1)
-        if rule.at is not None:
-            return _said_coordinate(key, axis, rule.at, size)
+        parameter = self._stands_for(key)
+        said = self.plan.rule_of(parameter).at if rule.at is None and parameter is not None else rule.at
+        if said is not None:
+            return _said_coordinate(key, axis, said, size)
         if size == 1:
             return 0
         held = self._held_at(key, axis)

@@ -16,3 +16,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reshards take many steps, as those of large tensors do, and no time for memory."""
+    from distckpt.resharding import job, part
+
+    monkeypatch.setattr(job, "window_bytes", lambda *_, **__: 64 << 10)
+    monkeypatch.setattr(part, "CACHE_BYTES", 1 << 20)

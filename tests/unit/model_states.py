@@ -224,13 +224,6 @@ def moe(layers: int = 4, hidden: int = 8, experts: int = 4) -> Model:
     return Model("moe", layers, tuple(found))
 
 
-ENDS = {  # What a plan must say of a model whose checkpoint has one pipeline stage.
-    "gpt": [("*embedding.*", "first"), ("*final_norm.*", "last"), ("*output.*", "last")],
-    "llama": [("*embedding.weight", "first"), ("*final_norm.weight", "last"), ("*output.weight", "last")],
-    "moe": [("*embedding.weight", "first"), ("*output.weight", "last")],
-}
-
-
 @dataclass
 class RankState:
     """state is what is saved; shards are all in it."""
@@ -401,14 +394,16 @@ def read_tensors(storage: Storage) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
 
     def walk(node: object, path: str) -> None:
+        if isinstance(node, np.ndarray):
+            node = torch.from_numpy(node)
         if isinstance(node, Tensor):
             found[path if path in keys else path.rpartition("/")[2]] = node
         elif isinstance(node, dict):
             for name, child in node.items():
                 walk(child, f"{path}/{name}" if path else str(name))
         elif isinstance(node, (list, tuple)):
-            for number, child in enumerate(node):
-                walk(child, f"{path}/{number}")
+            for number, child in enumerate(node):  # as keys have entries of lists
+                walk(child, f"{path}/%l{number}")
 
     walk(state, "")
     assert found.keys() == set(keys)

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from itertools import pairwise
 
 import pytest
 
 import distckpt
 from distckpt import preview_reshard
-from distckpt.commit import list_commits, read_index
 from distckpt.errors import CheckpointError
-from distckpt.index import Index
-from distckpt.report import ReshardReport
-from distckpt.resharding import job
 from distckpt.resharding.plan_file import ReshardPlan, StageRule, TensorRule
 from distckpt.resharding.planning import ReshardPreview
 from distckpt.storage import Storage
 from distckpt.testing import MemoryStorage
 from tests.unit.model_states import (
-    ENDS,
     Layout,
     Model,
     Parameter,
@@ -28,52 +23,22 @@ from tests.unit.model_states import (
     llama,
     load_model,
     moe,
-    save_model,
 )
+from tests.unit.resharded_roots import index_of, reshard, reshard_into, saved
 
+pytestmark = pytest.mark.usefixtures("small_windows")
 MODELS = {"gpt": gpt(), "gpt untied": gpt(tied=False), "llama": llama(), "moe": moe()}
 
 
-@pytest.fixture(autouse=True)
-def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several steps even for small models, and no time spent on memory."""
-    monkeypatch.setattr(job, "window_bytes", lambda *_, **__: 64 << 10)
-
-
 def ends_of(model: Model) -> tuple[TensorRule, ...]:
-    return tuple(TensorRule(match=match, at=at) for match, at in ENDS[model.name] if _is_used(model, match))
-
-
-def _is_used(model: Model, match: str) -> bool:
-    return any(match.strip("*") in parameter.key for parameter in model.parameters)
+    """What a plan says of a model that lay on one stage; the moments follow."""
+    first = {"first": "first", "both": "first", "last": "last"}
+    return tuple(TensorRule(match=p.key, at=first[p.stage]) for p in model.parameters if isinstance(p.stage, str))
 
 
 def plan_for(model: Model, layout: Layout, *, with_ends: bool = False) -> ReshardPlan:
     stages = {} if layout.layers is None else {"pp": StageRule(counts=layout.layers)}
     return ReshardPlan(stages=stages, tensors=ends_of(model) if with_ends else ())
-
-
-def reshard(source: Storage, layout: Layout, plan: ReshardPlan | None = None, **options: Any) -> MemoryStorage:
-    """Into a new root."""
-    target = MemoryStorage()
-    reshard_into(source, target, layout, plan, **options)
-    return target
-
-
-def reshard_into(
-    source: Storage, target: Storage, layout: Layout, plan: ReshardPlan | None = None, **options: Any
-) -> ReshardReport:
-    return distckpt.reshard(source, target, layout.mesh, plan=plan, **options)
-
-
-def index_of(storage: Storage) -> Index:
-    return read_index(storage, list_commits(storage)[0])[0]
-
-
-def saved(model: Model, layout: Layout) -> MemoryStorage:
-    storage = MemoryStorage()
-    save_model(storage, model, layout)
-    return storage
 
 
 def check_same(found: Storage, direct: Storage) -> None:
