@@ -19,6 +19,7 @@ from distckpt.assembling import join_records
 from distckpt.checkpoint_files import is_damage
 from distckpt.chunk_table import Chunks, encode_record
 from distckpt.commit import (
+    TRACKER,
     Commit,
     CommitFailed,
     Writer,
@@ -27,6 +28,7 @@ from distckpt.commit import (
     new_save_id,
     pending_marker,
     read_index,
+    tracker_warning,
 )
 from distckpt.copying import check_is_of_one_run
 from distckpt.errors import CheckpointError, DistributedError
@@ -40,7 +42,7 @@ from distckpt.resharding.steps import PlacedTensor
 from distckpt.resharding.target_files import PlannedFiles, TargetFile, digest_of
 from distckpt.roots import check_place, claim_root
 from distckpt.shard_file import FORMAT, FORMAT_VERSION
-from distckpt.storage import PosixStorage, Storage, new_file
+from distckpt.storage import PosixStorage, Storage
 
 logger = logging.getLogger("distckpt")
 _GRACE_S = 60.0  # of readers of what is swept in the target
@@ -48,10 +50,12 @@ _JOURNAL = re.compile(r"reshard-00000-([0-9a-f]{32})\.json")
 
 
 class Order(msgspec.Struct, frozen=True):
-    """What rank 0 decided. parts: how many the files are written in. is_there: nothing is to be done."""
+    """What rank 0 decided. parts: how many the files are written in. epoch: of the writer, as in distckpt.commit.
+    is_there: nothing is to be done."""
 
     save_id: str
     parts: int
+    epoch: int = 0
     is_resumed: bool = False
     is_there: bool = False
 
@@ -90,6 +94,7 @@ def begin(target: Storage, planned: PlannedReshard, world_size: int) -> tuple[Or
     _check_target(target, planned)
     there = _find_twin(target, planned)
     if there is not None:
+        _finish_twin(target, planned, there)
         return Order(there, 1, is_there=True), None
     journal = _find_journal(target, planned)
     writer = claim_root(target)
@@ -100,7 +105,18 @@ def begin(target: Storage, planned: PlannedReshard, world_size: int) -> tuple[Or
     target.replace(pending_marker(planned.index.iteration, save_id), str(writer.epoch).encode())
     sweep(target, grace_s=_GRACE_S)
     _check_room(target, planned, save_id)
-    return Order(save_id, world_size if journal is None else journal.parts, is_resumed=journal is not None), writer
+    parts = world_size if journal is None else journal.parts
+    return Order(save_id, parts, writer.epoch, is_resumed=journal is not None), writer
+
+
+def _finish_twin(target: Storage, planned: PlannedReshard, save_id: str) -> None:
+    """What a reshard does after its commit, if it was cut short in between."""
+    directory = iteration_directory(planned.index.iteration)
+    for name in target.list(directory):
+        if save_id in name and name.startswith(("reshard-", "pending-")):
+            target.remove(f"{directory}/{name}")
+    if tracker_warning(target, list_commits(target)[0]) is not None:
+        target.replace(TRACKER, str(list_commits(target)[0].iteration).encode())
 
 
 def _check_target(target: Storage, planned: PlannedReshard) -> None:
@@ -145,9 +161,10 @@ def commit(
     try:
         index, table = _index_of(planned, order.save_id, files, written, writer)
         name = f"{directory}/{index.chunk_table.name}"
-        target.remove(name)  # Of a try that was cut short here.
-        with new_file(target, name, len(table)) as file:
-            file.write(0, table)
+        writer.check_fence()
+        # Over that of a try that was cut short here, never without one: somebody who went on with our files has the
+        # same, and may have committed it by now.
+        target.replace(name, table)
         writer.publish(index)
     except (CommitFailed, OSError) as error:
         raise DistributedError(

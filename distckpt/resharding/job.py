@@ -326,6 +326,7 @@ class _Writing:
             plan,
             window_bytes=window,
             on_bytes=job.count,
+            check_fence=Writer(job.target, self._order.epoch, 0).check_fence,
         )
         with self._lock:
             self._writer = writer

@@ -7,7 +7,7 @@ seconds what was written is made durable and noted in the journal; who starts ag
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -97,7 +97,8 @@ class PartPlan:
 class PartWriter:
     """Writes one part. run() in one thread; note() and stop() from another.
 
-    window_bytes: of each of the windows of a lot. on_bytes: told how many bytes of tensors were written.
+    window_bytes: of each of the windows of a lot. on_bytes: told how many bytes of tensors were written. check_fence:
+    raises FencedError once somebody else goes on with these very files; from then on nothing is written to them.
     """
 
     def __init__(
@@ -110,7 +111,10 @@ class PartWriter:
         *,
         window_bytes: int,
         on_bytes: OnBytes,
+        check_fence: Callable[[], None],
     ) -> None:
+        check_fence()
+        self._check_fence = check_fence
         self._source, self._source_directory, self._stored = source, source_directory, stored
         self._target = target
         self._plan = plan
@@ -157,17 +161,17 @@ class PartWriter:
             if self._stopped.is_set():
                 self.note()
                 return None
-            finished = [output.finished or output.finish() for output in self._outputs.values()]
             self.note()
-            return finished
+            return [output.finished or output.finish() for output in self._outputs.values()]
         except BaseException:
             for output in self._outputs.values():
                 output.abandon()
             raise
 
     def note(self) -> None:
-        """Make durable what was written, and note it in the journal. Raises OSError."""
+        """Make durable what was written, and note it in the journal. Raises FencedError, OSError."""
         with self._gate.closed():
+            self._check_fence()
             states = []
             for output in self._outputs.values():
                 if output.finished is None and output.is_filled:
@@ -213,6 +217,7 @@ class PartWriter:
 
     def _write(self, number: int, step: Step, transfer: Transfer, window: memoryview) -> None:
         with self._gate.open():
+            self._check_fence()
             for run in transfer.runs:
                 self._outputs[run.output].put(run.offset, window[run.begin : run.begin + run.size_bytes])
             self._lots[number] = Lot(step.after, self._lots[number].end)

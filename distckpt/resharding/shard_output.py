@@ -1,7 +1,7 @@
 """A shard file that is written in pieces, in any order, and can be left and gone on with. No torch.
 
 Who writes a checkpoint anew in the order in which another one lies meets the parts of a file in whatever order that
-gives. Pages are written when they are whole; sums of parts of a block are joined when they meet.
+gives. Pages are written once, when they are whole; sums of parts of a block are joined when they meet.
 """
 
 from __future__ import annotations
@@ -36,12 +36,14 @@ class Fragment(msgspec.Struct, frozen=True, array_like=True):
 
 class OutputState(msgspec.Struct, frozen=True):
     """How far a file is. finished: it is whole and durable. sums: uint32, of each block; is_whole: a byte a block,
-    whether its sum is known; begun: (block, what is written of it) of the others."""
+    whether its sum is known; begun: (block, what is written of it) of the others. pages: those that are not whole:
+    (number, how many bytes of it are known, the page)."""
 
     finished: ShardFile | None = None
     sums: bytes = b""
     is_whole: bytes = b""
     begun: tuple[tuple[Natural, tuple[Fragment, ...]], ...] = ()
+    pages: tuple[tuple[Natural, Natural, bytes], ...] = ()
 
 
 class ShardOutput:
@@ -89,25 +91,8 @@ class ShardOutput:
         self._sums[:] = np.frombuffer(state.sums, np.uint32)
         self._is_whole[:] = np.frombuffer(state.is_whole, bool)
         self._begun = {block: list(fragments) for block, fragments in state.begun}
+        self._pages = {number: _Page(bytearray(data), known) for number, known, data in state.pages}
         self._file = self._storage.reopen(self.name)
-        self._read_pages()
-
-    def _read_pages(self) -> None:
-        """Bring the pages that are not whole back into memory."""
-        file = self._storage.open(self.name)
-        try:
-            for block, fragments in self._begun.items():
-                for fragment in fragments:
-                    begin, end = block * BLOCK_BYTES + fragment.begin, block * BLOCK_BYTES + fragment.end
-                    for number in {begin // _PAGE, (end - 1) // _PAGE}:
-                        low, high = max(begin, number * _PAGE), min(end, (number + 1) * _PAGE)
-                        if high - low == _PAGE:
-                            continue
-                        data = memoryview(bytearray(high - low))
-                        file.read_into(low, data)
-                        self._page(number).add(low % _PAGE, data)
-        finally:
-            file.close()
 
     def put(self, offset: int, data: memoryview) -> None:
         """Write bytes that belong at `offset`, which come once. Aligned as the offset is modulo 4096, most of them are
@@ -129,15 +114,14 @@ class ShardOutput:
         return bool(self._is_whole.all())
 
     def sync(self) -> OutputState:
-        """Make all that was put durable, and tell how far the file is."""
+        """Make the whole pages of what was put durable, and tell how far the file is. The others are in the state: so
+        nothing that is durable is ever written again, by this process or one that went on with the file."""
         if self.finished is not None:
             return OutputState(self.finished)
-        file = self._open_file()
-        for number, page in sorted(self._pages.items()):
-            file.write(number * _PAGE, page.data)
-        file.sync()
+        self._open_file().sync()
+        pages = tuple((number, page.known, bytes(page.data)) for number, page in sorted(self._pages.items()))
         begun = tuple((block, tuple(fragments)) for block, fragments in sorted(self._begun.items()))
-        return OutputState(None, self._sums.tobytes(), self._is_whole.tobytes(), begun)
+        return OutputState(None, self._sums.tobytes(), self._is_whole.tobytes(), begun, pages)
 
     def finish(self) -> ShardFile:
         """Once all of it was put: add the checksum table, and make the file whole and durable."""
@@ -186,7 +170,7 @@ class ShardOutput:
 
     def _page(self, number: int) -> _Page:
         if number not in self._pages:
-            self._pages[number] = _Page()
+            self._pages[number] = _Page(bytearray(_PAGE), 0)
         return self._pages[number]
 
     def _add(self, block: int, new: Fragment) -> None:
@@ -211,9 +195,9 @@ class _Page:
 
     __slots__ = ("data", "known")
 
-    def __init__(self) -> None:
-        self.data = bytearray(_PAGE)
-        self.known = 0
+    def __init__(self, data: bytearray, known: int) -> None:
+        self.data = data
+        self.known = known
 
     def add(self, begin: int, data: memoryview) -> None:
         self.data[begin : begin + len(data)] = data
