@@ -93,6 +93,10 @@ CLI_INSPECT = ("tests/unit/test_cli_inspect.py",)
 INSPECT_PAGE = ("tests/unit/test_inspect_page.py",)
 SAVE_POWER_CUT = ("tests/crash/test_save_power_cut.py",)
 IO_FAULTS = ("tests/crash/test_io_faults.py",)
+RESHARDING = ("tests/unit/test_resharding_layouts.py",)
+RESHARDING_CASES = ("tests/unit/test_resharding_cases.py",)
+RESHARDING_FAULTS = ("tests/crash/test_reshard_faults.py",)
+RESHARDING_PROPERTIES = ("tests/unit/test_resharding_properties.py",)
 ROLL_BACK = ("tests/crash/test_roll_back.py",)
 READER = ("tests/crash/test_reader_beside_writer.py",)
 
@@ -3018,6 +3022,146 @@ MUTANTS = (
         "max_bytes // item_bytes):",
         "spec.size_bytes):",
         SAFETENSORS,
+    # Resharding
+    Mutant(
+        "resharding: blocks are not split one by one",
+        "distckpt/resharding/target_layout.py",
+        "        blocks = self.spec.blocks[dim] if self.spec.blocks else 1\n",
+        "        blocks = 1\n",
+        RESHARDING,
+    ),
+    Mutant(
+        "resharding: the owner holds nothing alone",
+        "distckpt/resharding/target_layout.py",
+        "    if spec.owner is not None and tensor.at is not None and",
+        "    if False and",
+        RESHARDING,
+    ),
+    Mutant(
+        "resharding: layers are dealt out equally, whatever was asked",
+        "distckpt/resharding/tensor_labels.py",
+        "        if counts is None:\n            if total % size:\n",
+        "        if True:\n            if total % size:\n",
+        RESHARDING,
+    ),
+    Mutant(
+        "resharding: an axis other than tp is not split",
+        "distckpt/resharding/target_layout.py",
+        "for axis in partition if axis is not None and mesh.size(axis) > 1))",
+        "for axis in partition if axis == 'tp' and mesh.size(axis) > 1))",
+        RESHARDING,
+    ),
+    Mutant(
+        "resharding: a checkpoint of another layout is taken for what is asked",
+        "distckpt/resharding/committing.py",
+        "        if not np.array_equal(found, _sorted_rows(chunks.offsets, chunks.shapes, chunks.ranks)):\n",
+        "        if False:\n",
+        RESHARDING,
+    ),
+    Mutant(
+        "resharding: it is not looked for what is there already",
+        "distckpt/resharding/committing.py",
+        "    there = _find_twin(target, planned)\n",
+        "    there = None\n",
+        RESHARDING,
+    ),
+    Mutant(
+        "resharding: a window takes more than it has room for",
+        "distckpt/resharding/steps.py",
+        "            if skipped <= room:\n",
+        "            if True:\n",
+        RESHARDING,
+    ),
+    Mutant(
+        "resharding: an axis may split two dimensions",
+        "distckpt/resharding/tensor_labels.py",
+        "        if len(set(axes)) < len(axes):",
+        "        if False:",
+        RESHARDING_CASES,
+    ),
+    Mutant(
+        "resharding: a plan may name any axis",
+        "distckpt/resharding/tensor_labels.py",
+        "        if axis not in known:\n",
+        "        if False:\n",
+        RESHARDING_CASES,
+    ),
+    Mutant(
+        "resharding: overflow is not noticed",
+        "distckpt/resharding/part.py",
+        "    if np.count_nonzero(np.isfinite(before)) != np.count_nonzero(np.isfinite(after)):\n",
+        "    if False:\n",
+        RESHARDING_CASES,
+    ),
+    Mutant(
+        "resharding: exact values by rank may get lost",
+        "distckpt/resharding/content.py",
+        '        if entry.on_change == "exact":\n',
+        "        if False:\n",
+        RESHARDING_CASES,
+    ),
+    Mutant(
+        "resharding: padding is not zero",
+        "distckpt/resharding/part.py",
+        "            np.frombuffer(memory[begin : begin + size], np.uint8)[:] = 0\n",
+        "            np.frombuffer(memory[begin : begin + size], np.uint8)[:] = 1\n",
+        RESHARDING_CASES,
+    ),
+    Mutant(
+        "resharding: the journal speaks of what is not durable",
+        "distckpt/resharding/shard_output.py",
+        "        self._open_file().sync()\n",
+        "",
+        RESHARDING_FAULTS,
+    ),
+    Mutant(
+        "resharding: the journal speaks of files whose names are not durable",
+        "distckpt/resharding/part.py",
+        "            self._target.sync_directory(plan.directory)\n",
+        "",
+        RESHARDING_FAULTS,
+    ),
+    Mutant(
+        "resharding: pages that are not whole are lost",
+        "distckpt/resharding/shard_output.py",
+        "self._is_whole.tobytes(), begun, pages)",
+        "self._is_whole.tobytes(), begun)",
+        RESHARDING_FAULTS,
+    ),
+    Mutant(
+        "resharding: goes on with what had other options",
+        "distckpt/resharding/committing.py",
+        "        if journal.digest == digest:\n",
+        "        if True:\n",
+        RESHARDING_FAULTS,
+    ),
+    Mutant(
+        "resharding: journals of one that is fenced go on",
+        "distckpt/resharding/part.py",
+        "            self._check_fence()\n",
+        "",
+        RESHARDING_FAULTS,
+    ),
+    Mutant(
+        "resharding: the chunk table of another's commit is removed",
+        "distckpt/resharding/committing.py",
+        "        target.replace(name, table)\n",
+        "        target.remove(name)\n        target.replace(name, table)\n",
+        RESHARDING_FAULTS,
+    ),
+    Mutant(
+        "resharding: what is left after a commit stays",
+        "distckpt/resharding/committing.py",
+        "        _finish_twin(target, planned, there)\n",
+        "",
+        RESHARDING_FAULTS,
+    ),
+    Mutant(
+        "resharding: blocks of the source are not checked",
+        "distckpt/storage/checked.py",
+        "            if len(bad):\n                return first + int(bad[0]), int(found[bad[0]])\n",
+        "",
+        RESHARDING_FAULTS,
     ),
 )
 

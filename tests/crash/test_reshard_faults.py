@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import threading
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -17,11 +18,13 @@ from distckpt.errors import CheckpointError, CorruptionError, DistributedError, 
 from distckpt.report import ReshardReport
 from distckpt.resharding import job
 from distckpt.resharding.part import PartWriter
+from distckpt.resharding.plan_file import ReshardPlan, TensorRule
 from distckpt.storage import Storage
+from distckpt.storage.faults import Result
 from distckpt.testing import Crash, CrashingStorage, MemoryStorage, run_ranks
 from tests.crash.states import unexplained
 from tests.unit.damage import change, flip
-from tests.unit.model_states import read_tensors, same_bits
+from tests.unit.model_states import held_chunks, read_tensors, same_bits
 
 Moment = Literal["before", "half", "after"]
 KEYS = {"a": (12, 300), "b": (7,), "c": (16, 16, 3), "d": (2000,)}
@@ -271,6 +274,53 @@ def test_of_two_reshards_at_once_one_ends_with_an_error(
     held.go_on.set()
     thread.join(30)
     (error,) = errors
-    assert isinstance(error, (FencedError, DistributedError, CheckpointError, OSError)), error
-    reshard(source, target)
-    assert is_none_or_whole(target)
+    assert isinstance(error, FencedError), error
+    check_whole(target)
+    assert reshard(source, target).is_there
+
+
+class LateStorage(CrashingStorage):
+    """Before the first call on a chunk table, somebody else does something; after it, the process dies."""
+
+    def __init__(self, inner: Storage, interfere: Callable[[], object]) -> None:
+        super().__init__(inner)
+        self._interfere: Callable[[], object] | None = interfere
+
+    def run(self, method: str, name: str, call: Callable[[], Result], half: Callable[[], None] | None = None) -> Result:
+        if "chunks-" in name and self._interfere is not None:
+            interfere, self._interfere = self._interfere, None
+            interfere()
+            super().run(method, name, call, half)
+            raise Crash
+        return super().run(method, name, call, half)
+
+
+def test_late_commit_takes_nothing_from_that_of_another(source: MemoryStorage) -> None:
+    target = MemoryStorage()
+    with pytest.raises(Crash):
+        reshard(source, LateStorage(target, lambda: reshard(source, target)))
+    check_whole(target)
+    assert is_none_or_whole(target.power_cut())
+
+
+WHOLE_A = ReshardPlan(tensors=(TensorRule(match="a", partition=(None, None)),))
+
+
+@pytest.mark.parametrize("options", [{"tp": 2}, {"drop": ["d"]}, {"plan": WHOLE_A}], ids=["tp", "drop", "plan"])
+def test_other_options_go_on_with_nothing_of_a_reshard_that_was_cut_short(
+    source: MemoryStorage, options: dict[str, Any]
+) -> None:
+    """It begins anew, and what the other had written goes."""
+    target = MemoryStorage()
+    with pytest.raises(Crash):
+        reshard(source, CrashingStorage(target, fail_at=70, error=Crash()), tp=3)
+    assert any("reshard-" in name for name in target.list("iter_0000005"))
+    report = reshard(source, target, **options)
+    assert not report.is_resumed
+    direct = MemoryStorage()
+    reshard(source, direct, **options)
+    assert held_chunks(target) == held_chunks(direct)
+    found = read_tensors(target)
+    assert found.keys() == read_tensors(direct).keys()
+    assert all(same_bits(found[key], whole(key)) for key in found)
+    assert unexplained(target) == set()

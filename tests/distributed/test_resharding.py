@@ -97,8 +97,8 @@ def content(root: Path) -> dict[str, bytes]:
         assert len(data) == file.size_bytes
         found[file.name] = data[: file.checksum_start]
     found[index.chunk_table.name] = (root / commit.directory / index.chunk_table.name).read_bytes()
-    others = {path.name for path in (root / commit.directory).iterdir()} - found.keys() - {commit.name.split("/")[1]}
-    assert not others
+    names = {path.name for path in (root / commit.directory).iterdir() if not path.name.startswith(".tmp-")}
+    assert names == {*found, commit.name.split("/")[1]}  # But for temporaries of a kill, which a later sweep takes.
     own = index.save_id.encode()
     return {name.replace(index.save_id, "ID"): data.replace(own, b"ID") for name, data in found.items()}
 
@@ -113,7 +113,10 @@ def test_reshard_killed_at_any_moment_goes_on_until_it_ends(source: Path, tmp_pa
         with start(STEPS_SCRIPT, 1, args=arguments, launcher="forked") as job:
             if kills < 20:
                 job.wait_for(0, "begins")
-                time.sleep(moments.uniform(0, 0.15))
+                steps = moments.randint(0, 7)
+                while job.stdout(0).count("wrote") < steps and job.returncode(0) is None:
+                    time.sleep(0.001)
+                time.sleep(moments.uniform(0, 0.01))
                 job.kill()
             (result,) = job.wait(expect_exit=None)
         written += sum(map(int, re.findall(r"^wrote (\d+)$", result.stdout, re.MULTILINE)))
@@ -124,7 +127,8 @@ def test_reshard_killed_at_any_moment_goes_on_until_it_ends(source: Path, tmp_pa
         assert not list_commits(PosixStorage(killed)) or distckpt.verify(killed).is_sound
     assert content(killed) == content(tmp_path / "whole")
     check_holds(PosixStorage(killed), MODEL, TARGET)
-    assert kills > 3
+    print("KILLS", kills, written / total)
+    assert kills > 10
     # Of what a kill struck, the step that was not noted yet, and none before it.
     assert total - kills * STEP_BYTES <= written <= total + kills * STEP_BYTES
 
