@@ -95,8 +95,8 @@ SAVE_POWER_CUT = ("tests/crash/test_save_power_cut.py",)
 IO_FAULTS = ("tests/crash/test_io_faults.py",)
 RESHARDING = ("tests/unit/test_resharding_layouts.py",)
 RESHARDING_CASES = ("tests/unit/test_resharding_cases.py",)
+RESHARDING_PLANS = ("tests/unit/test_resharding_plans.py",)
 RESHARDING_FAULTS = ("tests/crash/test_reshard_faults.py",)
-RESHARDING_PROPERTIES = ("tests/unit/test_resharding_properties.py",)
 ROLL_BACK = ("tests/crash/test_roll_back.py",)
 READER = ("tests/crash/test_reader_beside_writer.py",)
 
@@ -3022,6 +3022,7 @@ MUTANTS = (
         "max_bytes // item_bytes):",
         "spec.size_bytes):",
         SAFETENSORS,
+    ),
     # Resharding
     Mutant(
         "resharding: blocks are not split one by one",
@@ -3039,7 +3040,7 @@ MUTANTS = (
     ),
     Mutant(
         "resharding: layers are dealt out equally, whatever was asked",
-        "distckpt/resharding/tensor_labels.py",
+        "distckpt/resharding/numbering.py",
         "        if counts is None:\n            if total % size:\n",
         "        if True:\n            if total % size:\n",
         RESHARDING,
@@ -3077,14 +3078,21 @@ MUTANTS = (
         "distckpt/resharding/tensor_labels.py",
         "        if len(set(axes)) < len(axes):",
         "        if False:",
-        RESHARDING_CASES,
+        RESHARDING_PLANS,
     ),
     Mutant(
         "resharding: a plan may name any axis",
         "distckpt/resharding/tensor_labels.py",
         "        if axis not in known:\n",
         "        if False:\n",
-        RESHARDING_CASES,
+        RESHARDING_PLANS,
+    ),
+    Mutant(
+        "resharding: whatever ends as a key does is state of its tensor",
+        "distckpt/resharding/tensor_labels.py",
+        " and self._is_of_state(match.end(), key):",
+        ":",
+        RESHARDING,
     ),
     Mutant(
         "resharding: overflow is not noticed",

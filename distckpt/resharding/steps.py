@@ -166,9 +166,7 @@ def _item_bytes(tensors: Sequence[PlacedTensor], pieces: _Pieces) -> Int64Array:
     return np.array([tensors[t].item_bytes for t in pieces.tensor.tolist()], np.int64)
 
 
-def _place_runs(
-    output: Int64Array, offset: Int64Array, size: Int64Array, room: int
-) -> tuple[Int64Array, list[Run]]:
+def _place_runs(output: Int64Array, offset: Int64Array, size: Int64Array, room: int) -> tuple[Int64Array, list[Run]]:
     """Where in the window each piece lies, and the runs that they make up. room: bytes that may stay free between."""
     order = np.lexsort((offset, output))
     file, begin, end = output[order], offset[order], (offset + size)[order]

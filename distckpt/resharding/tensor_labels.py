@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from itertools import pairwise
 
 import msgspec
 import numpy as np
@@ -20,6 +19,7 @@ from distckpt.chunk_table import Hits
 from distckpt.errors import CheckpointError
 from distckpt.geometry import Int64Array, grid_cuts
 from distckpt.index import Index, Spec
+from distckpt.resharding.numbering import Numbering, numbers_in
 from distckpt.resharding.plan_file import ReshardPlan, TensorRule, glob_of
 from distckpt.resharding.target_layout import AXIS_ORDER, TargetMesh, TargetTensor
 from distckpt.shard_file import DTYPES
@@ -28,6 +28,7 @@ from distckpt.shard_file import DTYPES
 # who wrote a chunk says little.
 REPLICATING = frozenset(("dp", "cp"))
 _MAX_SHOWN = 12
+_INHERITED = ("partition", "owner", "at", "blocks", "pad")  # by the state of an optimizer, from its parameter
 
 Partition = tuple[str | None, ...]
 ChunksOf = Callable[[str], Hits]  # the stored chunks of a key
@@ -106,7 +107,8 @@ class _Labels:
     plan: ReshardPlan
     unknown: dict[str, tuple[str, str]] = field(default_factory=dict)
     _is_kept: frozenset[str | None] = field(init=False)
-    _numbering: dict[str, _Numbering | None] = field(default_factory=dict)
+    _state_prefixes: dict[str, bool] = field(default_factory=dict)
+    _numbering: dict[str, Numbering | None] = field(default_factory=dict)
     _known: dict[str, Spec | None] = field(default_factory=dict)
     _places: dict[str, Int64Array] = field(default_factory=dict)
 
@@ -114,7 +116,7 @@ class _Labels:
         self._is_kept = frozenset(self.keys)
 
     def tensor(self, key: str, dtype: str | None) -> TargetTensor:
-        rule = self.plan.rule_of(key)
+        rule = self._rule_of(key)
         spec = self._partitioned(key, rule)
         owner = rule.owner or spec.owner
         spec = msgspec.structs.replace(spec, owner=owner, dtype=_dtype(key, spec.dtype, rule.dtype or dtype))
@@ -228,15 +230,37 @@ class _Labels:
         return max(1, _blocks_of(of_cell, size)) if bool((of_cell[cell] == place).all()) else 1
 
     def _parameter_of(self, key: str, entry: Spec) -> str | None:
-        """The tensor whose state this is, as an optimizer's: it has the same shape, and its key ends this one."""
-        ends = (key[match.end() :] for match in re.finditer(r"[./]", key))  # The longest first.
+        """The tensor whose state this is, as an optimizer's: it has the same shape, and its key ends this one. What is
+        before that is before the state of most others, too: norm.weight is no parameter of layers.0.norm.weight."""
         known = self.index.tensors
-        return next((end for end in ends if end in known and known[end].global_shape == entry.global_shape), None)
+        for match in re.finditer(r"[./]", key):  # The longest first.
+            end = key[match.end() :]
+            if end in known and known[end].global_shape == entry.global_shape and self._is_of_state(match.end(), key):
+                return end
+        return None
+
+    def _is_of_state(self, length: int, key: str) -> bool:
+        """Whether the first `length` characters of a key are what keys of the state of parameters begin with."""
+        prefix = key[:length]
+        if prefix not in self._state_prefixes:
+            known = self.index.tensors
+            others = [other[length:] for other in known if other.startswith(prefix)]
+            self._state_prefixes[prefix] = 2 * sum(other in known for other in others) >= len(others)
+        return self._state_prefixes[prefix]
 
     def _stands_for(self, key: str) -> str | None:
         """The parameter whose state a tensor is, if it is taken along: what is said of that holds for the state."""
         parameter = self._parameter_of(key, self.index.tensors[key])
         return parameter if parameter in self._is_kept else None
+
+    def _rule_of(self, key: str) -> TensorRule:
+        """What the plan says of a tensor; of the state of a parameter, too, what it says of that, but for the type."""
+        rule, parameter = self.plan.rule_of(key), self._stands_for(key)
+        if parameter is None or not self.plan.tensors:
+            return rule
+        of = self.plan.rule_of(parameter)
+        said = {name: getattr(of, name) for name in _INHERITED if getattr(rule, name) is None}
+        return msgspec.structs.replace(rule, **said)
 
     def _infer(self, entry: Spec, chunks: Hits) -> Spec | None:
         """From which ranks wrote which chunks; None if that does not say."""
@@ -278,10 +302,8 @@ class _Labels:
     def _coordinate(self, key: str, axis: str, rule: TensorRule) -> int:
         """Of the owner axis: where a tensor is held."""
         size, before = self.mesh.size(axis), self.index.mesh.get(axis, 1)
-        parameter = self._stands_for(key)
-        said = self.plan.rule_of(parameter).at if rule.at is None and parameter is not None else rule.at
-        if said is not None:
-            return _said_coordinate(key, axis, said, size)
+        if rule.at is not None:
+            return _said_coordinate(key, axis, rule.at, size)
         if size == 1:
             return 0
         held = self._held_at(key, axis)
@@ -306,19 +328,19 @@ class _Labels:
             self._places[axis] = np.array([file.mesh.get(axis, 0) for file in self.index.files], np.int64)
         return self._places[axis]
 
-    def _numbering_of(self, axis: str) -> _Numbering | None:
+    def _numbering_of(self, axis: str) -> Numbering | None:
         if axis not in self._numbering:
             owned = [
-                key for key in self.keys if (self.plan.rule_of(key).owner or self.index.tensors[key].spec.owner) == axis
+                key for key in self.keys if (self._rule_of(key).owner or self.index.tensors[key].spec.owner) == axis
             ]
             self._numbering[axis] = self._find_numbering(axis, owned)
         return self._numbering[axis]
 
-    def _find_numbering(self, axis: str, keys: Sequence[str]) -> _Numbering | None:
+    def _find_numbering(self, axis: str, keys: Sequence[str]) -> Numbering | None:
         """By which word of the keys what is numbered is dealt out over an axis. Raises CheckpointError."""
         stage = self.plan.stages.get(axis)
         counts = None if stage is None else stage.counts
-        words = {word for key in keys for word, _ in _numbers(key)}
+        words = {word for key in keys for word, _ in numbers_in(key)}
         if stage is not None and stage.numbered_by is not None:
             fitting = {stage.numbered_by} & words
             if not fitting:
@@ -326,7 +348,7 @@ class _Labels:
         else:
             fitting = {word for word in words if self._follows(axis, word, keys)}
         if len(fitting) > 1:  # Layers have experts in them, but not every layer need have.
-            numbered = [dict(_numbers(key)) for key in keys if _numbers(key)]
+            numbered = [dict(numbers_in(key)) for key in keys if numbers_in(key)]
             everywhere = {word for word in fitting if all(word in numbers for numbers in numbered)}
             fitting = everywhere or fitting
         if not fitting:
@@ -337,14 +359,14 @@ class _Labels:
                 f'them counts, such as {{"stages": {{"{axis}": {{"numbered_by": "{min(fitting)}"}}}}}}'
             )
         word = fitting.pop()
-        numbers = {dict(_numbers(key))[word] for key in keys if word in dict(_numbers(key))}
-        return _Numbering.of(axis, word, numbers, self.mesh.size(axis), counts)
+        numbers = {dict(numbers_in(key))[word] for key in keys if word in dict(numbers_in(key))}
+        return Numbering.of(axis, word, numbers, self.mesh.size(axis), counts)
 
     def _follows(self, axis: str, word: str, keys: Sequence[str]) -> bool:
         """Whether numbers after a word may be what was dealt out: nowhere does a coordinate fall as they rise."""
         held: dict[int, set[int]] = {}
         for key in keys:
-            number = dict(_numbers(key)).get(word)
+            number = dict(numbers_in(key)).get(word)
             if number is not None:
                 held.setdefault(number, set()).update(self._held_at(key, axis))
         if any(len(at) > 1 for at in held.values()):
@@ -352,54 +374,6 @@ class _Labels:
         order = [min(held[number]) for number in sorted(held)]
         is_split = self.index.mesh.get(axis, 1) > 1
         return order == sorted(order) and (not is_split or len(set(order)) > 1)
-
-
-@dataclass(frozen=True, slots=True)
-class _Numbering:
-    """What is numbered after a word, and how many of it each coordinate of an axis gets."""
-
-    word: str
-    counts: Sequence[int]
-
-    @classmethod
-    def of(cls, axis: str, word: str, numbers: set[int], size: int, counts: Sequence[int] | None) -> _Numbering:
-        """Raises CheckpointError where they cannot be dealt out as asked."""
-        total = len(numbers)
-        if numbers != set(range(total)):
-            raise CheckpointError(f"the numbers after {word!r} are {sorted(numbers)[:_MAX_SHOWN]}: they have gaps")
-        if counts is None:
-            if total % size:
-                raise CheckpointError(
-                    f"{total} {word} do not fill {size} coordinates of {axis!r} equally: say how many each gets, "
-                    f"such as --{axis}-layers {','.join(map(str, _balanced(total, size)))}"
-                )
-            counts = [total // size] * size
-        if len(counts) != size or sum(counts) != total:
-            raise CheckpointError(
-                f"{list(counts)}: {size} numbers expected, one for each coordinate of {axis!r}, that sum to the "
-                f"{total} {word} of the checkpoint"
-            )
-        return cls(word, counts)
-
-    def number(self, key: str) -> int | None:
-        return dict(_numbers(key)).get(self.word)
-
-    def coordinate(self, number: int, size: int) -> int:
-        return int(np.searchsorted(np.cumsum(self.counts), number, side="right"))
-
-
-def _balanced(total: int, size: int) -> list[int]:
-    return [total * (i + 1) // size - total * i // size for i in range(size)]
-
-
-def _numbers(key: str) -> list[tuple[str, int]]:
-    """(word before it, number) of each segment of a key that is a number; of several after one word the first."""
-    segments = re.split(r"[./]", key)
-    found: dict[str, int] = {}
-    for word, segment in pairwise(segments):
-        if segment.isdecimal() and len(segment) < 10 and not word.isdecimal():
-            found.setdefault(word, int(segment))
-    return list(found.items())
 
 
 def _splitting_axis(

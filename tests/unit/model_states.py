@@ -6,6 +6,7 @@ from numpy.array_split and torch.chunk alone, so that a reshard can be compared 
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -145,7 +146,8 @@ class Model:
 
     def parameter_of(self, key: str) -> Parameter:
         """The parameter that a stored tensor is, or is a moment of."""
-        return next(p for p in self.parameters if key == p.key or (key.endswith(f".{p.key}") and "exp_avg" in key))
+        name = re.sub(r"^optimizer\.exp_avg(_sq)?\.", "", key)
+        return next(parameter for parameter in self.parameters if parameter.key == name)
 
     def own(self, layout: Layout, rank: int) -> list[Parameter]:
         return [p for p in self.parameters if p.is_at(layout, layout.place(rank)["pp"], self.layers)]
@@ -188,7 +190,7 @@ def llama(layers: int = 4, hidden: int = 16) -> Model:
     """SwiGLU, gate and up in one weight; fewer key and value heads than query heads; untied embeddings."""
     found = [
         Parameter("embedding.weight", (24, hidden), ("tp", None), "first"),
-        Parameter("final_norm.weight", (hidden,), (None,), "last"),
+        Parameter("norm.weight", (hidden,), (None,), "last", dtype=torch.float32),  # No end of layers.0.norm.weight.
         Parameter("output.weight", (24, hidden), ("tp", None), "last"),
     ]
     for n in range(layers):
