@@ -3095,6 +3095,13 @@ MUTANTS = (
         RESHARDING,
     ),
     Mutant(
+        "resharding: what lies on one of two stages is taken for an end of the pipeline",
+        "distckpt/resharding/tensor_labels.py",
+        " and (numbering is not None or not numbers):",
+        ":",
+        RESHARDING_PLANS,
+    ),
+    Mutant(
         "resharding: overflow is not noticed",
         "distckpt/resharding/part.py",
         "    if np.count_nonzero(np.isfinite(before)) != np.count_nonzero(np.isfinite(after)):\n",
@@ -3139,8 +3146,8 @@ MUTANTS = (
     Mutant(
         "resharding: goes on with what had other options",
         "distckpt/resharding/committing.py",
-        "        if journal.digest == digest:\n",
-        "        if True:\n",
+        "        if journal.digest == digest and",
+        "        if True and",
         RESHARDING_FAULTS,
     ),
     Mutant(

@@ -46,6 +46,7 @@ from distckpt.storage import PosixStorage, Storage
 
 logger = logging.getLogger("distckpt")
 _GRACE_S = 60.0  # of readers of what is swept in the target
+_MAX_PARTS = 1 << 16
 _JOURNAL = re.compile(r"reshard-00000-([0-9a-f]{32})\.json")
 
 
@@ -249,7 +250,7 @@ def _find_journal(target: Storage, planned: PlannedReshard) -> Journal | None:
         except (CheckpointError, OSError) as error:
             logger.warning("%s is passed over: %s", name, error)
             continue
-        if journal.digest == digest:
+        if journal.digest == digest and journal.parts <= _MAX_PARTS:
             return journal
         logger.warning("%s is of a reshard with other options, which is given up", name)
     return None

@@ -28,7 +28,15 @@ from distckpt.index import ShardFile
 from distckpt.report import ReshardReport
 from distckpt.resharding.committing import Order, Outcome, TargetFiles, Totals, begin, commit, digest_of_plan
 from distckpt.resharding.content import read_kept_per_rank
-from distckpt.resharding.part import JOURNAL_S, PartPlan, PartWriter, journal_name, read_journal, window_bytes
+from distckpt.resharding.part import (
+    JOURNAL_S,
+    PartPlan,
+    PartWriter,
+    check_journal,
+    journal_name,
+    read_journal,
+    window_bytes,
+)
 from distckpt.resharding.plan_file import ReshardPlan, plan_of
 from distckpt.resharding.planning import MEMORY_BYTES, PlannedReshard, Request, ReshardPreview, plan_reshard, preview_of
 from distckpt.resharding.target_files import cut_lots, lay_out_files, place_tensors, plan_files
@@ -348,6 +356,7 @@ def _plan_part(job: ReshardJob, planned: PlannedReshard, order: Order, target: T
         name = journal_name(directory, order.save_id, part)
         try:
             journal = read_journal(job.target, name)
+            check_journal(journal, name, tensors, [target.files[number].layout for number in own])
         except FileNotFoundError:
             logger.info("%s: part %d begins anew, it had not begun", job.target.location, part)
     return PartPlan(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 
 import msgspec
 import numpy as np
@@ -20,14 +21,14 @@ from distckpt.checked_json import checked_body, decode_body, encode_record
 from distckpt.checkpoint_files import OnBytes
 from distckpt.commit import read_file
 from distckpt.elements import convert, view_elements
-from distckpt.errors import CheckpointError
+from distckpt.errors import CheckpointError, CorruptionError
 from distckpt.index import Natural, ShardFile
 from distckpt.reader import StoredTensors
 from distckpt.resharding.plan_file import glob_of
 from distckpt.resharding.shard_output import OutputState, ShardOutput
 from distckpt.resharding.steps import Conversion, PlacedTensor, Step, Transfer, cut_steps, place_step
 from distckpt.resharding.target_files import Lot, TargetFile
-from distckpt.shard_file import FORMAT, FORMAT_VERSION
+from distckpt.shard_file import FORMAT, FORMAT_VERSION, FileLayout
 from distckpt.storage import Storage
 from distckpt.tensor_source import TensorSource
 
@@ -63,6 +64,19 @@ def read_journal(storage: Storage, name: str) -> Journal:
     if journal.format != FORMAT or journal.version != FORMAT_VERSION:
         raise CheckpointError(f"{name}: {journal.format} version {journal.version}, which this package does not read")
     return journal
+
+
+def check_journal(journal: Journal, name: str, tensors: Sequence[PlacedTensor], layouts: Sequence[FileLayout]) -> None:
+    """That a journal can be of a part with these tensors and files. Raises CorruptionError."""
+    is_sound = len(journal.outputs) == len(layouts) and all(
+        output.fits(layout) for output, layout in zip(journal.outputs, layouts, strict=True)
+    )
+    for lot in journal.lots:
+        at = lot.at
+        is_sound &= at.tensor <= lot.end <= len(tensors)
+        is_sound &= not at.element or (at.tensor < lot.end and at.element <= prod(tensors[at.tensor].shape))
+    if not is_sound:
+        raise CorruptionError(f"{name} speaks of other tensors or files than it is of: remove it to begin anew")
 
 
 def window_bytes(memory_bytes: int, lots: int, *, converts: bool) -> int:

@@ -45,6 +45,19 @@ class OutputState(msgspec.Struct, frozen=True):
     begun: tuple[tuple[Natural, tuple[Fragment, ...]], ...] = ()
     pages: tuple[tuple[Natural, Natural, bytes], ...] = ()
 
+    def fits(self, layout: FileLayout) -> bool:
+        """Whether it can be of a file with this layout."""
+        if self.finished is not None:
+            return self.finished.size_bytes == layout.size_bytes
+        count = layout.block_count
+        return (
+            (len(self.sums), len(self.is_whole)) == (4 * count, count)
+            and all(block < count and all(part.end <= BLOCK_BYTES for part in parts) for block, parts in self.begun)
+            and all(
+                n * _PAGE < layout.size_bytes and len(data) == _PAGE and known < _PAGE for n, known, data in self.pages
+            )
+        )
+
 
 class ShardOutput:
     """One shard file under way. put() may be called from several threads, everything else from one, while none puts.

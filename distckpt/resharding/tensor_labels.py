@@ -314,9 +314,14 @@ class _Labels:
         number = None if numbering is None else numbering.number(key)
         if numbering is not None and number is not None:
             return numbering.coordinate(number, size)
-        if before > 1 and held <= {0, before - 1}:  # A tied tensor is held by both ends, and stored by one.
+        numbers = numbers_in(key)
+        # A tied tensor is held by both ends, and stored by one. One of many that are numbered is at an end by chance.
+        if before > 1 and held <= {0, before - 1} and (numbering is not None or not numbers):
             return 0 if 0 in held else size - 1
-        self._ask(key, {"at": "first"}, f"which of {size} coordinates of {axis!r} holds it? (first, last or a number)")
+        why = f"which of {size} coordinates of {axis!r} holds it? (first, last or a number)"
+        if numbers:
+            why += f' {{"stages": {{"{axis}": {{"numbered_by": "{numbers[0][0]}"}}}}}} deals out by number.'
+        self._ask(key, {"at": "first"}, why)
         return 0
 
     def _held_at(self, key: str, axis: str) -> set[int]:

@@ -9,16 +9,21 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 import distckpt
 from distckpt import Checkpointer, ShardedTensor
+from distckpt.checked_json import encode_record
 from distckpt.commit import list_commits, read_index
 from distckpt.coordinator import Coordinator
 from distckpt.errors import CheckpointError, CorruptionError, DistributedError, FencedError
 from distckpt.report import ReshardReport
 from distckpt.resharding import job
-from distckpt.resharding.part import PartWriter
+from distckpt.resharding.part import Journal, PartWriter, read_journal
 from distckpt.resharding.plan_file import ReshardPlan, TensorRule
+from distckpt.resharding.shard_output import Fragment, OutputState
+from distckpt.resharding.steps import Position
+from distckpt.resharding.target_files import Lot
 from distckpt.storage import Storage
 from distckpt.storage.faults import Result
 from distckpt.testing import Crash, CrashingStorage, MemoryStorage, run_ranks
@@ -324,3 +329,76 @@ def test_other_options_go_on_with_nothing_of_a_reshard_that_was_cut_short(
     assert found.keys() == read_tensors(direct).keys()
     assert all(same_bits(found[key], whole(key)) for key in found)
     assert unexplained(target) == set()
+
+
+def cut_short(source: MemoryStorage) -> tuple[MemoryStorage, str]:
+    """A target, and the name of its journal."""
+    target = MemoryStorage()
+    with pytest.raises(Crash):
+        reshard(source, CrashingStorage(target, fail_at=70, error=Crash()))
+    (name,) = (name for name in target.list("iter_0000005") if name.startswith("reshard-"))
+    return target, f"iter_0000005/{name}"
+
+
+def broken(journal: Journal, what: str) -> Journal:
+    """The same, with one thing in it that cannot be."""
+    state = journal.outputs[0]
+    states: dict[str, OutputState] = {
+        "sums": replace(state, sums=state.sums + b"1234"),
+        "is_whole": replace(state, is_whole=b""),
+        "begun": replace(state, begun=((7, ()),)),
+        "fragment": replace(state, begun=((0, (Fragment(1 << 20, 1, 0),)),)),
+        "page": replace(state, pages=((1 << 40, 5, bytes(4096)),)),
+        "page data": replace(state, pages=((0, 5, b"short"),)),
+    }
+    if what in states:
+        return replace(journal, outputs=(states[what], *journal.outputs[1:]))
+    return {
+        "outputs": replace(journal, outputs=journal.outputs[1:]),
+        "lot end": replace(journal, lots=(Lot(Position(0, 0), 9),)),
+        "lot begin": replace(journal, lots=(Lot(Position(4, 0), 3),)),
+        "element": replace(journal, lots=(Lot(Position(0, 1 << 50), 4),)),
+    }[what]
+
+
+BROKEN = ("sums", "is_whole", "begun", "fragment", "page", "page data", "outputs", "lot end", "lot begin", "element")
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_journal_that_cannot_be_is_an_error_that_names_it(source: MemoryStorage, what: str) -> None:
+    target, name = cut_short(source)
+    target.replace(name, encode_record(broken(read_journal(target, name), what)))
+    with pytest.raises(CorruptionError, match=name):
+        reshard(source, target)
+    assert list_commits(target) == []
+    target.remove(name)  # As it says.
+    assert not reshard(source, target).is_resumed
+    check_whole(target)
+
+
+@pytest.mark.parametrize("edit", [flip(40), lambda content: content.clear()], ids=["a bit", "nothing in it"])
+def test_journal_that_is_damaged_counts_as_none(source: MemoryStorage, edit: Callable[[bytearray], object]) -> None:
+    target, name = cut_short(source)
+    change(target, name, edit)
+    assert not reshard(source, target).is_resumed
+    check_whole(target)
+
+
+def test_two_that_begin_at_once_leave_one_checkpoint(source: MemoryStorage) -> None:
+    for _ in range(10):
+        target, outcomes = MemoryStorage(), []
+
+        def run(target: Storage = target, outcomes: list[object] = outcomes) -> None:
+            try:
+                outcomes.append(reshard(source, target))
+            except (CheckpointError, OSError) as error:
+                outcomes.append(error)
+
+        threads = [threading.Thread(target=run) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert len(outcomes) == 2
+        assert reshard(source, target).iteration == 5
+        assert is_none_or_whole(target)

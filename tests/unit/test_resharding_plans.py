@@ -269,3 +269,28 @@ def test_axis_that_would_change_nothing_is_an_error() -> None:
     source = saved(gpt(), Layout(tp=2, pp=2))
     with pytest.raises(CheckpointError, match="no tensor is split over 'fsdp'"):
         distckpt.reshard(source, MemoryStorage(), {"fsdp": 2})
+
+
+def test_layers_that_lie_on_stages_in_turn_are_dealt_out_when_a_plan_says_so() -> None:
+    """As interleaved pipelines have them: the number does not say where a layer lay."""
+
+    def make(rank: int) -> dict[str, object]:
+        return {
+            f"m{n}": ShardedTensor(
+                f"layers.{n}.w",
+                torch.full((2,), n),
+                global_shape=(2,),
+                global_offset=(0,),
+                owner="pp",
+                partition=(None,),
+            )
+            for n in range(rank, 4, 2)
+        }
+
+    source = save(make, pp=2)
+    with pytest.raises(CheckpointError, match="deals out by number") as caught:
+        reshard(source, pp=4)
+    said = re.search(r"(\{\"stages\".*\}) deals out", str(caught.value))
+    assert said
+    target = reshard(source, plan_of_json(json.loads(said[1])), pp=4)
+    assert {key: rank for key, ((rank, _),) in held_chunks(target).items()} == {f"layers.{n}.w": n for n in range(4)}
