@@ -3069,8 +3069,8 @@ MUTANTS = (
     Mutant(
         "resharding: a window takes more than it has room for",
         "distckpt/resharding/steps.py",
-        "            if skipped <= room:\n",
-        "            if True:\n",
+        "        if skipped <= room:\n",
+        "        if True:\n",
         RESHARDING,
     ),
     Mutant(

@@ -120,7 +120,6 @@ def test_undisturbed_reshard_goes_through_all_that_is_made_to_fail_below(source:
     assert {call.split()[0] for call in counting.calls} >= {
         "create",
         "write",
-        "sync",
         "finish",
         "put_if_absent",
         "remove",
