@@ -95,14 +95,24 @@ class ExportSource:
         """Of the tensors, as they are exported."""
         return sum(self.spec(key).size_bytes for key in self.keys)
 
-    def read(self, tensors: TensorSource, key: str, box: Box) -> Elements:
-        """The elements of a box, in C order, as they are exported. Raises CorruptionError; OSError; CheckpointError for
-        a number that the dtype asked for cannot hold."""
+    def stored_bytes(self, key: str, box: Box) -> int:
+        return box.size * DTYPES[self.index.tensors[key].dtype].item_bytes
+
+    def read(self, tensors: TensorSource, parts: Sequence[tuple[str, Box]]) -> list[Elements]:
+        """The elements of boxes of tensors, in C order, as they are exported. What is asked for together is planned
+        together: of small tensors, planning takes longest. Raises CorruptionError; OSError; CheckpointError for a
+        number that the dtype asked for cannot hold."""
+        memory = [np.empty(self.stored_bytes(key, box), np.uint8).data for key, box in parts]
+        wanted = []
+        for (key, box), data in zip(parts, memory, strict=True):
+            item_bytes = DTYPES[self.index.tensors[key].dtype].item_bytes
+            strides = tuple(prod(box.shape[d + 1 :]) * item_bytes for d in range(len(box.shape)))
+            wanted.append(Wanted(key, box, data, 0, strides, item_bytes))
+        tensors.fill(wanted)
+        return [self._as_exported(key, box, data) for (key, box), data in zip(parts, memory, strict=True)]
+
+    def _as_exported(self, key: str, box: Box, data: memoryview) -> Elements:
         stored, target = self.index.tensors[key].dtype, self.spec(key).dtype
-        item_bytes = DTYPES[stored].item_bytes
-        data = np.empty(box.size * item_bytes, np.uint8).data
-        strides = tuple(prod(box.shape[d + 1 :]) * item_bytes for d in range(len(box.shape)))
-        tensors.fill([Wanted(key, box, data, 0, strides, item_bytes)])
         elements = view_elements(data, stored, box.shape)
         if stored == target:
             return elements

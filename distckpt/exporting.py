@@ -103,13 +103,13 @@ def write_zarr(
 
         def write_shard(tensors: TensorSource, step: tuple[str, NewArray, Box]) -> None:
             key, array, box = step
-            elements = source.read(tensors, key, box)
+            (elements,) = source.read(tensors, [(key, box)])
             array.write(box, elements)
             workers.tell(elements.nbytes)
 
         workers.run(
             (
-                (box.size * DTYPES[source.index.tensors[key].dtype].item_bytes, (key, array, box))
+                (source.stored_bytes(key, box), (key, array, box))
                 for key, array in arrays.items()
                 for box in _by_cell(array.shards(), cells[key])
             ),
@@ -221,8 +221,8 @@ def write_safetensors(
             with new_file(storage, file.name, len(header) + file.data_bytes) as out:
                 window = _Window(out, workers.memory_bytes // 4)
                 window.write(np.frombuffer(header, np.uint8))
-                for tensor in file.tensors:
-                    for elements in _elements(source, tensors, tensor.key, workers.memory_bytes // 8):
+                for parts in _batches(source, file, workers.memory_bytes // 8):
+                    for elements in source.read(tensors, parts):
                         window.write(elements)
                         workers.tell(elements.nbytes)
                 window.flush()
@@ -235,13 +235,23 @@ def write_safetensors(
     return _report(source, target, len(files), left_out, started)
 
 
-def _elements(source: ExportSource, tensors: TensorSource, key: str, max_bytes: int) -> Iterator[Elements]:
-    """A tensor in C order, piece by piece. max_bytes: of a piece, before and after it was converted."""
-    spec = source.spec(key)
-    item_bytes = max(DTYPES[dtype].item_bytes for dtype in (spec.dtype, source.index.tensors[key].dtype))
-    if spec.size_bytes:
-        for box in bands(Box.whole(spec.global_shape), max_bytes // item_bytes):
-            yield source.read(tensors, key, box)
+def _batches(source: ExportSource, file: FileOfTensors, max_bytes: int) -> Iterator[list[tuple[str, Box]]]:
+    """The tensors of a file in its order, in C order, as parts of which several are read together. max_bytes: of these,
+    before and after they were converted."""
+    batch: list[tuple[str, Box]] = []
+    left = max_bytes
+    for tensor in file.tensors:
+        stored_bytes = DTYPES[source.index.tensors[tensor.key].dtype].item_bytes
+        item_bytes = max(DTYPES[tensor.spec.dtype].item_bytes, stored_bytes)
+        whole = Box.whole(tensor.spec.global_shape)
+        for box in bands(whole, max_bytes // item_bytes) if whole.size else ():
+            if batch and box.size * item_bytes > left:
+                yield batch
+                batch, left = [], max_bytes
+            batch.append((tensor.key, box))
+            left -= box.size * item_bytes
+    if batch:
+        yield batch
 
 
 class _Window:

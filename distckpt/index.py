@@ -284,9 +284,13 @@ def check_locations(index: Index, keys: Sequence[str], tensor: Int64Array, chunk
     if len(beyond):
         i = int(beyond[0])
         raise CorruptionError(f"tensor {keys[tensor[i]]!r}: a chunk is in file {chunks.files[i]} of {count}")
-    item_bytes = np.array([DTYPES[index.tensors[key].dtype].item_bytes for key in keys], np.int64)[tensor]
-    first = np.array([f.header_bytes for f in index.files], np.int64)[chunks.files]
-    last = np.array([f.per_rank[0] for f in index.files], np.int64)[chunks.files]
+    # Only of what is asked about, which may be one tensor of a million.
+    asked, at = np.unique(tensor, return_inverse=True)
+    item_bytes = np.array([DTYPES[index.tensors[keys[t]].dtype].item_bytes for t in asked.tolist()], np.int64)[at]
+    asked, at = np.unique(chunks.files, return_inverse=True)
+    files = [index.files[number] for number in asked.tolist()]
+    first = np.array([file.header_bytes for file in files], np.int64)[at]
+    last = np.array([file.per_rank[0] for file in files], np.int64)[at]
     sizes = chunks.shapes.prod(axis=1) * item_bytes
     bad = (chunks.starts < first) | (chunks.starts > last - sizes) | (chunks.starts % item_bytes != 0)
     if bad.any():

@@ -426,17 +426,16 @@ def plan_load(stored: Sequence[Grids | Boxes], tensor: Int64Array, boxes: Sequen
     """
     copies = []
     is_filled = np.array([box.size > 0 for box in boxes], bool)
-    row_of = np.full(max((int(group.tensors.max()) + 1 for group in stored), default=0), -1, np.int64)
     for group in stored:
-        row_of[group.tensors] = np.arange(len(group.tensors))
-        targets = np.flatnonzero(is_filled & (row_of[tensor] >= 0))
+        # By bisection: who asks for one tensor at a time does not pay for all.
+        rows = np.minimum(np.searchsorted(group.tensors, tensor), len(group.tensors) - 1)
+        targets = np.flatnonzero(is_filled & (group.tensors[rows] == tensor))
         if len(targets):
             mine = [boxes[i] for i in targets.tolist()]
             low = np.array([box.offset for box in mine], np.int64)
             high = np.array([box.end for box in mine], np.int64)
-            hits = group.meeting(row_of[tensor[targets]], low, high)
+            hits = group.meeting(rows[targets], low, high)
             start = np.maximum(hits.offsets, low[hits.box])
             shape = np.minimum(hits.offsets + hits.shapes, high[hits.box]) - start
             copies.append(Copies(targets[hits.box], hits, start, shape))
-        row_of[group.tensors] = -1
     return copies

@@ -67,7 +67,7 @@ def read_all(storage: Storage) -> tuple[Index, dict[str, bytes], dict[str, dict[
     with TensorSource(storage, commit.directory, source.stored) as tensors:
         for key, entry in index.tensors.items():
             whole = Box.whole(entry.global_shape)
-            data[key] = source.read(tensors, key, whole).tobytes() if whole.size else b""
+            data[key] = source.read(tensors, [(key, whole)])[0].tobytes() if whole.size else b""
     per_rank = {
         key: {at: bytes(read_per_rank(storage, commit.directory, index, number)[key]) for at, number in entry.holders}
         for key, entry in index.per_rank.items()

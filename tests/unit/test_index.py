@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, SupportsIndex
 
 import msgspec
 import numpy as np
@@ -429,6 +429,24 @@ def check_places(files: list[int], starts: list[int]) -> None:
     both, shapes = np.arange(2), np.array([[2, 6], [2, 6]])
     chunks = Hits(both, both, np.array(files), np.array(starts), np.array([[0, 0], [2, 0]]), shapes)
     check_locations(INDEX, ["model/b", "w"], np.array([1, 1]), chunks)
+
+
+def test_only_the_tensors_of_the_chunks_are_looked_at() -> None:
+    """Whoever goes through a checkpoint asks once for each of a million tensors."""
+    looked_at = []
+
+    class Keys(list[str]):
+        def __getitem__(self, at: SupportsIndex) -> str:  # type: ignore[override]
+            looked_at.append(at)
+            return "w"
+
+        def __iter__(self) -> Iterator[str]:
+            raise AssertionError
+
+    one = np.zeros(1, np.int64)
+    hits = Hits(one, one, one, one + 4096, np.array([[0, 0]]), np.array([[2, 6]]))
+    check_locations(INDEX, Keys(["w"] * 1000), np.array([500]), hits)
+    assert looked_at == [500]
 
 
 def test_chunks_inside_the_data_of_their_files_are_good() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tracemalloc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
@@ -536,6 +537,19 @@ def test_targets_of_several_tensors_and_several_of_one() -> None:
         (3, ROWS[0], Box((0, 0), (1, 1))),
         (4, scalar, scalar),
     ]
+
+
+def test_asking_for_one_of_a_million_tensors_takes_no_memory_for_all() -> None:
+    """Nor time: whoever goes through a checkpoint asks a million times."""
+    every, none = np.arange(1 << 20), np.zeros(0, np.int64)
+    scalars = np.zeros((1 << 20, 0), np.int64)
+    chunks = [Grids(every, every, every, every, none, none, scalars, scalars)]
+    tracemalloc.start()
+    (copies,) = plan_load(chunks, np.array([77]), [Box((), ())])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert copies.hits.files.tolist() == [77]
+    assert peak < 1 << 16
 
 
 def test_a_target_without_elements_needs_nothing() -> None:

@@ -20,6 +20,7 @@ from distckpt.errors import CheckpointError, CorruptionError
 from distckpt.export_source import LEAST_MEMORY_BYTES, ExportSource
 from distckpt.geometry import Box
 from distckpt.index import Spec
+from distckpt.reader import Wanted
 from distckpt.safetensors_files import rename_keys
 from distckpt.shard_file import BLOCK_BYTES, DTYPES
 from distckpt.tensor_source import TensorSource
@@ -251,9 +252,9 @@ def test_memory_does_not_grow_with_a_tensor_and_each_byte_is_read_once(
     made = {"w": Tensor.of("float32", (rows, 256), boxes=boxes), "v": Tensor.of("float32", (1 << 20,))}
     largest, read = dict[int, int](), dict[int, int]()
 
-    def watched(self: ExportSource, tensors: TensorSource, key: str, box: Box) -> object:
-        elements = reading(self, tensors, key, box)
-        largest[id(tensors)] = max(largest.get(id(tensors), 0), elements.nbytes)
+    def watched(self: ExportSource, tensors: TensorSource, parts: list[tuple[str, Box]]) -> object:
+        elements = reading(self, tensors, parts)
+        largest[id(tensors)] = max(largest.get(id(tensors), 0), sum(part.nbytes for part in elements))
         read[id(tensors)] = tensors.bytes_read
         return elements
 
@@ -264,6 +265,20 @@ def test_memory_does_not_grow_with_a_tensor_and_each_byte_is_read_once(
     assert sorted(os.listdir(tmp_path / "x"))[0] == "model-00001-of-00002.safetensors"
     assert 0 < next(iter(largest.values())) <= LEAST_MEMORY_BYTES // 8  # The first to read is the export.
     assert 0 < next(iter(read.values())) < (20 << 20) + 2 * BLOCK_BYTES
+
+
+def test_small_tensors_are_planned_and_read_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = []
+
+    def fill(self: TensorSource, wanted: Sequence[Wanted]) -> None:
+        counts.append(len(wanted))
+        filling(self, wanted)
+
+    filling = TensorSource.fill
+    saved = stored({str(i): Tensor.of("int8", (3,)) for i in range(1000)})
+    monkeypatch.setattr(TensorSource, "fill", fill)
+    export_safetensors(saved, tmp_path / "x", jobs=1)
+    assert counts == [1000]
 
 
 class GivenUp(Exception):

@@ -234,9 +234,9 @@ def test_memory_does_not_grow_with_a_tensor_and_each_byte_is_read_once(
     saved = stored({"w": Tensor.of("float32", (rows, 256), boxes=boxes)})
     largest, read = [0], [0]
 
-    def watched(self: ExportSource, tensors: TensorSource, key: str, box: Box) -> object:
-        elements = reading(self, tensors, key, box)
-        largest[0] = max(largest[0], elements.nbytes)
+    def watched(self: ExportSource, tensors: TensorSource, parts: list[tuple[str, Box]]) -> object:
+        elements = reading(self, tensors, parts)
+        largest[0] = max(largest[0], sum(part.nbytes for part in elements))
         read[0] = tensors.bytes_read
         return elements
 
