@@ -27,7 +27,7 @@ from distckpt.report import ImportReport
 from distckpt.safetensors_files import INDEX_FILE, MAX_INDEX_BYTES, FoundTensor, decode_index_document, read_header
 from distckpt.shard_file import DTYPES
 from distckpt.storage import PosixStorage, Storage
-from distckpt.zarr_group import StoredArray, StoredGroup, read_facts
+from distckpt.zarr_group import StoredArray, StoredGroup
 from distckpt.zarr_layout import GroupFacts, cells, node_paths
 
 MAX_PART_BYTES = 1 << 30  # of a tensor; what is larger is stored in several parts
@@ -73,7 +73,7 @@ def open_zarr(
     """What is in a group, and its iteration. memory_bytes: of each thread that reads it."""
     path = os.path.abspath(os.fspath(source))
     group = StoredGroup.open(path)
-    facts = read_facts(path)
+    facts = group.facts()
     max_bytes = memory_bytes // 12  # As zarr holds what it decodes several times.
     if facts is None:
         return _foreign(group, prefix, drop, max_bytes), 0
@@ -138,6 +138,7 @@ def _foreign(group: StoredGroup, prefix: str, drop: Sequence[str], max_bytes: in
         if fault:
             raise CheckpointError(f"{group.root}: array {array.path!r}: {fault}")
         tensors[prefix + array.path] = _of_array(array, spec)
+    taken = {key[:at] for key in tensors for at, character in enumerate(key) if character == "/"} | tensors.keys()
     values: dict[str, msgspec.Raw] = {}
     of_arrays: dict[str, object] = {}
     for path, is_array, attributes in group.foreign_attributes():
@@ -148,7 +149,7 @@ def _foreign(group: StoredGroup, prefix: str, drop: Sequence[str], max_bytes: in
             continue
         for name, value in attributes.items():
             key = prefix + (f"{path}/" if path else "") + _segment(name)
-            if key in tensors or any(other.startswith(f"{key}/") for other in tensors):
+            if key in taken:
                 raise CheckpointError(
                     f"{group.root}: {key!r} is an array or group, and an attribute too; give it another name"
                 )
@@ -226,8 +227,10 @@ def _find_files(path: str) -> tuple[str, Mapping[str, Sequence[str]]]:
 
 
 def _read_index(path: str) -> Mapping[str, list[str]]:
-    with open(path, "rb") as file:
-        data = file.read(MAX_INDEX_BYTES + 1)
+    directory, name = os.path.split(path)
+    with closing(PosixStorage(directory).open(name)) as file:
+        data = bytearray(min(file.size_bytes, MAX_INDEX_BYTES + 1))
+        file.read_into(0, data)
     return decode_index_document(data, path)
 
 

@@ -206,7 +206,7 @@ class _Index(msgspec.Struct, frozen=True):
     weight_map: dict[str, str]
 
 
-def decode_index_document(data: bytes, where: str) -> Mapping[str, list[str]]:
+def decode_index_document(data: bytes | bytearray, where: str) -> Mapping[str, list[str]]:
     """File name -> names of the tensors that the index says are in it. Raises CorruptionError."""
     if len(data) > MAX_INDEX_BYTES:
         raise CorruptionError(f"{where}: more than the {MAX_INDEX_BYTES} bytes that it may have")
@@ -214,6 +214,8 @@ def decode_index_document(data: bytes, where: str) -> Mapping[str, list[str]]:
         index = msgspec.json.decode(data, type=_Index)
     except (msgspec.DecodeError, RecursionError) as error:
         raise CorruptionError(f"{where}: {error}") from error
+    if not index.weight_map:
+        raise CorruptionError(f"{where}: it names no tensors")
     files: dict[str, list[str]] = {}
     for name, file in index.weight_map.items():
         if "/" in file or "\\" in file or "\0" in file or not file.endswith(".safetensors"):

@@ -6,8 +6,10 @@ The library is imported where it is needed: it is the extra `zarr`.
 from __future__ import annotations
 
 import os
+import stat
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
@@ -36,6 +38,7 @@ from distckpt.zarr_layout import (
 
 Compression: TypeAlias = Literal["zstd", "none"]
 ROOT_DOCUMENT = "zarr.json"
+_DOCUMENTS = (ROOT_DOCUMENT, ".zarray", ".zgroup", ".zattrs", ".zmetadata")
 
 
 def import_zarr_library() -> ModuleType:
@@ -145,44 +148,40 @@ def sync_path(path: str) -> None:
         os.close(descriptor)
 
 
-class _Attributes(msgspec.Struct, frozen=True):
-    distckpt: msgspec.Raw = msgspec.Raw(b"")
-
-
-class _Document(msgspec.Struct, frozen=True):
-    zarr_format: int
-    attributes: _Attributes = _Attributes()
-
-
 class _Version(msgspec.Struct, frozen=True):
     version: int
 
 
-def read_facts(root: str) -> GroupFacts | None:
-    """What a group says of the checkpoint that it is an export of; None of a group that is none. Raises
-    CorruptionError; CheckpointError of one that a newer version has written; OSError."""
-    path = os.path.join(root, ROOT_DOCUMENT)
+@contextmanager
+def _guarded(what: str, kind: type[CheckpointError] = CorruptionError) -> Iterator[None]:
+    """Around calls of zarr: it raises errors of any type for metadata and chunks that cannot be. Those of the operating
+    system, and of memory, stay what they are."""
     try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_INDEX_BYTES + 1)
-    except FileNotFoundError:
-        return None  # Of version 2 perhaps: zarr itself knows.
-    if len(data) > MAX_INDEX_BYTES:
-        raise CorruptionError(f"{path}: more than the {MAX_INDEX_BYTES} bytes that it may have")
-    try:
-        ours = msgspec.json.decode(data, type=_Document).attributes.distckpt
-        if not bytes(ours):
-            return None
-        version = msgspec.json.decode(ours, type=_Version).version
-        if version != LAYOUT_VERSION:
-            raise CheckpointError(
-                f"{path}: layout version {version}; this package reads version {LAYOUT_VERSION}. Use a newer distckpt."
-            )
-        # Of values the text counts, and zarr writes JSON with white space.
-        compact = msgspec.json.encode(msgspec.json.decode(ours))
-        return msgspec.json.decode(compact, type=GroupFacts)
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise CorruptionError(f"{path}: {error}") from error
+        yield
+    except (CheckpointError, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise kind(f"{what}: {str(error) or type(error).__name__}") from error
+
+
+def _open_store(root: str) -> Any:
+    """zarr's store of a directory, of which only regular files are read: it takes a directory in the place of a chunk
+    for zeros, and waits for ever for who may write into a pipe."""
+
+    class RegularFiles(import_zarr_library().storage.LocalStore):  # type: ignore[misc]
+        async def get(self, key: str, prototype: Any = None, byte_range: Any = None) -> Any:
+            path = os.path.join(root, key)
+            with suppress(FileNotFoundError, NotADirectoryError):
+                found = os.stat(path)
+                if not stat.S_ISREG(found.st_mode):
+                    raise CorruptionError(f"{path} is no regular file")
+                if os.path.basename(path) in _DOCUMENTS and found.st_size > MAX_INDEX_BYTES:
+                    raise CorruptionError(f"{path}: more than the {MAX_INDEX_BYTES} bytes that it may have")
+            return await super().get(key, prototype, byte_range)
+
+    return RegularFiles(root, read_only=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,10 +198,8 @@ class StoredArray:
     def read(self, box: Box) -> Elements:
         """The elements of a box, in C order. Raises CorruptionError for what cannot be decoded; OSError."""
         kind = zarr_type(self.dtype)
-        try:
+        with _guarded(f"zarr array {self.path!r}, elements {box}"):
             data = self.array[slices(box) + tuple(slice(0, n) for n in kind.trailing)]
-        except (ValueError, RuntimeError, KeyError, EOFError) as error:
-            raise CorruptionError(f"zarr array {self.path!r}, elements {box}: {error}") from error
         found = np.ascontiguousarray(data, dtype=np.dtype(kind.data_type).newbyteorder("<"))
         return found.reshape((*box.shape, *kind.trailing))
 
@@ -218,11 +215,35 @@ class StoredGroup:
     def open(cls, root: str) -> StoredGroup:
         """Raises CheckpointError if there is none, or an array by itself."""
         zarr = import_zarr_library()
-        try:
-            found = zarr.open_group(zarr.storage.LocalStore(root, read_only=True), mode="r", use_consolidated=False)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{root}: no zarr group can be opened there: {error}") from error
+        with _guarded(f"{root}: no zarr group can be opened there", CheckpointError):
+            try:
+                found = zarr.open_group(_open_store(root), mode="r", use_consolidated=False)
+            except FileNotFoundError as error:
+                raise CheckpointError(f"{root}: no zarr group can be opened there: {error}") from error
         return cls(root, found)
+
+    def facts(self) -> GroupFacts | None:
+        """What it says of the checkpoint that it is an export of; None of a group that is none. Raises CorruptionError;
+        CheckpointError of one that a newer version has written."""
+        where = os.path.join(self.root, ROOT_DOCUMENT)
+        # Not from the file: zarr also writes, and takes, numbers that JSON has not, NaN among them.
+        attributes = self._attributes("", self.group)
+        if ATTRIBUTE not in attributes:
+            return None
+        with _guarded(where):
+            ours = msgspec.json.encode(attributes[ATTRIBUTE])
+            version = msgspec.json.decode(ours, type=_Version).version
+            if version != LAYOUT_VERSION:
+                raise CheckpointError(
+                    f"{where}: layout version {version}; this package reads version {LAYOUT_VERSION}. "
+                    f"Use a newer distckpt."
+                )
+            return msgspec.json.decode(ours, type=GroupFacts)
+
+    def _attributes(self, path: str, node: Any) -> Mapping[str, object]:
+        with _guarded(f"{self.root}: attributes of {path!r}"):
+            attributes: dict[str, object] = node.attrs.asdict()
+            return attributes
 
     def array(self, path: str, key: str, spec: Spec, max_bytes: int) -> StoredArray:
         """The array of a tensor of an export. Raises CorruptionError if it is not there, is another or is not whole."""
@@ -242,10 +263,8 @@ class StoredGroup:
         return _stored_array(found, path, spec.dtype, len(kind.trailing), max_bytes)
 
     def _member(self, path: str, where: str) -> Any:
-        try:
+        with _guarded(f"{where}: it cannot be opened"):
             found = self.group[path]
-        except (KeyError, ValueError, TypeError, OSError) as error:
-            raise CorruptionError(f"{where}: it cannot be opened: {error}") from error
         if not hasattr(found, "shape"):
             raise CorruptionError(f"{where} is a group, expected an array")
         return found
@@ -265,20 +284,20 @@ class StoredGroup:
 
     def foreign_attributes(self) -> Iterator[tuple[str, bool, Mapping[str, object]]]:
         """Of the group (path ""), its groups and arrays: path, whether it is an array, attributes."""
-        yield "", False, self.group.attrs.asdict()
+        yield "", False, self._attributes("", self.group)
         for path, found in self._members():
-            yield path, hasattr(found, "shape"), found.attrs.asdict()
+            yield path, hasattr(found, "shape"), self._attributes(path, found)
 
     def _members(self) -> list[tuple[str, Any]]:
-        try:
+        with _guarded(f"{self.root}: not all of it can be opened", CheckpointError):
             return sorted(self.group.members(max_depth=None), key=lambda item: item[0])
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise CheckpointError(f"{self.root}: not all of it can be opened: {error}") from error
 
 
 def _stored_array(found: Any, path: str, dtype: str, trailing: int, max_bytes: int) -> StoredArray:
     ndim = len(found.shape) - trailing
     chunk, shard = tuple(found.chunks), tuple(found.shards or found.chunks)
+    if any(size < 1 for size in (*chunk, *shard)):
+        raise CorruptionError(f"zarr array {path!r}: chunks of {chunk} in shards of {shard}")
     item_bytes = DTYPES[dtype].item_bytes
     shape = tuple(found.shape[:ndim])
     whole = [max(1, extent) for extent in shape]
