@@ -23,6 +23,7 @@ from distckpt.errors import CheckpointError
 from distckpt.export_source import MEMORY_BYTES, ExportSource, Workers
 from distckpt.geometry import Box, bands
 from distckpt.report import ExportReport
+from distckpt.roots import root_above
 from distckpt.safetensors_files import (
     INDEX_FILE,
     MAX_FILE_BYTES,
@@ -285,6 +286,11 @@ def _new_directory(target: str | os.PathLike[str], size_bytes: int) -> Iterator[
     path = os.path.abspath(os.fspath(target))
     if os.path.lexists(path):
         raise FileExistsError(errno.EEXIST, "there is something already; give a path where nothing is", path)
+    found = root_above(path)
+    if found is not None:
+        raise CheckpointError(
+            f"{path} lies in iteration {found[1]} of {found[0]}, and would be taken for a part of it. Give another path"
+        )
     above, name = os.path.split(path)
     parent = PosixStorage(above)
     parent.make_directory("")
@@ -294,11 +300,18 @@ def _new_directory(target: str | os.PathLike[str], size_bytes: int) -> Iterator[
             f"not enough space: the tensors take {size_bytes} bytes, and {above} has {free.size_bytes} bytes free"
         )
     # No target of another export, nor a name that a glob finds.
-    temporary = os.path.join(above, f".{name[:200]}.tmp-{secrets.token_hex(8)}")
+    temporary = os.path.join(above, f".{name[:50]}.tmp-{secrets.token_hex(8)}")
     os.mkdir(temporary)
     try:
         yield temporary
-        os.rename(temporary, path)
+        try:
+            os.rename(temporary, path)
+        except OSError as error:
+            if not os.path.lexists(path):
+                raise
+            raise FileExistsError(
+                errno.EEXIST, "it has been made meanwhile, by another export perhaps", path
+            ) from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

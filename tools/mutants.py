@@ -83,6 +83,7 @@ DIFFERENCES = ("tests/unit/test_resume_differences.py",)
 RESUMABLE = ("tests/unit/test_resumable.py",)
 SECTIONS = ("tests/unit/test_sections.py",)
 ZARR_EXPORT = ("tests/unit/test_zarr_export.py",)
+ZARR_HOSTILE = ("tests/unit/test_zarr_hostile.py",)
 SAFETENSORS = ("tests/unit/test_safetensors_export.py",)
 DIFFERENCES_OF_NUMBERS = ("tests/unit/test_number_differences.py",)
 COMPARING = ("tests/unit/test_comparing.py",)
@@ -2794,6 +2795,48 @@ MUTANTS = (
     ),
     # Export and import
     Mutant(
+        "import: a directory in the place of a chunk is zeros",
+        "distckpt/zarr_group.py",
+        "                if not stat.S_ISREG(found.st_mode):",
+        "                if stat.S_ISFIFO(found.st_mode):",
+        ZARR_HOSTILE,
+    ),
+    Mutant(
+        "import: errors of zarr of any type come out",
+        "distckpt/zarr_group.py",
+        "    except Exception as error:\n",
+        "    except (OSError, ValueError) as error:\n",
+        ZARR_HOSTILE,
+    ),
+    Mutant(
+        "import: chunks may have no extent",
+        "distckpt/zarr_group.py",
+        "    if any(size < 1 for size in (*chunk, *shard)):",
+        "    if False:",
+        ZARR_HOSTILE,
+    ),
+    Mutant(
+        "export: a target may lie in an iteration",
+        "distckpt/exporting.py",
+        "    found = root_above(path)\n",
+        "    found = None\n",
+        SAFETENSORS,
+    ),
+    Mutant(
+        "export: small tensors are read one by one",
+        "distckpt/exporting.py",
+        "            if batch and box.size * item_bytes > left:",
+        "            if batch:",
+        SAFETENSORS,
+    ),
+    Mutant(
+        "planning a load looks at the types of all tensors",
+        "distckpt/index.py",
+        "for t in asked.tolist()], np.int64)[at]",
+        "for t in range(len(keys))], np.int64)[tensor]",
+        ("tests/unit/test_index.py",),
+    ),
+    Mutant(
         "export: zeros are left out",
         "distckpt/zarr_group.py",
         'config={"write_empty_chunks": True},',
@@ -3019,8 +3062,8 @@ MUTANTS = (
     Mutant(
         "export: a tensor is held whole",
         "distckpt/exporting.py",
-        "max_bytes // item_bytes):",
-        "spec.size_bytes):",
+        "bands(whole, max_bytes // item_bytes) if",
+        "bands(whole, whole.size) if",
         SAFETENSORS,
     ),
     # Resharding

@@ -148,7 +148,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"storage", "checkpoint_files", "commit", "reader", "selecting", "tensor_source", "zarr_layout"},
     "exporting": {
         *VALUES | FORMAT,
-        *("_C", "storage", "checkpoint_files", "export_source", "report", "safetensors_files", "selecting"),
+        *("_C", "storage", "checkpoint_files", "export_source", "report", "roots", "safetensors_files", "selecting"),
         *("tensor_source", "zarr_group", "zarr_layout"),
     },
     "import_commit": {

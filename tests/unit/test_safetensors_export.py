@@ -128,6 +128,7 @@ def test_a_directory_is_the_files_of_its_index_or_all(tmp_path: Path) -> None:
         ({"one": "../two.safetensors"}, "no safetensors file beside it"),
         ({"one": "/etc/passwd"}, "no safetensors file beside it"),
         ({"one": 3}, "weight_map"),
+        ({}, "it names no tensors"),
         (["one"], "weight_map"),
     ],
 )
@@ -137,6 +138,33 @@ def test_an_index_that_cannot_be_is_refused(tmp_path: Path, weight_map: object, 
     path.write_text(json.dumps({"weight_map": weight_map}))
     refuse(path, match)
     refuse(tmp_path, match)
+
+
+def test_an_index_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.safetensors.index.json")
+    refuse(tmp_path, "not a regular file", OSError)
+
+
+def test_targets_that_cannot_be_leave_nothing(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path / "root") as checkpointer:
+        checkpointer.save({"w": torch.ones(3)}, iteration=1)
+    before = sorted(tmp_path.rglob("*"))
+    for name in ("iter_0000001/x", "iter_0000002"):
+        with pytest.raises(CheckpointError, match=r"lies in iteration . of .*Give another path"):
+            export_safetensors(tmp_path / "root", tmp_path / "root" / name)
+
+    def make_target(_: int) -> None:
+        (tmp_path / "x" / "theirs").mkdir(parents=True)
+
+    with pytest.raises(FileExistsError, match="made meanwhile"):
+        export_safetensors(tmp_path / "root", tmp_path / "x", on_bytes=make_target)
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "x", tmp_path / "x" / "theirs"])
+
+
+def test_a_target_may_have_the_longest_name_that_there_is(tmp_path: Path) -> None:
+    name = "\N{CJK UNIFIED IDEOGRAPH-8A9E}" * 85  # 255 bytes.
+    export_safetensors(stored({"w": Tensor.of("int8", (3,))}), tmp_path / name)
+    assert os.listdir(tmp_path) == [name]
 
 
 def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
