@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from distckpt.errors import InvalidShardingError as InvalidShardingError
     from distckpt.errors import MismatchError as MismatchError
     from distckpt.errors import UnsupportedTypeError as UnsupportedTypeError
-    from distckpt.exporting import export_safetensors as export_safetensors
-    from distckpt.exporting import export_zarr as export_zarr
+    from distckpt.exchange.exporting import export_safetensors as export_safetensors
+    from distckpt.exchange.exporting import export_zarr as export_zarr
+    from distckpt.exchange.importing import import_safetensors as import_safetensors
+    from distckpt.exchange.importing import import_zarr as import_zarr
     from distckpt.history_log import HistoryLine as HistoryLine
     from distckpt.history_log import history as history
-    from distckpt.importing import import_safetensors as import_safetensors
-    from distckpt.importing import import_zarr as import_zarr
     from distckpt.labelling import label as label
     from distckpt.link_names import LinkNames as LinkNames
     from distckpt.one_directory import async_save as async_save
@@ -97,10 +97,10 @@ _HOMES = {
     "Copy": "copier",
     "LinkNames": "link_names",
     "copy_checkpoint": "copying",
-    "export_safetensors": "exporting",
-    "export_zarr": "exporting",
-    "import_safetensors": "importing",
-    "import_zarr": "importing",
+    "export_safetensors": "exchange.exporting",
+    "export_zarr": "exchange.exporting",
+    "import_safetensors": "exchange.importing",
+    "import_zarr": "exchange.importing",
     "HistoryLine": "history_log",
     "history": "history_log",
     "async_save": "one_directory",

@@ -11,8 +11,8 @@ import typer
 from distckpt.cli.interruption import leaving
 from distckpt.cli.output import ROOT, WHICH, console, print_json, progress_bar, size_text
 from distckpt.cli.quantities import dtype_name, size_bytes
-from distckpt.export_source import ExportSource
-from distckpt.exporting import write_safetensors, write_zarr
+from distckpt.exchange.export_source import ExportSource
+from distckpt.exchange.exporting import write_safetensors, write_zarr
 from distckpt.report import ExportReport
 
 

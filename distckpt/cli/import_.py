@@ -11,9 +11,9 @@ from distckpt.cli.export import JOBS, MEMORY, Format
 from distckpt.cli.interruption import leaving
 from distckpt.cli.output import console, print_json, progress_bar, size_text
 from distckpt.cli.quantities import size_bytes
-from distckpt.export_source import share_memory
-from distckpt.import_commit import Incoming, commit_incoming
-from distckpt.importing import open_safetensors, open_zarr
+from distckpt.exchange.export_source import share_memory
+from distckpt.exchange.import_commit import Incoming, commit_incoming
+from distckpt.exchange.importing import open_safetensors, open_zarr
 from distckpt.report import ImportReport
 
 

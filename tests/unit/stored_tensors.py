@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from distckpt.checkpoint_files import read_per_rank
 from distckpt.commit import list_commits, read_index
-from distckpt.export_source import ExportSource
+from distckpt.exchange.export_source import ExportSource
+from distckpt.exchange.import_commit import Incoming, IncomingTensor, commit_incoming
 from distckpt.geometry import Box, bands
-from distckpt.import_commit import Incoming, IncomingTensor, commit_incoming
 from distckpt.index import Index, Spec
 from distckpt.shard_file import DTYPES
 from distckpt.storage import Storage

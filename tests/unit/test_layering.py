@@ -140,26 +140,10 @@ ALLOWED: dict[str, set[str]] = {
         "roots",
         "selecting",
     },
-    "zarr_layout": VALUES | FORMAT,
-    "zarr_group": VALUES | FORMAT | {"zarr_layout"},
-    "safetensors_files": VALUES | FORMAT | {"storage"},
-    "export_source": VALUES
-    | FORMAT
-    | {"storage", "checkpoint_files", "commit", "reader", "selecting", "tensor_source", "zarr_layout"},
-    "exporting": {
+    "exchange": {
         *VALUES | FORMAT,
-        *("_C", "storage", "checkpoint_files", "export_source", "report", "roots", "safetensors_files", "selecting"),
-        *("tensor_source", "zarr_group", "zarr_layout"),
-    },
-    "import_commit": {
-        *VALUES | FORMAT,
-        *("storage", "assembling", "checkpoint_files", "commit", "heartbeat", "planner", "removing", "report", "roots"),
-        *("share_files", "writing", "zarr_layout"),
-    },
-    "importing": {
-        *VALUES | FORMAT,
-        *("storage", "checkpoint_files", "export_source", "import_commit", "report", "safetensors_files", "zarr_group"),
-        "zarr_layout",
+        *("_C", "storage", "assembling", "checkpoint_files", "commit", "heartbeat", "planner", "reader", "removing"),
+        *("report", "roots", "selecting", "share_files", "tensor_source", "writing"),
     },
     "parity": VALUES | FORMAT | {"_C", "storage", "commit", "checkpoint_files"},
     "rebuilding": VALUES | FORMAT | {"_C", "storage", "assembling", "commit", "checkpoint_files"},
@@ -220,7 +204,7 @@ ALLOWED: dict[str, set[str]] = {
     | LIFE
     | {"checkpointer", "pending", "one_directory", "report", "verifying", "repairing", "termination", "history_log"}
     | {"training", "copying", "copier", "after_commit", "link_names"}
-    | {"resharding", "comparing", "tensor_values", "exporting", "importing"},
+    | {"resharding", "comparing", "tensor_values", "exchange"},
     "cli": {
         *VALUES | FORMAT | PORTS | LIFE,
         *(
@@ -236,7 +220,7 @@ ALLOWED: dict[str, set[str]] = {
         ),
         *("comparing", "number_differences", "value_differences", "tensor_values", "moments"),
         *("checkpoint_files", "inspecting"),
-        *("export_source", "exporting", "import_commit", "importing"),
+        "exchange",
     },
     "testing": VALUES | PORTS | {"transport", "__init__"},
 }

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from distckpt import Checkpointer, export_safetensors, import_safetensors
 from distckpt.commit import list_commits
 from distckpt.errors import CheckpointError, CorruptionError
-from distckpt.export_source import LEAST_MEMORY_BYTES, ExportSource
+from distckpt.exchange.export_source import LEAST_MEMORY_BYTES, ExportSource
+from distckpt.exchange.safetensors_files import rename_keys
 from distckpt.geometry import Box
 from distckpt.index import Spec
 from distckpt.reader import Wanted
-from distckpt.safetensors_files import rename_keys
 from distckpt.shard_file import BLOCK_BYTES, DTYPES
 from distckpt.tensor_source import TensorSource
 from distckpt.testing import MemoryStorage

@@ -17,18 +17,19 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from distckpt import Checkpointer, export_zarr, exporting, import_zarr, zarr_group
+from distckpt import Checkpointer, export_zarr, import_zarr
 from distckpt.commit import list_commits, newest_iteration
 from distckpt.coordinator import Coordinator
 from distckpt.errors import CheckpointError, CorruptionError
-from distckpt.export_source import LEAST_MEMORY_BYTES, ExportSource
+from distckpt.exchange import exporting, zarr_group
+from distckpt.exchange.export_source import LEAST_MEMORY_BYTES, ExportSource
+from distckpt.exchange.zarr_layout import PerRankFacts, RankValues, cut_array, dimension_names, node_paths, zarr_type
 from distckpt.geometry import Box
 from distckpt.index import Spec
 from distckpt.shard_file import BLOCK_BYTES, DTYPES
 from distckpt.storage import PosixStorage
 from distckpt.tensor_source import TensorSource
 from distckpt.testing import MemoryStorage, run_ranks
-from distckpt.zarr_layout import PerRankFacts, RankValues, cut_array, dimension_names, node_paths, zarr_type
 from tests.unit.damage import change, flip
 from tests.unit.megatron_states import Layout, rank_state
 from tests.unit.stored_tensors import HOSTILE_KEYS, Tensor, check_same, raw, read_all, stored, tensors

@@ -20,11 +20,8 @@ from distckpt._C import Memory
 from distckpt.checkpoint_files import OnBytes, read_per_rank
 from distckpt.elements import Elements
 from distckpt.errors import CheckpointError
-from distckpt.export_source import MEMORY_BYTES, ExportSource, Workers
-from distckpt.geometry import Box, bands
-from distckpt.report import ExportReport
-from distckpt.roots import root_above
-from distckpt.safetensors_files import (
+from distckpt.exchange.export_source import MEMORY_BYTES, ExportSource, Workers
+from distckpt.exchange.safetensors_files import (
     INDEX_FILE,
     MAX_FILE_BYTES,
     FileOfTensors,
@@ -33,12 +30,8 @@ from distckpt.safetensors_files import (
     index_document,
     rename_keys,
 )
-from distckpt.selecting import Selector
-from distckpt.shard_file import DTYPES
-from distckpt.storage import PosixStorage, Storage, WriteFile, new_file
-from distckpt.tensor_source import TensorSource
-from distckpt.zarr_group import Compression, NewArray, NewGroup, import_zarr_library, sync_path
-from distckpt.zarr_layout import (
+from distckpt.exchange.zarr_group import Compression, NewArray, NewGroup, import_zarr_library, sync_path
+from distckpt.exchange.zarr_layout import (
     LAYOUT_VERSION,
     GroupFacts,
     PerRankFacts,
@@ -47,6 +40,13 @@ from distckpt.zarr_layout import (
     node_paths,
     stored_cell,
 )
+from distckpt.geometry import Box, bands
+from distckpt.report import ExportReport
+from distckpt.roots import root_above
+from distckpt.selecting import Selector
+from distckpt.shard_file import DTYPES
+from distckpt.storage import PosixStorage, Storage, WriteFile, new_file
+from distckpt.tensor_source import TensorSource
 
 _SHARD_COPIES = 12
 

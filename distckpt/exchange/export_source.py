@@ -21,6 +21,7 @@ from distckpt.checkpoint_files import OnBytes
 from distckpt.commit import read_index
 from distckpt.elements import Elements, can_convert, convert, view_elements
 from distckpt.errors import CheckpointError
+from distckpt.exchange.zarr_layout import first_places
 from distckpt.geometry import Box
 from distckpt.index import Index, Spec
 from distckpt.reader import StoredTensors, Wanted
@@ -28,7 +29,6 @@ from distckpt.selecting import Selector, open_selected, select_commits
 from distckpt.shard_file import DTYPES
 from distckpt.storage import Storage
 from distckpt.tensor_source import CACHE_BYTES, OPEN_FILES, TensorSource
-from distckpt.zarr_layout import first_places
 
 T = TypeVar("T")
 MEMORY_BYTES = 256 << 20

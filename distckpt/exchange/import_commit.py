@@ -25,6 +25,7 @@ from distckpt.checkpoint_files import OnBytes
 from distckpt.chunk_table import Chunks, encode_record
 from distckpt.commit import iteration_directory, list_commits, new_save_id, pending_marker
 from distckpt.errors import CheckpointError
+from distckpt.exchange.zarr_layout import PerRankFacts, RankValues
 from distckpt.geometry import Box
 from distckpt.heartbeat import Heartbeat
 from distckpt.index import MAX_NATURAL, Index, Mesh, PerRankEntry, ShardFile, Spec, decode_index, encode_index
@@ -34,10 +35,9 @@ from distckpt.removing import discard
 from distckpt.report import ImportReport
 from distckpt.roots import claim_root
 from distckpt.shard_file import FORMAT, FORMAT_VERSION, FileLayout, file_name
-from distckpt.share_files import ShareFile, facts_of_all, plan_share_files, shared_metadata
+from distckpt.share_files import facts_of_all, plan_share_files, shared_metadata
 from distckpt.storage import PosixStorage, Storage, new_file
 from distckpt.writing import header_metadata, write_shard_file
-from distckpt.zarr_layout import PerRankFacts, RankValues
 
 MAX_FILE_BYTES = 4 << 30
 
@@ -174,12 +174,9 @@ def _plan_files(
             if rank == number == 0:
                 shared = shared_metadata(incoming.values, bytes(incoming.metadata), incoming.metrics)
             per_rank = b"{}" if number else msgspec.json.encode(values.values)
-            files.append(_File(rank, mesh, _lay_out(file, per_rank, common | file.metadata | shared), file.numbers))
+            layout = file.plan.lay_out(per_rank, common | file.metadata | shared)
+            files.append(_File(rank, mesh, layout, file.numbers))
     return files
-
-
-def _lay_out(file: ShareFile, per_rank: bytes, metadata: dict[str, str | msgspec.Raw]) -> FileLayout:
-    return file.plan.lay_out(per_rank, metadata)
 
 
 def _write_files(

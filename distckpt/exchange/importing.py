@@ -18,17 +18,23 @@ from typing_extensions import Buffer
 
 from distckpt.checkpoint_files import OnBytes
 from distckpt.errors import CheckpointError, CorruptionError
-from distckpt.export_source import MEMORY_BYTES, share_memory
+from distckpt.exchange.export_source import MEMORY_BYTES, share_memory
+from distckpt.exchange.import_commit import Incoming, IncomingTensor, commit_incoming
+from distckpt.exchange.safetensors_files import (
+    INDEX_FILE,
+    MAX_INDEX_BYTES,
+    FoundTensor,
+    decode_index_document,
+    read_header,
+)
+from distckpt.exchange.zarr_group import StoredArray, StoredGroup
+from distckpt.exchange.zarr_layout import GroupFacts, cells, node_paths
 from distckpt.geometry import Box, bands
-from distckpt.import_commit import Incoming, IncomingTensor, commit_incoming
 from distckpt.index import Spec, find_spec_fault
 from distckpt.json_value import encode_value
 from distckpt.report import ImportReport
-from distckpt.safetensors_files import INDEX_FILE, MAX_INDEX_BYTES, FoundTensor, decode_index_document, read_header
 from distckpt.shard_file import DTYPES
 from distckpt.storage import PosixStorage, Storage
-from distckpt.zarr_group import StoredArray, StoredGroup
-from distckpt.zarr_layout import GroupFacts, cells, node_paths
 
 MAX_PART_BYTES = 1 << 30  # of a tensor; what is larger is stored in several parts
 _READ_BYTES = 8 << 20

@@ -21,10 +21,7 @@ import numpy as np
 
 from distckpt.elements import Elements
 from distckpt.errors import CheckpointError, CorruptionError
-from distckpt.geometry import Box
-from distckpt.index import MAX_INDEX_BYTES, Spec
-from distckpt.shard_file import DTYPES
-from distckpt.zarr_layout import (
+from distckpt.exchange.zarr_layout import (
     ATTRIBUTE,
     LAYOUT_VERSION,
     Cut,
@@ -35,6 +32,9 @@ from distckpt.zarr_layout import (
     grown,
     zarr_type,
 )
+from distckpt.geometry import Box
+from distckpt.index import MAX_INDEX_BYTES, Spec
+from distckpt.shard_file import DTYPES
 
 Compression: TypeAlias = Literal["zstd", "none"]
 ROOT_DOCUMENT = "zarr.json"
