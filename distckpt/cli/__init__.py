@@ -12,15 +12,18 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Be the process of a command, with the arguments of the process if none are given. Ends by SystemExit."""
-    from distckpt.cli.interruption import Interrupted, listen_for_signals
+    from distckpt.cli.interruption import interruption_in, listen_for_signals
 
-    listen_for_signals()  # First: all the rest takes a good part of a second to import.
     try:
+        listen_for_signals()  # First: all the rest takes a good part of a second to import.
         from distckpt.cli.commands import app
         from distckpt.cli.running import run
-    except Interrupted as error:
-        print(f"distckpt: {error}", file=sys.stderr)
-        sys.exit(128 + error.number)
+    except BaseException as error:
+        interrupted = interruption_in(error)
+        if interrupted is None:
+            raise
+        print(f"distckpt: {interrupted}", file=sys.stderr)
+        sys.exit(128 + interrupted.number)
     run(app, arguments)
 
 

@@ -44,14 +44,24 @@ def leaving(what: str) -> Iterator[None]:
         raise
 
 
+def interruption_in(error: BaseException | None) -> Interrupted | None:
+    """The interruption that an error is, or that it was made of: an extension that is being imported makes an
+    ImportError of it."""
+    while error is not None and not isinstance(error, Interrupted):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 def listen_for_signals() -> None:
-    """Until the process ends, which it does soon: its threads may have to be waited for. From the main thread.
+    """Until the process ends, which it does soon: its threads may have to be waited for. From the main thread. Raises
+    Interrupted as soon as it listens.
 
     A signal that is ignored stays ignored, as nohup and shells want for what runs in the background.
     """
     heard, told = socket.socketpair()
     told.setblocking(False)
     numbers = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    threading.Thread(target=_hear, args=(heard, numbers), name="distckpt-signals", daemon=True).start()
     is_told = threading.Event()
 
     def handle(number: int, _: FrameType | None) -> None:
@@ -59,10 +69,9 @@ def listen_for_signals() -> None:
             is_told.set()
             raise Interrupted(signal.Signals(number))
 
+    signal.set_wakeup_fd(told.detach(), warn_on_full_buffer=False)
     for number in numbers:
         signal.signal(number, handle)
-    signal.set_wakeup_fd(told.detach(), warn_on_full_buffer=False)
-    threading.Thread(target=_hear, args=(heard, numbers), name="distckpt-signals", daemon=True).start()
 
 
 def _hear(heard: socket.socket, numbers: list[signal.Signals]) -> None:

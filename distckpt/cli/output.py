@@ -40,9 +40,14 @@ def print_json(value: object) -> None:
     try:
         data = msgspec.json.encode(value)
     except UnicodeEncodeError:  # A path may have bytes that are no UTF-8.
-        data = json.dumps(msgspec.to_builtins(value)).encode()
+        data = json.dumps(msgspec.to_builtins(value, enc_hook=_decoded)).encode()
     sys.stdout.buffer.write(data + b"\n")
     sys.stdout.buffer.flush()
+
+
+def _decoded(value: object) -> object:
+    """What msgspec encodes as it stands, as values of Python."""
+    return msgspec.json.decode(value) if isinstance(value, msgspec.Raw) else value
 
 
 def print_table(table: Table | Tree) -> None:
@@ -56,6 +61,15 @@ def plain_text(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(character if character.isprintable() else " " for character in text)
+
+
+def harmless_text(text: str) -> str:
+    """Lines without what a terminal would take for orders: such characters as their numbers."""
+    if all(map(str.isprintable, text.split("\n"))):
+        return text
+    return "".join(
+        one if one.isprintable() or one == "\n" else one.encode("unicode_escape").decode("ascii") for one in text
+    )
 
 
 def size_text(size_bytes: int) -> str:

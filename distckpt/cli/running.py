@@ -12,8 +12,8 @@ from typing import cast
 import typer
 import typer.main
 
-from distckpt.cli.interruption import Interrupted
-from distckpt.cli.output import print_json
+from distckpt.cli.interruption import Interrupted, interruption_in
+from distckpt.cli.output import harmless_text, print_json
 from distckpt.errors import CheckpointError
 
 # Exit codes: 0 all is well; 1 (DAMAGED, DIFFERENT in distckpt.cli.output) what was asked about is not so, and that is
@@ -64,7 +64,9 @@ def run_command(app: typer.Typer, arguments: Sequence[str]) -> int:
     except _UsageError as error:
         where = getattr(error, "ctx", None)
         path = "distckpt" if where is None else where.command_path
-        _print_error("UsageError", f"{error.format_message().rstrip('.')}. Try '{path} --help'.", as_json)
+        message = error.format_message().rstrip(".")
+        end = "" if message.endswith("?") else "."
+        _print_error("UsageError", f"{message}{end} Try '{path} --help'.", as_json)
     except Interrupted as error:
         _print_error("Interrupted", str(error), as_json)
         return 128 + error.number
@@ -77,6 +79,10 @@ def run_command(app: typer.Typer, arguments: Sequence[str]) -> int:
             "MemoryError", "there is not enough memory; give less with --memory or --jobs if it has them", as_json
         )
     except Exception as error:  # A defect of ours, and no finding: Python's own exit code would be 1.
+        interrupted = interruption_in(error)
+        if interrupted is not None:  # In an import.
+            _print_error("Interrupted", str(interrupted), as_json)
+            return 128 + interrupted.number
         traceback.print_exc()
         _print_error(type(error).__name__, f"this should not have happened: {error}", as_json)
     else:
@@ -99,7 +105,7 @@ def _print_error(kind: str, message: str, as_json: bool) -> None:
 
 def _print_text(message: str) -> None:
     with suppress(OSError):
-        print(f"distckpt: {message}", file=sys.stderr, flush=True)
+        print(f"distckpt: {harmless_text(message)}", file=sys.stderr, flush=True)
 
 
 def _mend_streams() -> None:

@@ -127,7 +127,10 @@ import builtins, signal, sys
 find = builtins.__import__
 def interrupted(name, *rest):
     if name == "distckpt.cli.commands":
-        signal.raise_signal(signal.SIGINT)
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except BaseException as error:
+            raise {raised} from (None if {raised} is error else error)
     return find(name, *rest)
 builtins.__import__ = interrupted
 from distckpt.cli import main
@@ -135,10 +138,35 @@ main(["--version"])
 """
 
 
-def test_command_can_be_interrupted_while_it_is_imported() -> None:
-    done = run(command=[sys.executable, "-c", IMPORTS])
+@pytest.mark.parametrize("raised", ["error", "ImportError('initialization failed')"])
+def test_command_can_be_interrupted_while_it_is_imported(raised: str) -> None:
+    """Also while an extension is, which makes an error of its own of what is raised in it."""
+    done = run(command=[sys.executable, "-c", IMPORTS.format(raised=raised)])
     assert (done.returncode, done.stdout) == (130, "")
     assert done.stderr == "distckpt: stopped by SIGINT before it was done\n"
+
+
+EARLY = """
+import signal, threading
+def and_then_raise(call, number):
+    def called(*arguments):
+        call(*arguments)
+        signal.raise_signal(number or arguments[0])
+    return called
+{owner}.{name} = and_then_raise({owner}.{name}, {number})
+from distckpt.cli import main
+main(["--version"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "number", "code"),
+    [("signal", "signal", "None", 130), ("threading.Thread", "start", "signal.SIGTERM", -signal.SIGTERM)],
+)
+def test_signal_is_no_finding_however_soon_it_comes(owner: str, name: str, number: str, code: int) -> None:
+    """Exit code 1 would say that something is damaged."""
+    done = run(command=[sys.executable, "-c", EARLY.format(owner=owner, name=name, number=number)])
+    assert (done.returncode, done.stdout, "Traceback" in done.stderr) == (code, "", False), done.stderr
 
 
 HANGS = """
@@ -292,7 +320,7 @@ def test_standard_streams_may_be_closed(root: Path, closed: str) -> None:
     assert (done.returncode, "Traceback" in done.stderr) == (0, False)
 
 
-@pytest.mark.parametrize("command", ["copy", "history"])
+@pytest.mark.parametrize("command", ["copy", "history", "inspect", "diff"])
 def test_letters_that_the_locale_has_not_are_escaped(root: Path, tmp_path: Path, command: str) -> None:
     """And a path that is no text at all is one all the same."""
     strange = os.path.join(os.fsencode(tmp_path), "ü\xff".encode("latin-1"))
@@ -300,7 +328,16 @@ def test_letters_that_the_locale_has_not_are_escaped(root: Path, tmp_path: Path,
     os.symlink(root, os.path.join(strange, b"run"))
     ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     path = os.fsdecode(os.path.join(strange, b"run"))
-    target = [os.fsdecode(os.path.join(strange, b"copies"))] if command == "copy" else []
+    target = {"copy": [os.fsdecode(os.path.join(strange, b"copies"))], "diff": [path]}.get(command, [])
     for options in ([], ["--json"]):
         done = run(command, path, *target, *options, env=ascii_only)
         assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
+
+
+def test_error_cannot_do_things_to_a_terminal(root: Path, tmp_path: Path) -> None:
+    """It names what lies beside, and what anybody may have named."""
+    (tmp_path / "\x1b[31mred\u202e").symlink_to(root)
+    done = run("ls", tmp_path / "nothing")
+    assert done.returncode == 2
+    assert "\\x1b[31mred\\u202e" in done.stderr
+    assert all(line.isprintable() for line in done.stderr.splitlines())
