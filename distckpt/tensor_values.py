@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import difflib
 import errno
+import heapq
 import os
 import re
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from math import prod
+from typing import BinaryIO
 
 import msgspec
 import numpy as np
@@ -37,7 +40,8 @@ MEMORY_BYTES = 256 << 20
 MIN_MEMORY_BYTES = 16 << 20
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 _NEAR, _EXAMPLES = 5, 3
-_MAX_COMPARED = 20_000  # keys that a wrong one is compared with
+_MAX_COMPARED = 1000  # keys that a wrong one is compared with, those that begin and end most like it
+_MAX_NAMED = 200  # characters of a key in an error
 
 
 class TensorStatistics(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,7 +99,7 @@ def find_key(root: str | os.PathLike[str] | Storage, key: str, iteration: Select
     index, _ = read_index(storage, commit)
     if not (key in index.tensors or key in index.values or key in index.per_rank):
         raise MismatchError(
-            f"{storage.location}/{commit.directory} has no key {key!r}{_advice(key, index)}", missing=(key,)
+            f"{storage.location}/{commit.directory} has no key {_named(key)}{_advice(key, index)}", missing=(key,)
         )
     return StoredKey(key, storage, commit, index, index.tensors.get(key))
 
@@ -105,13 +109,27 @@ def _advice(key: str, index: Index) -> str:
     keys = [*index.tensors, *index.values, *index.per_rank]
     if not keys:
         return ", nor any other"
-    if len(keys) > _MAX_COMPARED:
-        last = re.split(r"[./]", key)[-1]
-        keys = [one for one in keys if one.endswith(last)][:_MAX_COMPARED] or keys[:_MAX_COMPARED]
-    near = [one for one in keys if key in one][:_NEAR] or difflib.get_close_matches(key, keys, _NEAR)
+    near = [one for one in keys if key in one][:_NEAR]
+    if not near and len(key) <= _MAX_NAMED:  # What follows takes time that grows with the square of lengths.
+        short = [one for one in keys if len(one) <= _MAX_NAMED]
+        alike = heapq.nlargest(_MAX_COMPARED, short, key=partial(_shared_ends, key))
+        near = difflib.get_close_matches(key, alike, _NEAR)
     if near:
-        return f"; did you mean {', '.join(map(repr, near))}?"
-    return f"; its keys look like {', '.join(map(repr, keys[:_EXAMPLES]))}, and `distckpt inspect` lists them"
+        return f"; did you mean {', '.join(map(_named, near))}?"
+    return f"; its keys look like {', '.join(map(_named, keys[:_EXAMPLES]))}, and `distckpt inspect` lists them"
+
+
+def _shared_ends(a: str, b: str) -> int:
+    """How many characters both begin with, and end with."""
+    return _shared_start(a, b) + _shared_start(a[::-1], b[::-1])
+
+
+def _shared_start(a: str, b: str) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _named(key: str) -> str:
+    return repr(key if len(key) <= _MAX_NAMED else f"{key[:_MAX_NAMED]}...")
 
 
 def read_values(stored: StoredKey) -> list[RankValue]:
@@ -274,23 +292,34 @@ def write_npy(
 ) -> NumpyDType:
     """Write a tensor, or the slice `where` of it, as a .npy file of the type that is returned: whole, or not at all.
 
-    It gets its name once it is durable. force: over what has that name. Raises FileExistsError; as read_bands does; and
-    as parse_slice does.
+    It gets its name once it is durable. force: over the file of that name, or that a link of that name leads to. What
+    is no regular file, such as a pipe or a device, is written to itself. Raises FileExistsError, IsADirectoryError; as
+    read_bands does; and as parse_slice does.
     """
     path = os.fspath(file)
     entry = tensor_entry(stored)
     box, shape = parse_slice(where, entry.global_shape)
-    dtype = npy_dtype(entry.dtype, raw=raw)
-    if not force and os.path.lexists(path):  # Before hours of reading.
-        raise FileExistsError(f"{path} is there already; --force writes over it")
-    temporary = f"{path}.{secrets.token_hex(8)}.tmp"
+    dtype, item_bytes = npy_dtype(entry.dtype, raw=raw), DTYPES[entry.dtype].item_bytes
+    parts = (as_numpy_type(one, entry.dtype, raw=raw) for one in read_bands(stored, box, memory_bytes=memory_bytes))
+
+    def write(out: BinaryIO) -> None:
+        out.write(_npy_header(dtype, shape))
+        for elements in parts:
+            out.write(elements.data.cast("B"))
+            on_bytes(len(elements) * item_bytes)
+        out.flush()
+
+    _check_target(path, force=force)  # Before hours of reading.
+    if os.path.exists(path) and not os.path.isfile(path):
+        with open(path, "wb") as out:
+            write(out)
+        return dtype
+    path = os.path.realpath(path) if force else path
+    folder, name = os.path.split(path)
+    temporary = os.path.join(folder, f".{name[:100]}.{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "xb") as out:
-            out.write(_npy_header(dtype, shape))
-            for elements in read_bands(stored, box, memory_bytes=memory_bytes):
-                out.write(as_numpy_type(elements, entry.dtype, raw=raw).data.cast("B"))
-                on_bytes(elements.nbytes)
-            out.flush()
+            write(out)
             os.fsync(out.fileno())
         _give_name(temporary, path, force=force)
     except BaseException:
@@ -298,6 +327,17 @@ def write_npy(
             os.unlink(temporary)
         raise
     return dtype
+
+
+def _check_target(path: str, *, force: bool) -> None:
+    """Raises an OSError if no file can be written there."""
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"{path} is a directory, and no file to write")
+    if not force and os.path.lexists(path) and (os.path.isfile(path) or not os.path.exists(path)):
+        raise FileExistsError(f"{path} is there already; --force writes over it")
+    folder = os.path.dirname(os.path.realpath(path))
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"{path}: there is no directory {folder}")
 
 
 def _npy_header(dtype: NumpyDType, shape: tuple[int, ...]) -> bytes:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -206,3 +208,44 @@ def test_the_box_of_a_slice_has_all_dimensions() -> None:
 def test_too_little_memory_is_refused(root: MemoryStorage) -> None:
     with pytest.raises(ValueError, match="expected at least"):
         tensor_statistics(root, "w", memory_bytes=1 << 20)
+
+
+def test_a_link_is_followed_and_what_is_no_file_is_not_replaced(root: MemoryStorage, tmp_path: Path) -> None:
+    """`--npy /dev/null --force` must not make a file of it."""
+    link, target, pipe = (tmp_path / name for name in ("link", "target", "pipe"))
+    link.symlink_to(target)
+    with pytest.raises(FileExistsError, match="--force"):
+        write_npy(find_key(root, "w"), link)
+    write_npy(find_key(root, "w"), link, force=True)
+    assert link.is_symlink()
+    assert np.array_equal(np.load(target), WHOLE)
+    os.mkfifo(pipe)
+    read: list[bytes] = []
+    for force in (False, True):
+        reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()), daemon=True)
+        reader.start()
+        write_npy(find_key(root, "w"), pipe, force=force)
+        assert pipe.is_fifo()
+        reader.join(30)
+    assert read == [target.read_bytes()] * 2
+
+
+def test_what_cannot_be_a_file_is_refused_before_anything_is_read(root: MemoryStorage, tmp_path: Path) -> None:
+    stored = find_key(root, "w")
+    for path, error in ((tmp_path, IsADirectoryError), (tmp_path / "no" / "w.npy", FileNotFoundError)):
+        with pytest.raises(error, match=re.escape(str(path))):
+            write_npy(stored, path, force=True, on_bytes=lambda _: pytest.fail("read"))
+    write_npy(stored, tmp_path / f"{'n' * 250}.npy")
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_wrong_key_is_answered_in_a_few_words_however_long_keys_are() -> None:
+    long = "k" * 100_000
+    names = [*(f"{long}{i}" for i in range(4)), *(f"layer.{i}.w" for i in range(3000))]
+    storage = laid_out({}, Layout(1), values=dict.fromkeys(names, 0))
+    for key in (long, f"{long}x", "nothing"):
+        with pytest.raises(MismatchError) as raised:
+            find_key(storage, key)
+        assert len(str(raised.value)) < 2000
+    with pytest.raises(MismatchError, match=r"did you mean 'layer\.2999\.w'"):
+        find_key(storage, "layer.2999.z")
