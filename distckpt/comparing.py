@@ -142,7 +142,8 @@ def compare_checkpoints(
     Tolerance; without either, equal means bit for bit. ignore_dtype: tensors of two dtypes are equal if their values
     are. metadata: compare metadata and metrics too. on_bytes: told how many bytes of A's tensors were compared.
 
-    Raises CheckpointNotFoundError; CorruptionError for an index or chunk table; ValueError; OSError for what says
+    Raises CheckpointNotFoundError; CorruptionError for an index or chunk table; ValueError, also for a glob that no key
+    matches; OSError for what says
     nothing of the checkpoints (no right to read them). Damage of tensors and values is in the report.
     """
     started = time.perf_counter()
@@ -151,6 +152,9 @@ def compare_checkpoints(
         other_iteration = iteration
     sides = _Side.open(a, iteration), _Side.open(b, other_iteration)
     is_wanted = partial(_is_wanted, select=select, drop=drop)
+    for glob in (*select, *drop):
+        if not any(fnmatchcase(key, glob) for side in sides for _, keys in _kinds(side.index) for key in keys):
+            raise ValueError(f"no key of either checkpoint matches {glob!r}; the glob is for the whole key: '*part*'")
     only = [_one_sided(one.index, other.index, is_wanted) for one, other in (sides, sides[::-1])]
     shapes, names = _common_tensors(*sides, is_wanted)
     comparison = _TensorComparison(sides, tolerance, ignore_dtype)

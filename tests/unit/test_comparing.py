@@ -252,3 +252,10 @@ def test_too_little_memory_is_refused() -> None:
     assert list_commits(root)
     with pytest.raises(ValueError, match="expected at least"):
         compare_checkpoints(root, root, memory_bytes=1 << 20)
+
+
+@pytest.mark.parametrize("globs", [{"select": ["modle/*"]}, {"drop": ["*.bais"]}])
+def test_a_glob_that_no_key_matches_is_an_error_and_no_equality(globs: dict[str, list[str]]) -> None:
+    storage = saved_root(1)
+    with pytest.raises(ValueError, match="no key of either checkpoint matches"):
+        compare_checkpoints(storage, storage, **globs)
