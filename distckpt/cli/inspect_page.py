@@ -88,6 +88,7 @@ def page_data(
         return part
 
     ranks = list_ranks(index, map(noted, placements(storage, commit, index, keys)))
+    location = storage.location.encode("utf-8", "backslashreplace").decode()  # A path may have bytes that are no text.
     metadata = metadata_rows(entry.metadata)
     omitted = []
     if arrangements.left_out:
@@ -97,8 +98,8 @@ def page_data(
     if len(keys) < len(index.tensors):
         omitted.append(f"only {len(keys):,} of {len(index.tensors):,} tensors are here: those that --keys matches")
     return {
-        "title": f"iteration {entry.iteration} of {os.path.basename(storage.location) or storage.location}",
-        "location": storage.location,
+        "title": f"iteration {entry.iteration} of {os.path.basename(location) or location}",
+        "location": location,
         "iteration": entry.iteration,
         "written_unix_s": time.time(),
         "facts": [[name, shown(text, _MAX_TEXT)] for name, text in summary_facts(entry, contents_of(index), answer)],

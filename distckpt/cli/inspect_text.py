@@ -93,13 +93,12 @@ def print_head(entry: CheckpointEntry, contents: Contents) -> None:
 
 def summary_facts(entry: CheckpointEntry, contents: Contents, answer: Resumability) -> list[tuple[str, str]]:
     """(name, text) of what is to be said of one checkpoint, without what is listed on demand."""
-    created = datetime.fromtimestamp(entry.created_unix_s or 0, timezone.utc)
     shares = [f"{share.dtype} {size_text(share.bytes)}" for share in contents.dtypes]
     facts = [
         ("iteration", str(entry.iteration)),
         ("DAMAGED", entry.damage or ""),
         ("resumable", str(answer)),
-        ("saved", f"{created:%Y-%m-%d %H:%M:%S} UTC, {age_text(entry.age_s or 0)} ago, save {entry.save_id}"),
+        ("saved", f"{time_text(entry.created_unix_s or 0)}, {age_text(entry.age_s or 0)} ago, save {entry.save_id}"),
         ("after", f"save {entry.parent}" if entry.parent else ""),
         ("layout", layout_text(entry)),
         ("size", f"{size_text(entry.bytes)}; {_files_text(contents)}"),
@@ -114,6 +113,14 @@ def summary_facts(entry: CheckpointEntry, contents: Contents, answer: Resumabili
         ("note", entry.note),
     ]
     return [(name, text) for name, text in facts if text]
+
+
+def time_text(unix_s: float) -> str:
+    """2026-11-26 07:37:13 UTC."""
+    try:
+        return f"{datetime.fromtimestamp(unix_s, timezone.utc):%Y-%m-%d %H:%M:%S} UTC"
+    except (ValueError, OverflowError, OSError):  # An index may say anything.
+        return f"{unix_s:g} s after 1970"
 
 
 def print_summary(entry: CheckpointEntry, contents: Contents, answer: Resumability) -> None:

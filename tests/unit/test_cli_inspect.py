@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from distckpt import Checkpointer, CheckpointNotFoundError, ShardedTensor, TrainState, label
 from distckpt.cli import app
+from distckpt.cli.inspect_text import time_text
 from distckpt.commit import Commit, read_index
 from distckpt.index import Index
 from distckpt.inspecting import read_entry
@@ -306,6 +307,12 @@ def test_text_from_disk_cannot_do_things_to_a_terminal(tmp_path: Path) -> None:
         assert code == 0
         assert not any(character in said for character in "\x1b\x07\x9b\u202e")
     assert "[bold]" in run("inspect", tmp_path, "--values")[1]
+
+
+def test_time_that_no_calendar_has_is_told_all_the_same() -> None:
+    assert time_text(0) == "1970-01-01 00:00:00 UTC"
+    for impossible in (1e300, -1e300, 1e12):
+        assert time_text(impossible) == f"{impossible:g} s after 1970"
 
 
 def test_inspect_runs_without_torch(spread: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -338,3 +339,39 @@ def test_page_is_searched_sorted_and_walked_through(page: Path, tmp_path: Path, 
     assert said["crumbs"][-1] == f"List {len(HOSTILE)} tensors"
     assert len(said["group"]) == len(HOSTILE)
     assert all(key.startswith("model/") for key in said["group"])
+
+
+PRINTED = """
+const list = document.getElementById("value-list");
+const seen = () => [list.querySelectorAll("[role=option]").length, list.textContent];
+const said = {};
+addEventListener("load", () => setTimeout(() => {
+  dispatchEvent(new Event("beforeprint")); said.paper = seen();
+  dispatchEvent(new Event("afterprint")); said.screen = seen();
+  document.body.append(Object.assign(document.createElement("pre"), { id: "said", textContent: JSON.stringify(said) }));
+}, 100));
+"""
+
+
+@needs_browser
+def test_paper_has_the_first_rows_and_says_how_many_more_there_are(tmp_path: Path) -> None:
+    """A list that is as high as all of its rows is thousands of empty sheets."""
+    storage = MemoryStorage()
+    with Checkpointer(storage) as checkpointer:
+        checkpointer.save({f"v{i}": i for i in range(600)}, iteration=1)
+    page = tmp_path / "page.html"
+    page.write_bytes(page_of(data_of(storage)))
+    elements = in_browser(page, tmp_path / "profile", PRINTED)
+    [said] = [json.loads("".join(text)) for _, attributes, text in elements.found if attributes.get("id") == "said"]
+    assert said["paper"][0] == 500
+    assert said["paper"][1].endswith("and 100 more")
+    assert said["screen"][0] < 100
+    assert "more" not in said["screen"][1]
+
+
+def test_page_of_a_path_that_is_no_text_names_it(tmp_path: Path) -> None:
+    root, page = tmp_path / os.fsdecode(b"run\xff"), tmp_path / "page.html"
+    with Checkpointer(root) as checkpointer:
+        checkpointer.save({"step": 1}, iteration=1)
+    assert run("inspect", root, "--html", page)[0] == 0
+    assert "<title>iteration 1 of run\\udcff</title>" in page.read_text()

@@ -81,10 +81,12 @@ function colour(n, of = 12) {
   return "hsl(" + ((n * 137.508) % 360).toFixed(1) + " " + (52 + 8 * (n % 3)) + "% " + (60 + 6 * (n % 4)) + "%)";
 }
 
+const MAX_PRINTED = 500; // rows of a list
+
 /** Rows of one height, of which only those in sight exist. */
 class RowList {
   constructor(box, { heights, fill, pick }) {
-    Object.assign(this, { box, heights, fill, pick, length: 0, selected: -1 });
+    Object.assign(this, { box, heights, fill, pick, length: 0, selected: -1, printed: null });
     this.inner = make("div", { class: "inner" });
     box.replaceChildren(this.inner);
     box.addEventListener("scroll", () => this.draw());
@@ -95,6 +97,7 @@ class RowList {
     });
     new ResizeObserver(() => this.draw()).observe(box);
     isNarrow.addEventListener("change", () => this.show(this.length));
+    for (const [event, most] of [["beforeprint", MAX_PRINTED], ["afterprint", null]]) addEventListener(event, () => this.print(most));
   }
 
   get height() {
@@ -105,13 +108,22 @@ class RowList {
     this.length = length;
     this.selected = selected;
     // A browser's boxes end at some millions of pixels; beyond, rows are reached by filtering.
-    this.inner.style.height = Math.min(length * this.height, 15e6) + "px";
+    this.inner.style.height = this.printed === null ? Math.min(length * this.height, 15e6) + "px" : "auto";
     this.draw();
   }
 
+  /** For paper, which is not scrolled: the first rows, and how many more there are; null: for the screen again. */
+  print(most) {
+    this.printed = most;
+    this.show(this.length);
+    const more = this.length - most;
+    if (most !== null && more > 0) this.inner.append(make("div", { class: "empty" }, "and " + more.toLocaleString("en") + " more"));
+  }
+
   draw() {
-    const first = Math.max(0, Math.floor(this.box.scrollTop / this.height) - 4);
-    const last = Math.min(this.length, first + Math.ceil(this.box.clientHeight / this.height) + 9);
+    const isPrinted = this.printed !== null;
+    const first = isPrinted ? 0 : Math.max(0, Math.floor(this.box.scrollTop / this.height) - 4);
+    const last = Math.min(this.length, isPrinted ? this.printed : first + Math.ceil(this.box.clientHeight / this.height) + 9);
     const rows = [];
     for (let row = first; row < last; row++) {
       const element = this.fill(row);
@@ -119,7 +131,7 @@ class RowList {
       element.id = this.box.id + "-" + row;
       element.setAttribute("role", "option");
       element.setAttribute("aria-selected", row === this.selected);
-      element.style.top = row * this.height + "px";
+      if (!isPrinted) element.style.top = row * this.height + "px";
       rows.push(element);
     }
     this.inner.replaceChildren(...(rows.length ? rows : [make("div", { class: "empty" }, "Nothing matches.")]));
