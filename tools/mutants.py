@@ -1102,6 +1102,35 @@ MUTANTS = (
         CLI_ENDINGS,
     ),
     Mutant(
+        "commands: an error writes to the terminal what was read",
+        "distckpt/cli/running.py",
+        "{harmless_text(message)}",
+        "{message}",
+        CLI_ENDINGS,
+    ),
+    Mutant(
+        "commands: an interrupted import is a failed one",
+        "distckpt/cli/interruption.py",
+        "    while error is not None and not isinstance(error, Interrupted):\n"
+        "        error = error.__cause__ or error.__context__\n    return error\n",
+        "    return error if isinstance(error, Interrupted) else None\n",
+        CLI_ENDINGS,
+    ),
+    Mutant(
+        "cat: a pipe or device is replaced",
+        TENSOR_VALUES,
+        "    if os.path.exists(path) and not os.path.isfile(path):\n",
+        "    if False:\n",
+        VALUES_OF_TENSORS,
+    ),
+    Mutant(
+        "diff: nothing is equal to nothing",
+        "distckpt/comparing.py",
+        "    for glob in (*select, *drop):\n",
+        "    for glob in ():\n",
+        COMPARING,
+    ),
+    Mutant(
         "commands: a file that is not finished takes its place",
         "distckpt/cli/whole_file.py",
         "        yield temporary\n        os.replace(temporary, path)\n    except",
