@@ -338,8 +338,7 @@ def _per_rank_differences(
             continue
         has_same_axes = sorted(entry.axes) == sorted(other.axes)
         if not has_same_axes:
-            axes = [msgspec.Raw(msgspec.json.encode({"axes": dict(one.axes)})) for one in (entry, other)]
-            yield ValueDifference(path=key, a=axes[0], b=axes[1])
+            yield ValueDifference(path=key, a=_axes_of(entry), b=_axes_of(other))
         holders = _holders(entry), _holders(other)
         for place in sorted(holders[0].keys() | holders[1].keys()):
             files = holders[0].get(place, _NO_FILE), holders[1].get(place, _NO_FILE)
@@ -375,6 +374,11 @@ def _per_rank_difference(
         yield ValueDifference(path=key, a=one, b=other, coordinates=coordinates)
     else:
         yield from _differences_of(key, bytes(one), bytes(other), tolerance, coordinates)
+
+
+def _axes_of(entry: PerRankEntry) -> msgspec.Raw | None:
+    """None if no rank has a value, as after a reshard that could not place them."""
+    return msgspec.Raw(msgspec.json.encode({"axes": dict(entry.axes)})) if entry.holders else None
 
 
 def _holders(entry: PerRankEntry) -> dict[tuple[tuple[str, int], ...], int]:

@@ -11,7 +11,18 @@ from rich.table import Table
 
 from distckpt.cli.interruption import leaving
 from distckpt.cli.numbers import count_text, json_number, number_text, shape_text
-from distckpt.cli.output import WHICH, console, print_json, print_table, progress_bar, shown, size_text
+from distckpt.cli.output import (
+    DROP,
+    MEMORY,
+    SELECT,
+    WHICH,
+    console,
+    print_json,
+    print_table,
+    progress_bar,
+    shown,
+    size_text,
+)
 from distckpt.cli.quantities import size_bytes
 from distckpt.comparing import ComparisonReport, TensorDifference, compare_checkpoints
 from distckpt.errors import CorruptionError
@@ -22,7 +33,6 @@ from distckpt.verifying import stored_bytes
 
 DIFFERENT, NOT_COMPARED = 1, 2  # exit codes
 _TOP = 20
-_MEMORY = "256MiB"
 
 
 def diff(
@@ -34,10 +44,8 @@ def diff(
     other_iteration: Annotated[
         str | None, typer.Option(help="Which of B, in the same words.", show_default=False)
     ] = None,
-    select: Annotated[
-        list[str] | None, typer.Option(help='Only keys that this glob fits ("*" fits "/" too); may be given again.')
-    ] = None,
-    drop: Annotated[list[str] | None, typer.Option(help="No keys that this glob fits; may be given again.")] = None,
+    select: Annotated[list[str] | None, typer.Option(help=SELECT, show_default=False)] = None,
+    drop: Annotated[list[str] | None, typer.Option(help=DROP, show_default=False)] = None,
     rtol: Annotated[
         float | None, typer.Option(help="Numbers this near, relative to the larger, are equal.", show_default=False)
     ] = None,
@@ -49,7 +57,7 @@ def diff(
     top: Annotated[
         int | None, typer.Option(min=1, help=f"So many of each kind, worst first; {_TOP} in a table.")
     ] = None,
-    memory: Annotated[str, typer.Option(help="For reading: 256MiB, 1GB.")] = _MEMORY,
+    memory: Annotated[str, typer.Option(help=MEMORY)] = "256MiB",
     json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
 ) -> None:
     """Compare two checkpoints: keys, shapes, dtypes, every element, and values. Any layout against any other.
@@ -59,6 +67,7 @@ def diff(
 
     Example: distckpt diff /checkpoints/run7 /checkpoints/run7 --iteration 1000 --other-iteration 2000
     """
+    memory_bytes = size_bytes(memory)
     storage, selector = open_selected(a, iteration)
     total = stored_bytes(storage, select_commits(storage, selector)[0])
     with leaving("nothing was changed"), progress_bar("compare", total) as on_bytes:
@@ -73,7 +82,7 @@ def diff(
             atol=atol,
             ignore_dtype=ignore_dtype,
             metadata=metadata,
-            memory_bytes=size_bytes(memory),
+            memory_bytes=memory_bytes,
             on_bytes=on_bytes,
         )
     if json:
@@ -106,6 +115,7 @@ def _print_report(report: ComparisonReport, top: int) -> None:
         _print_rest(len(report.tensors), top, "tensors that differ")
     if report.values:
         table = Table("value", "A", "B")
+        table.columns[0].overflow = "fold"
         for value in report.values[:top]:
             table.add_row(*_value_row(value))
         print_table(table)
@@ -136,7 +146,10 @@ def _print_verdict(report: ComparisonReport) -> None:
 
 
 def _print_tensors(tensors: tuple[TensorDifference, ...]) -> None:
-    table = Table("tensor", "dtype", "shape")
+    table = Table()
+    table.add_column("tensor", overflow="fold")  # A key that is cut short names nothing.
+    table.add_column("dtype", no_wrap=True)
+    table.add_column("shape", no_wrap=True)
     for name in ("differ", "NaN", "max abs", "max rel"):
         table.add_column(name, justify="right")
     table.add_column("first at: A, B")

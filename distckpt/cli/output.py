@@ -31,6 +31,10 @@ WHICH = (
     "directory; the newest if not given."
 )
 
+SELECT = 'Only keys that match this glob ("*" fits "/" and "." too). May be repeated.'
+DROP = "No keys that match this glob. May be repeated."
+MEMORY = "How much to hold at a time, whatever the size of the checkpoint: 256MiB, 1GB."
+
 # Paths and keys are printed as they are: no markup, no colours in them, no line breaks.
 console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
 
@@ -75,6 +79,11 @@ def harmless_text(text: str) -> str:
 def size_text(size_bytes: int) -> str:
     """1.5 GB, in units of 1000."""
     return decimal(size_bytes)
+
+
+def counted(count: int, what: str) -> str:
+    """1 file, 2 files."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def age_text(seconds: float) -> str:

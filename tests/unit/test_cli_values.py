@@ -12,8 +12,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from distckpt import Checkpointer, PerRank, ShardedTensor
 from distckpt.cli import app
+from distckpt.coordinator import Coordinator
 from distckpt.storage import PosixStorage
+from distckpt.testing import run_ranks
 from tests.unit.damage import change, flip, newest
 from tests.unit.laid_out import Layout, save_laid_out
 from tests.unit.saved_roots import save
@@ -209,3 +212,18 @@ def test_a_tensor_longer_than_all_memory_that_is_used(tmp_path: Path) -> None:
     for arguments in (("diff", a, b), ("cat", b, "w"), ("cat", b, "w", "--npy", file)):
         assert peak_bytes(*arguments, "--memory", "32MiB") < tensors["w"].nbytes - (20 << 20)
     assert np.array_equal(np.load(file, mmap_mode="r"), tensors["w"].numpy())
+
+
+def test_diff_shows_nothing_where_a_reshard_left_a_per_rank_value_out(tmp_path: Path) -> None:
+    def save_rank(coordinator: Coordinator) -> None:
+        tp = coordinator.rank
+        weight = ShardedTensor.from_rank_offsets("w", torch.ones(2), (0, tp, 2), partition=("tp",))
+        state = {"model": [weight], "rng": PerRank(tp, axes=("tp",), on_change="reseed")}
+        with Checkpointer(tmp_path / "a", mesh={"tp": (tp, 2)}, coordinator=coordinator) as checkpointer:
+            checkpointer.save(state, iteration=1)
+
+    run_ranks(2, save_rank)
+    assert run("reshard", tmp_path / "a", tmp_path / "b", "--tp", 1)[0] == 0
+    report = json.loads(run("diff", tmp_path / "a", tmp_path / "b", "--json")[1])
+    assert [(one["path"], one["a"], one["b"]) for one in report["values"]] == [("rng", {"axes": {"tp": 2}}, None)]
+    assert run("diff", tmp_path / "a", tmp_path / "b", "--drop", "rng")[0] == 0
