@@ -88,12 +88,15 @@ def repair(
 
 
 def _raise_not_found(storage: Storage, selector: int | str | None) -> None:
+    which = selector_text(selector)
+    committed = sorted({commit.iteration for commit in list_commits(storage)})
+    if committed:
+        raise CheckpointNotFoundError(f"no checkpoint{which} under {storage.location}: it has iterations {committed}")
     with_files = [i for i, directory in iteration_directories(storage) if saves_in(storage.list(directory))]
     if not with_files:
         raise not_found(storage)
-    which = selector_text(selector)
-    what = f"; iterations {with_files} have shard files, but no index: name one of them" if with_files else ""
-    raise CheckpointNotFoundError(f"no checkpoint{which} under {storage.location}{what}")
+    what = f"iterations {with_files} have shard files, but no index: name one of them with --iteration"
+    raise CheckpointNotFoundError(f"no checkpoint{which} under {storage.location}; {what}")
 
 
 def rebuild_damaged(storage: Storage, commit: Commit, on_bytes: OnBytes) -> list[str]:
@@ -143,7 +146,11 @@ class _Repair:
         table = f"{commit.directory}/{index.chunk_table.name}"
         if any(fault.file == table for fault in left):
             self._mend_table(commit, index, table)
-        self.damaged += [f"{fault.file}: {fault.problem}" for fault in left if fault.file != table]
+        self.damaged += [
+            fault.problem if fault.problem.startswith(fault.file) else f"{fault.file}: {fault.problem}"
+            for fault in left
+            if fault.file != table
+        ]
 
     def _mend_files(self, commit: Commit, index: Index, damaged: Collection[str]) -> set[str]:
         """The names of those that could be made again from parity."""

@@ -99,13 +99,13 @@ def find_key(root: str | os.PathLike[str] | Storage, key: str, iteration: Select
     index, _ = read_index(storage, commit)
     if not (key in index.tensors or key in index.values or key in index.per_rank):
         raise MismatchError(
-            f"{storage.location}/{commit.directory} has no key {_named(key)}{_advice(key, index)}", missing=(key,)
+            f"{storage.location}/{commit.directory} has no key {_named(key)}{advice(key, index)}", missing=(key,)
         )
     return StoredKey(key, storage, commit, index, index.tensors.get(key))
 
 
-def _advice(key: str, index: Index) -> str:
-    """Which keys look like it, or how those look that there are."""
+def advice(key: str, index: Index) -> str:
+    """For an error, after a key that there is not: which keys look like it, or how those look that there are."""
     keys = [*index.tensors, *index.values, *index.per_rank]
     if not keys:
         return ", nor any other"
@@ -116,7 +116,8 @@ def _advice(key: str, index: Index) -> str:
         near = difflib.get_close_matches(key, alike, _NEAR)
     if near:
         return f"; did you mean {', '.join(map(_named, near))}?"
-    return f"; its keys look like {', '.join(map(_named, keys[:_EXAMPLES]))}, and `distckpt inspect` lists them"
+    like = ", ".join(map(_named, keys[:_EXAMPLES]))
+    return f"; its keys look like {like}; `distckpt inspect --tensors --values` lists them"
 
 
 def _shared_ends(a: str, b: str) -> int:

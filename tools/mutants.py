@@ -1083,7 +1083,7 @@ MUTANTS = (
     Mutant(
         "commands: a full disk below standard output is no error",
         "distckpt/cli/running.py",
-        "        _print_text(str(error))\n        code = NOT_DONE\n",
+        "        _print_text(_message(error))\n        code = NOT_DONE\n",
         "        code = 0\n",
         CLI_ENDINGS,
     ),

@@ -11,7 +11,7 @@ import typer
 
 from distckpt.cli.interruption import leaving
 from distckpt.cli.numbers import json_number, number_text, shape_text
-from distckpt.cli.output import ROOT, WHICH, console, plain_text, print_json, progress_bar, shown, size_text
+from distckpt.cli.output import MEMORY, ROOT, WHICH, console, plain_text, print_json, progress_bar, shown, size_text
 from distckpt.cli.quantities import size_bytes
 from distckpt.elements import Elements
 from distckpt.geometry import Box
@@ -31,7 +31,6 @@ from distckpt.tensor_values import (
     write_npy,
 )
 
-_MEMORY = "256MiB"
 _MAX_PRINTED = 100_000  # elements
 
 
@@ -51,7 +50,7 @@ def cat(
         typer.Option("--raw", help="Write bfloat16, float8 and complex32 as their bits, not as float32 or complex64."),
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
-    memory: Annotated[str, typer.Option(help="For reading: 256MiB, 1GB.")] = _MEMORY,
+    memory: Annotated[str, typer.Option(help=MEMORY)] = "256MiB",
     json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
 ) -> None:
     """Show what a key holds: statistics of a tensor, its elements with --slice; a value as JSON. --npy writes a file.

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from distckpt.cli.interruption import leaving
-from distckpt.cli.output import ROOT, WHICH, console, print_json, progress_bar, size_text
+from distckpt.cli.output import DROP, MEMORY, ROOT, SELECT, WHICH, console, counted, print_json, progress_bar, size_text
 from distckpt.cli.quantities import dtype_name, size_bytes
 from distckpt.exchange.export_source import ExportSource
 from distckpt.exchange.exporting import write_safetensors, write_zarr
@@ -27,7 +27,6 @@ class Compressed(str, Enum):
 
 
 # Of both commands.
-MEMORY = "How much to hold at a time, whatever the size of a tensor: 256MiB, 2GB."
 JOBS = "How many threads; the processors if not given, fewer where the memory is little."
 
 
@@ -38,13 +37,9 @@ def export(
     iteration: Annotated[str | None, typer.Option(help=WHICH, show_default=False)] = None,
     select: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Only keys that match this pattern (* ? [...]); several times: any of them.", show_default=False
-        ),
+        typer.Option(help=SELECT, show_default=False),
     ] = None,
-    drop: Annotated[
-        list[str] | None, typer.Option(help="Leave out keys that match this pattern.", show_default=False)
-    ] = None,
+    drop: Annotated[list[str] | None, typer.Option(help=DROP, show_default=False)] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -128,8 +123,9 @@ def _replacement(text: str) -> tuple[str, str]:
 
 
 def _print_report(report: ExportReport) -> None:
-    without = f"; {report.left_out} values left out" if report.left_out else ""
+    without = f"; {counted(report.left_out, 'value')} left out" if report.left_out else ""
     console.print(
-        f"iteration {report.iteration}: {report.tensors} tensors, {size_text(report.bytes)}, in {report.files} files; "
+        f"iteration {report.iteration}: {counted(report.tensors, 'tensor')}, {size_text(report.bytes)}, in "
+        f"{counted(report.files, 'file')}; "
         f"{report.seconds:.1f} s{without}"
     )

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from distckpt.cli.export import JOBS, MEMORY, Format
+from distckpt.cli.export import JOBS, Format
 from distckpt.cli.interruption import leaving
-from distckpt.cli.output import console, print_json, progress_bar, size_text
+from distckpt.cli.output import MEMORY, console, counted, print_json, progress_bar, size_text
 from distckpt.cli.quantities import size_bytes
 from distckpt.exchange.export_source import share_memory
 from distckpt.exchange.import_commit import Incoming, commit_incoming
@@ -59,7 +59,8 @@ def import_(
         print_json(report)
     else:
         console.print(
-            f"iteration {report.iteration}: {report.tensors} tensors and {report.values} values, "
+            f"iteration {report.iteration}: {counted(report.tensors, 'tensor')} and "
+            f"{counted(report.values, 'value')}, "
             f"{size_text(report.bytes)} in {report.seconds:.1f} s"
         )
 

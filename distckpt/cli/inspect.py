@@ -42,6 +42,7 @@ from distckpt.inspecting import (
 from distckpt.selecting import open_selected, select_commits
 from distckpt.storage import Storage
 from distckpt.surroundings import not_found
+from distckpt.tensor_values import advice
 from distckpt.training.resumable import Resumability, resumability
 
 
@@ -113,7 +114,7 @@ def inspect(
 
     Example: distckpt inspect /checkpoints/run7
 
-    Example: distckpt inspect /checkpoints/run7 --iteration best:val_loss --keys '*attention*' --sort size --top 20
+    Example: distckpt inspect /checkpoints/run7 --iteration best:val_loss --keys '*qkv.weight' --sort size --top 20
     """
     if sort not in ORDERS:
         raise ValueError(f"--sort {sort}: expected one of {', '.join(ORDERS)}")
@@ -218,9 +219,7 @@ def _with_key(storage: Storage, commit: Commit, index: Index, found: _Found, key
         entry = index.per_rank[key]
         facts = PerRankFacts(key, entry.axes, entry.on_change, len(entry.holders))
         return change(found, value=facts, held=held_values(storage, commit, index, key, top))
-    known = [*index.tensors, *index.values, *index.per_rank]
-    alike = [one for one in known if key in one]
-    raise ValueError(f"--key {key}: there is no tensor or value of this key; {_some(alike or known)}")
+    raise ValueError(f"--key {key}: there is no tensor or value of this key{advice(key, index)}")
 
 
 def _some(keys: list[str]) -> str:

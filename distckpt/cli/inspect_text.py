@@ -10,7 +10,8 @@ from rich.tree import Tree
 
 from distckpt.cataloging import CheckpointEntry, IncompleteSave
 from distckpt.cli.entries import marks_of, metric_text
-from distckpt.cli.output import age_text, console, plain_text, print_table, shown, size_text
+from distckpt.cli.numbers import shape_text
+from distckpt.cli.output import age_text, console, counted, plain_text, print_table, shown, size_text
 from distckpt.inspecting import (
     ChunkFacts,
     Contents,
@@ -30,7 +31,9 @@ _OF_RUN = ("environment", "arguments", "models", "assets", "resumed_from", "base
 
 def print_root(root: RootFacts) -> None:
     """The tree of a root: its checkpoints, newest commit first, and the saves that are none."""
-    tree = Tree(f"{shown(root.location, 1000)}: {_count(len(root.checkpoints), 'checkpoint')}, {size_text(root.bytes)}")
+    tree = Tree(
+        f"{shown(root.location, 1000)}: {counted(len(root.checkpoints), 'checkpoint')}, {size_text(root.bytes)}"
+    )
     iterations = {entry.save_id: entry.iteration for entry in root.checkpoints if entry.save_id}
     for number, entry in enumerate(root.checkpoints[:_MAX_SHOWN]):
         before = root.checkpoints[number + 1] if number + 1 < len(root.checkpoints) else None
@@ -75,7 +78,7 @@ def layout_text(entry: CheckpointEntry) -> str:
     if entry.world_size is None:
         return ""
     mesh = " ".join(f"{axis}{size}" for axis, size in entry.mesh.items() if axis != RANK_AXIS)
-    return f"{_count(entry.world_size, 'rank')}{f' ({mesh})' if mesh else ''}"
+    return f"{counted(entry.world_size, 'rank')}{f' ({mesh})' if mesh else ''}"
 
 
 def unfinished_text(save: IncompleteSave) -> str:
@@ -84,7 +87,7 @@ def unfinished_text(save: IncompleteSave) -> str:
 
 def print_head(entry: CheckpointEntry, contents: Contents) -> None:
     """One line, above what is listed."""
-    tensors = f"{_count(contents.tensors, 'tensor')} of {size_text(contents.tensor_bytes)}"
+    tensors = f"{counted(contents.tensors, 'tensor')} of {size_text(contents.tensor_bytes)}"
     facts = [f"iteration {entry.iteration}", tensors, layout_text(entry)]
     console.print(shown(", ".join(fact for fact in facts if fact), 1000))
     if entry.damage is not None:
@@ -140,7 +143,7 @@ def print_summary(entry: CheckpointEntry, contents: Contents, answer: Resumabili
 
 
 def _files_text(contents: Contents) -> str:
-    files = f"{_count(contents.files, 'shard file')} of {_count(contents.writers, 'rank')}"
+    files = f"{counted(contents.files, 'shard file')} of {counted(contents.writers, 'rank')}"
     if contents.largest_rank is None or contents.writers < 2:
         return files
     ratio = contents.largest_bytes * contents.writers / max(1, contents.file_bytes)
@@ -220,7 +223,7 @@ def print_tensor(tensor: TensorFacts, chunks: Sequence[ChunkFacts]) -> None:
     """One tensor and its chunks."""
     console.print(
         f"{shown(tensor.key, 1000)}: {tensor.dtype} {shape_text(tensor.shape)}, {size_text(tensor.bytes)}, "
-        f"{_count(tensor.chunks, 'chunk')}, split by {split_text(*_split_of(tensor)) or 'nothing'}"
+        f"{counted(tensor.chunks, 'chunk')}, split by {split_text(*_split_of(tensor)) or 'nothing'}"
     )
     rows = [
         (
@@ -279,10 +282,6 @@ def _json_text(value: object) -> str:
     return bytes(value).decode("utf-8", "replace")  # type: ignore[call-overload,no-any-return]
 
 
-def shape_text(shape: Sequence[int]) -> str:
-    return f"({', '.join(map(str, shape))})"
-
-
 def box_text(offset: Sequence[int], shape: Sequence[int]) -> str:
     """[0:4, 2:6], as one would slice."""
     ends = [f"{low}:{low + extent}" for low, extent in zip(offset, shape, strict=True)]
@@ -320,10 +319,6 @@ def ranges_text(numbers: Sequence[int], max_ranges: int = 8) -> str:
             ranges.append([number, number])
     texts = [str(low) if low == high else f"{low}-{high}" for low, high in ranges[:max_ranges]]
     return ",".join(texts) + (f",... ({len(numbers)})" if len(ranges) > max_ranges else "")
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _print_columns(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> None:

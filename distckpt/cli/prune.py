@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from distckpt.cli.interruption import leaving
-from distckpt.cli.output import console, print_json, print_table, size_text
+from distckpt.cli.output import console, counted, print_json, print_table, size_text
 from distckpt.cli.quantities import duration_s, size_bytes
 from distckpt.pruning import PruneReport
 from distckpt.pruning import prune as prune_root
@@ -85,10 +85,10 @@ def _print(report: PruneReport, grace: str) -> None:
     for one, verdict in sorted(told, key=lambda pair: pair[0].iteration, reverse=True):
         table.add_row(str(one.iteration), size_text(one.bytes), verdict, one.why)
     print_table(table)
-    removed = f"{len(report.removed)} checkpoints, {size_text(report.removed_bytes)}"
+    removed = f"{counted(len(report.removed), 'checkpoint')}, {size_text(report.removed_bytes)}"
     if report.dry_run:
         console.print(f"would remove {removed}; {size_text(report.kept_bytes)} stay")
         return
-    console.print(f"removed {removed}; {size_text(report.kept_bytes)} stay; {len(report.swept)} files swept")
+    console.print(f"removed {removed}; {size_text(report.kept_bytes)} stay; {counted(len(report.swept), 'file')} swept")
     if report.removed and duration_s(grace) > 0:
         console.print(f"files of what was removed stay for readers; a save or prune after {grace} takes them")

@@ -13,14 +13,13 @@ _SECONDS = {"S": 1.0, "M": 60.0, "MIN": 60.0, "H": 3600.0, "D": 86400.0, "W": 60
 def _split(text: str, units: dict[str, int] | dict[str, float], example: str) -> tuple[float, str]:
     match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in units:
-        known = ", ".join(unit for unit in units if unit)
-        raise ValueError(f"{text!r}: expected a number and a unit, such as {example}; units are {known}")
+        raise ValueError(f"{text!r}: expected a number and a unit, such as {example}")
     return float(match[1]), match[2].upper()
 
 
 def size_bytes(text: str) -> int:
     """Of "2TB" (units of 1000) or "500GiB" (of 1024). Raises ValueError."""
-    number, unit = _split(text, _BYTES, "2TB")
+    number, unit = _split(text, _BYTES, "500MB, 256MiB or 2TB")
     return round(number * _BYTES[unit])
 
 
@@ -31,5 +30,5 @@ def dtype_name(text: str) -> str:
 
 def duration_s(text: str) -> float:
     """Of "7d", "12h", "30min" or "30m", "45s". Raises ValueError."""
-    number, unit = _split(text, _SECONDS, "7d")
+    number, unit = _split(text, _SECONDS, "45s, 30min, 12h, 7d or 2w")
     return number * _SECONDS[unit]

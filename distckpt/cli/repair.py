@@ -44,6 +44,8 @@ def repair(
             console.print(f"{'would repair' if dry_run else 'repaired'}: {what}")
         for what in report.damaged:
             console.print(f"DAMAGED: {what}")
+        if report.damaged:
+            console.print("what is damaged stays so; `distckpt verify --all` tells which checkpoints are sound")
         if not report.repaired and not report.damaged:
             console.print("nothing to repair")
     raise typer.Exit(0 if report.is_sound else DAMAGED)

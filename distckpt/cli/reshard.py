@@ -10,8 +10,22 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from distckpt.cli.inspect_text import split_text
 from distckpt.cli.interruption import leaving
-from distckpt.cli.output import WHICH, console, plain_text, print_json, print_table, progress_bar, shown, size_text
+from distckpt.cli.numbers import shape_text
+from distckpt.cli.output import (
+    DROP,
+    SELECT,
+    WHICH,
+    console,
+    counted,
+    plain_text,
+    print_json,
+    print_table,
+    progress_bar,
+    shown,
+    size_text,
+)
 from distckpt.cli.quantities import dtype_name, size_bytes
 from distckpt.coordinator import launched_coordinator
 from distckpt.report import ReshardReport
@@ -25,11 +39,21 @@ _MAX_SHOWN = 40
 def reshard(
     source: Annotated[Path, typer.Argument(help="The root to read from, or the directory of one iteration.")],
     target: Annotated[Path, typer.Argument(help="The root to write to; made if it is missing.")],
-    tp: Annotated[int | None, typer.Option(help="Tensor-parallel size.", min=1, show_default="1")] = None,
-    pp: Annotated[int | None, typer.Option(help="Pipeline-parallel size.", min=1, show_default="1")] = None,
-    dp: Annotated[int | None, typer.Option(help="Data-parallel size.", min=1, show_default="1")] = None,
-    ep: Annotated[int | None, typer.Option(help="Expert-parallel size.", min=1, show_default="1")] = None,
-    cp: Annotated[int | None, typer.Option(help="Context-parallel size.", min=1, show_default="1")] = None,
+    tp: Annotated[
+        int | None, typer.Option(help="Tensor-parallel size; 1 if not given.", min=1, show_default=False)
+    ] = None,
+    pp: Annotated[
+        int | None, typer.Option(help="Pipeline-parallel size; 1 if not given.", min=1, show_default=False)
+    ] = None,
+    dp: Annotated[
+        int | None, typer.Option(help="Data-parallel size; 1 if not given.", min=1, show_default=False)
+    ] = None,
+    ep: Annotated[
+        int | None, typer.Option(help="Expert-parallel size; 1 if not given.", min=1, show_default=False)
+    ] = None,
+    cp: Annotated[
+        int | None, typer.Option(help="Context-parallel size; 1 if not given.", min=1, show_default=False)
+    ] = None,
     axis: Annotated[
         list[str] | None,
         typer.Option(help="NAME=SIZE, of a mesh axis with another name. May be repeated.", show_default=False),
@@ -50,15 +74,11 @@ def reshard(
         str | None,
         typer.Option(help="Convert floating-point tensors: bf16, fp16, fp32, fp64.", show_default=False),
     ] = None,
-    select: Annotated[
-        list[str] | None, typer.Option(help="Only keys that match this glob. May be repeated.", show_default=False)
-    ] = None,
-    drop: Annotated[
-        list[str] | None, typer.Option(help="No keys that match this glob. May be repeated.", show_default=False)
-    ] = None,
+    select: Annotated[list[str] | None, typer.Option(help=SELECT, show_default=False)] = None,
+    drop: Annotated[list[str] | None, typer.Option(help=DROP, show_default=False)] = None,
     iteration: Annotated[str | None, typer.Option(help=WHICH, show_default=False)] = None,
     memory: Annotated[
-        str, typer.Option(help="What each process takes for it, whatever the checkpoint's size.")
+        str, typer.Option(help="How much each process takes, whatever the size of the checkpoint: 256MiB, 1GB.")
     ] = "256MiB",
     jobs: Annotated[int, typer.Option(help="Threads of each process.", min=1)] = 1,
     dry_run: Annotated[
@@ -149,22 +169,24 @@ def _print_preview(preview: ReshardPreview) -> None:
     mesh = " ".join(f"{axis}={size}" for axis, size in preview.mesh.items())
     console.print(
         plain_text(
-            f"iteration {preview.iteration} for {mesh}: ranks: {preview.world_size}; tensors: {len(preview.tensors)}, "
+            f"would write iteration {preview.iteration} for {mesh}: ranks: {preview.world_size}; "
+            f"tensors: {len(preview.tensors)}, "
             f"{size_text(preview.bytes)}; memory of each process: {size_text(preview.memory_bytes)}"
         )
     )
-    tensors = Table("tensor", "dtype", "shape", "split over", "held by", "chunks", box=None, pad_edge=False)
+    tensors = Table("tensor", "dtype", "shape", "split by", "held by", "chunks", box=None, pad_edge=False)
     for tensor in preview.tensors[:_MAX_SHOWN]:
-        axes = ["-" if axis is None else axis for axis in tensor.partition or ()]
-        blocks = [f"x{n}" if n > 1 else "" for n in tensor.blocks or [1] * len(axes)]
-        split = (
-            ", ".join(axis + block for axis, block in zip(axes, blocks, strict=True))
-            if any(axis != "-" for axis in axes)
-            else ""
-        )
+        split = split_text(tensor.partition or (), tensor.blocks or (), None)
         held = "" if tensor.owner is None else f"{tensor.owner} {tensor.at}"
-        shape = " x ".join(map(str, tensor.shape)) or "scalar"
-        tensors.add_row(shown(tensor.key), tensor.dtype, shape, plain_text(split), plain_text(held), str(tensor.chunks))
+        tensors.add_row(
+            shown(tensor.key),
+            tensor.dtype,
+            shape_text(tensor.shape),
+            plain_text(split),
+            plain_text(held),
+            str(tensor.chunks),
+        )
+    console.print()
     print_table(tensors)
     if len(preview.tensors) > _MAX_SHOWN:
         console.print(f"... and {len(preview.tensors) - _MAX_SHOWN} more tensors (--json has all)")
@@ -172,9 +194,10 @@ def _print_preview(preview: ReshardPreview) -> None:
     for rank in preview.ranks:
         place = " ".join(f"{axis}={at}" for axis, at in rank.mesh.items())
         ranks.add_row(str(rank.rank), plain_text(place), str(rank.tensors), size_text(rank.bytes))
+    console.print()
     print_table(ranks)
     if preview.left_out:
-        console.print(f"left out: {len(preview.left_out)} keys, {shown(preview.left_out[0])} first")
+        console.print(f"left out: {counted(len(preview.left_out), 'key')}, {shown(preview.left_out[0])} first")
     for note in preview.notes:
         console.print(shown(note, 1000))
 
@@ -188,7 +211,8 @@ def _print_report(report: ReshardReport) -> None:
     went_on = f", {size_text(report.bytes_written)} of it now" if report.is_resumed else ""
     console.print(
         plain_text(
-            f"iteration {report.iteration} for {mesh}: {report.files} files, {size_text(report.bytes)}{went_on} in "
+            f"iteration {report.iteration} for {mesh}: {counted(report.files, 'file')}, "
+            f"{size_text(report.bytes)}{went_on} in "
             f"{report.seconds:.1f} s ({speed}/s); peak memory {size_text(report.peak_rss_bytes)}"
         )
     )

@@ -39,7 +39,7 @@ def run(app: typer.Typer, arguments: Sequence[str] | None = None) -> None:
     except Interrupted as error:  # While it printed an error, or its last line.
         code = 128 + error.number
     except OSError as error:  # The disk is full that standard output lies on.
-        _print_text(str(error))
+        _print_text(_message(error))
         code = NOT_DONE
     _give_up_unwritten()
     sys.exit(code)
@@ -73,7 +73,7 @@ def run_command(app: typer.Typer, arguments: Sequence[str]) -> int:
     except (CheckpointError, OSError, ValueError) as error:
         if isinstance(error, BrokenPipeError) and error.filename is None:
             raise
-        _print_error(type(error).__name__, str(error), as_json)
+        _print_error(type(error).__name__, _message(error), as_json)
     except MemoryError:
         _print_error(
             "MemoryError", "there is not enough memory; give less with --memory or --jobs if it has them", as_json
@@ -88,6 +88,14 @@ def run_command(app: typer.Typer, arguments: Sequence[str]) -> int:
     else:
         return 0
     return NOT_DONE
+
+
+def _message(error: Exception) -> str:
+    """Without the number of an OSError, which tells people nothing: "Permission denied: '/checkpoints/run7'"."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    paths = [name for name in (error.filename, error.filename2) if name is not None]
+    return f"{error.strerror}{': ' if paths else ''}{' -> '.join(map(repr, paths))}"
 
 
 def _check_not_empty(arguments: Sequence[str]) -> None:

@@ -78,5 +78,7 @@ def _print_report(report: VerifyReport) -> None:
     for fault in report.faults:
         shown = fault.problem if fault.problem.startswith(fault.file) else f"{fault.file}: {fault.problem}"
         console.print(f"  {shown}")
+    if report.faults:
+        console.print("  `distckpt repair` mends what can be mended; a load goes back to the newest good checkpoint")
     for warning in report.warnings:
         console.print(f"  warning: {warning}; `distckpt repair` mends it")

@@ -33,6 +33,7 @@ from distckpt.tensor_source import CACHE_BYTES, OPEN_FILES, TensorSource
 T = TypeVar("T")
 MEMORY_BYTES = 256 << 20
 LEAST_MEMORY_BYTES = 16 << 20
+_MAX_SHOWN = 5  # keys, in an error
 _BATCH_BYTES = 32 << 20  # that one thread takes at a time, of neighbours: the blocks that these share are read once
 
 
@@ -71,7 +72,10 @@ class ExportSource:
         index, _ = read_index(storage, commit)
         for pattern in (*select, *drop):
             if not any(fnmatchcase(key, pattern) for key in index.tensors):
-                raise ValueError(f"no tensor of iteration {index.iteration} matches {pattern!r}")
+                like = ", ".join(map(repr, list(index.tensors)[:_MAX_SHOWN]))
+                raise ValueError(
+                    f"no tensor of iteration {index.iteration} matches {pattern!r}; keys are such as {like}"
+                )
         if dtype is not None and not can_convert("float32", dtype):
             raise ValueError(f"dtype {dtype!r}: expected a floating-point type that tensors can be rounded to")
         keys = [key for key in index.tensors if _is_selected(key, select, drop)]
@@ -201,7 +205,10 @@ class Workers:
 def share_memory(memory_bytes: int, jobs: int | None) -> tuple[int, int]:
     """How many threads there are, and how much memory each has. Raises ValueError."""
     if memory_bytes < LEAST_MEMORY_BYTES:
-        raise ValueError(f"memory_bytes={memory_bytes}: at least {LEAST_MEMORY_BYTES} are needed")
+        raise ValueError(
+            f"memory of {memory_bytes} bytes is too little: give at least {LEAST_MEMORY_BYTES} bytes "
+            f"({LEAST_MEMORY_BYTES >> 20} MiB)"
+        )
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs={jobs}: expected at least 1")
     count = jobs or os.cpu_count() or 1

@@ -285,7 +285,7 @@ def _new_directory(target: str | os.PathLike[str], size_bytes: int) -> Iterator[
     FileExistsError; CheckpointError if there is no room for size_bytes; OSError."""
     path = os.path.abspath(os.fspath(target))
     if os.path.lexists(path):
-        raise FileExistsError(errno.EEXIST, "there is something already; give a path where nothing is", path)
+        raise FileExistsError(errno.EEXIST, "something is there already; give a path where nothing is", path)
     found = root_above(path)
     if found is not None:
         raise CheckpointError(

@@ -6,6 +6,7 @@ values, and what differed by rank. Of a group or of files from elsewhere, arrays
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -215,6 +216,8 @@ def open_safetensors(source: str | os.PathLike[str], *, prefix: str = "") -> Inc
 
 def _find_files(path: str) -> tuple[str, Mapping[str, Sequence[str]]]:
     """The directory, and by the names of the files in it what the index says is in each."""
+    if not os.path.lexists(path):
+        raise FileNotFoundError(errno.ENOENT, "no safetensors file or directory of them is there", path)
     if not os.path.isdir(path):
         directory, name = os.path.split(path)
         return directory, _read_index(path) if name.endswith(".json") else {name: ()}

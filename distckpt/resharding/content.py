@@ -73,7 +73,7 @@ def _check_globs(option: str, globs: Sequence[str], known: Sequence[str]) -> Non
     for glob in globs:
         if not any(fnmatchcase(key, glob) for key in known):
             shown = ", ".join(map(repr, known[:_MAX_SHOWN])) + (" ..." if len(known) > _MAX_SHOWN else "")
-            raise CheckpointError(f"{option} {glob!r} is the key of nothing in the checkpoint; keys are {shown}")
+            raise CheckpointError(f"{option} {glob!r} matches no key of the checkpoint; keys are {shown}")
 
 
 def _is_hollow(

@@ -86,7 +86,8 @@ def window_bytes(memory_bytes: int, lots: int, *, converts: bool) -> int:
     if size < _MIN_WINDOW_BYTES:
         needed = lots * (CACHE_BYTES + RINGS_BYTES + shares * _MIN_WINDOW_BYTES)
         raise CheckpointError(
-            f"memory of {memory_bytes} bytes is too little for {lots} jobs: give at least {needed} bytes, or fewer jobs"
+            f"memory of {memory_bytes} bytes is too little for {lots} threads (--jobs): give at least {needed} bytes "
+            f"({-(-needed >> 20)} MiB), or fewer threads"
         )
     return size
 

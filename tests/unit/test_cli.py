@@ -136,3 +136,11 @@ def test_copy_copies_a_checkpoint_once(root: Path, tmp_path: Path) -> None:
     assert json.loads(said)["bytes_copied"] == 0
     check_loads(PosixStorage(target), 20)
     assert run("verify", target, "--all")[0] == 0
+
+
+@pytest.mark.parametrize("command", [one.name or one.callback.__name__.rstrip("_") for one in app.registered_commands])  # type: ignore[union-attr]
+def test_help_shows_examples_as_they_are_typed(command: str) -> None:
+    """Of two asterisks in a line Markdown makes italics, and a glob without them fits nothing."""
+    [function] = [one.callback for one in app.registered_commands if command in (one.name, one.callback.__name__)]  # type: ignore[union-attr]
+    said = CliRunner().invoke(app, [command, "--help"]).stdout.partition("Arguments")[0]
+    assert said.count("*") == (function.__doc__ or "").count("*")

@@ -51,7 +51,7 @@ def test_export_to_safetensors_and_import(root: Path, tmp_path: Path) -> None:
     assert list(found) == ["weight"]
     assert torch.equal(found["weight"], WEIGHT.bfloat16())
     said = run("import", tmp_path / "x", tmp_path / "back", "--from", "safetensors", "--prefix", "m/", "--iteration", 9)
-    assert said.startswith("iteration 9: 1 tensors and 0 values, ")
+    assert said.startswith("iteration 9: 1 tensor and 0 values, ")
     with Checkpointer(tmp_path / "back") as checkpointer:
         state = checkpointer.read()
     assert torch.equal(state["m"]["weight"], WEIGHT.bfloat16())  # type: ignore[index]
@@ -75,15 +75,24 @@ def test_options_that_do_not_go_together_are_refused(root: Path, tmp_path: Path,
 
 def test_what_cannot_be_done_is_exit_code_2_and_one_line(root: Path, tmp_path: Path) -> None:
     for arguments, said in (
-        (["export", root, root, "--to", "safetensors"], "give a path where nothing is"),
+        (
+            ["export", root, root, "--to", "safetensors"],
+            f"distckpt: something is there already; give a path where nothing is: '{root}'",
+        ),
         (["export", tmp_path / "no", tmp_path / "x", "--to", "safetensors"], "no checkpoint"),
         (
             ["export", root, tmp_path / "x", "--to", "safetensors", "--select", "zz"],
-            "no tensor of iteration 4 matches 'zz'",
+            "no tensor of iteration 4 matches 'zz'; keys are such as 'model/",
         ),
-        (["export", root, tmp_path / "x", "--to", "safetensors", "--memory", "1MB"], "at least 16777216 are needed"),
+        (
+            ["export", root, tmp_path / "x", "--to", "safetensors", "--memory", "1MB"],
+            "at least 16777216 bytes (16 MiB)",
+        ),
         (["import", tmp_path, root, "--from", "safetensors"], "holds no safetensors file"),
-        (["import", tmp_path / "no", root, "--from", "safetensors"], "No such file"),
+        (
+            ["import", tmp_path / "no", root, "--from", "safetensors"],
+            "no safetensors file or directory of them is there",
+        ),
     ):
         script = [sys.executable, "-m", "distckpt.cli", *map(str, arguments)]
         done = subprocess.run(script, capture_output=True, text=True, timeout=120, check=False)

@@ -188,8 +188,8 @@ def test_tensors_are_listed_with_how_they_are_cut_and_where_they_lie(spread: Pat
     assert code == 0
     assert said.splitlines()[0] == "iteration 20, 3 tensors of 9.4 MB, 3 ranks"
     assert lines[1] == ["key", "dtype", "shape", "size", "split", "by", "chunks", "on", "ranks"]
-    assert lines[2] == ["weight", "int64", "(9,", "131072)", "9.4", "MB", "3", "0-2"]
-    assert lines[4] == ["empty", "float32", "(0,", "4)", "0", "bytes", "0"]
+    assert lines[2] == ["weight", "int64", "[9,", "131072]", "9.4", "MB", "3", "0-2"]
+    assert lines[4] == ["empty", "float32", "[0,", "4]", "0", "bytes", "0"]
     found = json.loads(run("inspect", spread, "--keys", "w*", "--json")[1])
     assert found["matching"] == 1
     assert found["tensors"][0]["key"] == "weight"
@@ -213,7 +213,7 @@ def test_tensor_is_shown_with_each_of_its_chunks(spread: Path) -> None:
     code, said = run("inspect", spread, "--key", "weight")
     lines = said.splitlines()
     assert code == 0
-    assert lines[1] == "weight: int64 (9, 131072), 9.4 MB, 3 chunks, split by nothing"
+    assert lines[1] == "weight: int64 [9, 131072], 9.4 MB, 3 chunks, split by nothing"
     assert lines[3].split()[:3] == ["[0:3,", "0:131072]", "0"]
     assert lines[3].split()[-1].startswith("shard-00000-of-00003-")
     found = json.loads(run("inspect", spread, "--key", "weight", "--json")[1])
@@ -239,7 +239,7 @@ def test_values_are_listed_and_one_is_shown_in_full(spread: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        (["--key", "weigh"], "no tensor or value of this key; there are weight"),
+        (["--key", "weigh"], "no tensor or value of this key; did you mean 'weight'"),
         (["--keys", "eight"], r"no key matches \(a glob is for the whole key"),
         (["--keys", "*eights"], "no key matches; there are bias, empty, weight"),
         (["--tensors", "--sort", "age"], "--sort age: expected one of key, size"),

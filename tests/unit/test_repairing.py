@@ -283,3 +283,10 @@ def test_where_nothing_is_it_says_so(storage: MemoryStorage) -> None:
         storage.remove(commit.name)
     with pytest.raises(CheckpointNotFoundError, match=r"iterations \[10, 20\] have shard files"):
         distckpt.repair(storage)
+
+
+def test_iteration_that_is_not_there_is_told_which_are() -> None:
+    storage = MemoryStorage()
+    save(storage, 1, 2)
+    with pytest.raises(CheckpointNotFoundError, match=r"of iteration 7 under .*: it has iterations \[1, 2\]$"):
+        distckpt.repair(storage, 7)

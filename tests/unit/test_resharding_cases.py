@@ -317,7 +317,7 @@ def test_part_of_a_list_is_read() -> None:
 @pytest.mark.parametrize("option", ["select", "drop"])
 def test_glob_of_no_key_is_an_error(option: str) -> None:
     options: Any = {option: ["model/a", "modle/*"]}
-    with pytest.raises(CheckpointError, match=re.escape(f"--{option} 'modle/*' is the key of nothing")):
+    with pytest.raises(CheckpointError, match=re.escape(f"--{option} 'modle/*' matches no key")):
         distckpt.reshard(save(nested), MemoryStorage(), {"dp": 2}, **options)
 
 

@@ -51,7 +51,7 @@ function sizeText(bytes) {
 }
 
 const count = (number, what) => number.toLocaleString("en") + " " + what + (number === 1 ? "" : "s");
-const shapeText = (extents) => "(" + extents.join(", ") + ")";
+const shapeText = (extents) => "[" + extents.join(", ") + "]";
 const boxText = (low, extents) => "[" + low.map((start, d) => start + ":" + (start + extents[d])).join(", ") + "]";
 
 /** 0-3,8 of ascending numbers. */
