@@ -1062,8 +1062,8 @@ MUTANTS = (
     Mutant(
         "commands: no signal is heard while they are imported",
         "distckpt/cli/__init__.py",
-        "    except Interrupted as error:\n",
-        "    except ImportError as error:\n",
+        "        interrupted = interruption_in(error)\n",
+        "        interrupted = None\n",
         CLI_ENDINGS,
     ),
     Mutant(
