@@ -44,10 +44,8 @@ after the index that names it is there; repair alone replaces one, whole, by wha
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
-import socket
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -62,6 +60,7 @@ from distckpt.index import (
     encode_index,
     names_in,
 )
+from distckpt.root_owner import encode_owner
 from distckpt.storage import Storage, drop_cache
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -308,19 +307,20 @@ class Writer:
     second: Storage | None = None
 
     @classmethod
-    def claim(cls, storage: Storage, second: Storage | None = None, *, above: int = 0) -> Writer:
-        """Step 1, in both roots: the order of commits must be one over them, although one of them may have been wiped.
-        above: epoch that is to be exceeded, too. Raises OSError."""
+    def claim(
+        cls, storage: Storage, second: Storage | None = None, *, above: int = 0, reshards: str | None = None
+    ) -> Writer:
+        """Step 1, in both roots: the order of commits must be one over them, although one may have been wiped. above:
+        epoch that is to be exceeded, too. reshards: as of RootOwner. Raises OSError."""
         roots = [storage] if second is None else [storage, second]
         for root in roots:
             root.make_directory("")
-        owner = json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode()
         while True:
             claimed = [writer_epochs(root) for root in roots]
             # Of commits too: a root may have been copied without its writer files.
             commits = [commit for root in roots for commit in list_commits(root)]
             epoch = max([*(e for epochs in claimed for e in epochs), *(c.epoch for c in commits), above]) + 1
-            if all(root.put_if_absent(f"writer-{epoch:06d}", owner) for root in roots):
+            if all(root.put_if_absent(f"writer-{epoch:06d}", encode_owner(reshards)) for root in roots):
                 break
         for root, epochs in zip(roots, claimed, strict=True):
             for old in epochs:

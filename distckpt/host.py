@@ -7,12 +7,15 @@ Ranks that have the same host_id() share memory, page cache and disks.
 
 from __future__ import annotations
 
+import errno
+import os
 import resource
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 _UNBOUNDED = 1 << 62
+_SPARE_FILES = 64  # of what else goes on in the process
 
 
 def host_id() -> str:
@@ -26,6 +29,19 @@ def host_id() -> str:
 def peak_rss_bytes() -> int:
     """The most memory that this process has had resident at any one time since it began."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def reserve_open_files(count: int) -> None:
+    """Let this process have that many files open beside those that it has. Raises OSError if it may not."""
+    count += len(os.listdir("/proc/self/fd")) + _SPARE_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or count <= soft:
+        return
+    if hard != resource.RLIM_INFINITY and count > hard:
+        raise OSError(
+            errno.EMFILE, f"{count} files are to be open at a time, the limit is {hard}: raise it (ulimit -n)"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
 
 
 def available_memory_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:

@@ -12,10 +12,12 @@ from distckpt.commit import (
     indexes_in,
     iteration_directories,
     iteration_of,
+    read_file,
     writer_epochs,
 )
-from distckpt.errors import CheckpointError
+from distckpt.errors import CheckpointError, CorruptionError
 from distckpt.removing import saves_in
+from distckpt.root_owner import MAX_OWNER_BYTES, RootOwner, decode_owner
 from distckpt.storage import PosixStorage, Storage
 
 logger = logging.getLogger("distckpt")
@@ -65,6 +67,17 @@ def root_above(path: str) -> tuple[str, int] | None:
             return above, iteration
         path = above
     return None
+
+
+def owner_of(storage: Storage) -> RootOwner | None:
+    """Who claimed a root last; None if nobody has. Raises OSError."""
+    epochs = writer_epochs(storage)
+    if not epochs:
+        return None
+    try:
+        return decode_owner(read_file(storage, f"writer-{max(epochs):06d}", MAX_OWNER_BYTES))
+    except (FileNotFoundError, CorruptionError):  # Somebody else has claimed it since: a job, for all we know.
+        return RootOwner()
 
 
 def claim_root(storage: Storage, second: Storage | None = None) -> Writer:

@@ -97,6 +97,7 @@ IO_FAULTS = ("tests/crash/test_io_faults.py",)
 RESHARDING = ("tests/unit/test_resharding_layouts.py",)
 RESHARDING_CASES = ("tests/unit/test_resharding_cases.py",)
 RESHARDING_PLANS = ("tests/unit/test_resharding_plans.py",)
+RESHARDING_LIMITS = ("tests/unit/test_resharding_limits.py",)
 RESHARDING_FAULTS = ("tests/crash/test_reshard_faults.py",)
 ROLL_BACK = ("tests/crash/test_roll_back.py",)
 READER = ("tests/crash/test_reader_beside_writer.py",)
@@ -3222,6 +3223,41 @@ MUTANTS = (
         "self._is_whole.tobytes(), begun, pages)",
         "self._is_whole.tobytes(), begun)",
         RESHARDING_FAULTS,
+    ),
+    Mutant(
+        "resharding: a job that saves to the target is ended",
+        "distckpt/resharding/committing.py",
+        "    if owner is not None and owner.reshards is None:\n",
+        "    if False:\n",
+        RESHARDING_LIMITS,
+    ),
+    Mutant(
+        "resharding: the target of a source that has pruned is another run's",
+        "distckpt/resharding/committing.py",
+        "    if owner is None or owner.reshards != planned.storage.location:\n",
+        "    if True:\n",
+        RESHARDING_LIMITS,
+    ),
+    Mutant(
+        "resharding: a mesh may have any number of ranks",
+        "distckpt/resharding/target_layout.py",
+        "        if prod(sizes.values()) > MAX_WORLD_SIZE:\n",
+        "        if False:\n",
+        RESHARDING_LIMITS,
+    ),
+    Mutant(
+        "resharding: a tensor may be cut into any number of parts",
+        "distckpt/resharding/target_layout.py",
+        "    if count > MAX_CHUNKS:\n",
+        "    if False:\n",
+        RESHARDING_LIMITS,
+    ),
+    Mutant(
+        "resharding: files are opened until there are too many",
+        "distckpt/resharding/job.py",
+        "        reserve_open_files(len(plan.own) + lots * _HANDLES_PER_SOURCE * sources)\n",
+        "",
+        RESHARDING_LIMITS,
     ),
     Mutant(
         "resharding: goes on with what had other options",

@@ -40,7 +40,8 @@ from distckpt.resharding.part import Journal, journal_name, read_journal
 from distckpt.resharding.planning import ChunksByKey, PlannedReshard
 from distckpt.resharding.steps import PlacedTensor
 from distckpt.resharding.target_files import PlannedFiles, TargetFile, digest_of
-from distckpt.roots import check_place, claim_root
+from distckpt.root_owner import RootOwner
+from distckpt.roots import check_place, owner_of
 from distckpt.shard_file import FORMAT, FORMAT_VERSION
 from distckpt.storage import PosixStorage, Storage
 
@@ -92,13 +93,21 @@ def begin(target: Storage, planned: PlannedReshard, world_size: int) -> tuple[Or
 
     Raises CheckpointError where nothing may be written; OSError.
     """
-    _check_target(target, planned)
+    check_place(target)
+    if _is_same_directory(planned.storage, target):
+        raise CheckpointError(
+            f"{target.location} is the root that is read: a reshard there would end the job that saves to it. Give a "
+            f"root of its own."
+        )
+    owner = owner_of(target)
     there = _find_twin(target, planned)
     if there is not None:
-        _finish_twin(target, planned, there)
+        if owner is not None and owner.reshards is not None:
+            _finish_twin(target, planned, there)
         return Order(there, 1, is_there=True), None
+    _check_is_free(target, planned, owner)
     journal = _find_journal(target, planned)
-    writer = claim_root(target)
+    writer = Writer.claim(target, reshards=planned.storage.location)
     save_id = new_save_id() if journal is None else journal.save_id
     directory = iteration_directory(planned.index.iteration)
     target.make_directory(directory)
@@ -120,14 +129,18 @@ def _finish_twin(target: Storage, planned: PlannedReshard, save_id: str) -> None
         target.replace(TRACKER, str(list_commits(target)[0].iteration).encode())
 
 
-def _check_target(target: Storage, planned: PlannedReshard) -> None:
-    check_place(target)
-    if _is_same_directory(planned.storage, target):
+def _check_is_free(target: Storage, planned: PlannedReshard, owner: RootOwner | None) -> None:
+    """Raise CheckpointError for the root of another run, and for one that a job saves to: that would be ended, and what
+    it has saved would no longer count as the newest."""
+    if owner is not None and owner.reshards is None:
         raise CheckpointError(
-            f"{target.location} is the root that is read: a reshard there would end the job that saves to it. Give a "
-            f"root of its own."
+            f"{target.location} is a root that a job saves to (process {owner.pid} on {owner.host!r} was the last): a "
+            f"reshard there would end that job, and count as newer than what it has saved. Give a root of its "
+            f"own. Nothing was written."
         )
-    check_is_of_one_run(planned.storage, target, planned.commit)
+    # What was resharded here before may be of checkpoints that the source has pruned since: then nothing else tells.
+    if owner is None or owner.reshards != planned.storage.location:
+        check_is_of_one_run(planned.storage, target, planned.commit)
 
 
 def _check_room(target: Storage, planned: PlannedReshard, save_id: str) -> None:

@@ -23,7 +23,7 @@ from distckpt.commit import Commit, Writer, iteration_directory, pending_marker
 from distckpt.coordinator import Coordinator, agree, default_coordinator
 from distckpt.errors import CheckpointError
 from distckpt.heartbeat import Heartbeat
-from distckpt.host import peak_rss_bytes
+from distckpt.host import peak_rss_bytes, reserve_open_files
 from distckpt.index import ShardFile
 from distckpt.report import ReshardReport
 from distckpt.resharding.committing import Order, Outcome, TargetFiles, Totals, begin, commit, digest_of_plan
@@ -43,11 +43,13 @@ from distckpt.resharding.target_files import cut_lots, lay_out_files, place_tens
 from distckpt.resharding.target_layout import TargetMesh
 from distckpt.selecting import open_selected, select_commits
 from distckpt.storage import PosixStorage, Storage
+from distckpt.tensor_source import OPEN_FILES
 
 logger = logging.getLogger("distckpt")
 M = TypeVar("M")
 D = TypeVar("D")
 _STEP_S = 1.0
+_HANDLES_PER_SOURCE = 2  # one that reads past the page cache
 
 
 def reshard(
@@ -325,6 +327,8 @@ class _Writing:
         job, planned, target = self._job, self._planned, self._target
         plan = _plan_part(job, planned, self._order, target, part)
         lots = len(plan.lots if plan.journal is None else plan.journal.lots)
+        sources = min(OPEN_FILES, len(planned.index.files))
+        reserve_open_files(len(plan.own) + lots * _HANDLES_PER_SOURCE * sources)
         window = window_bytes(job.memory_bytes, min(job.jobs, max(1, lots)), converts=planned.converts)
         writer = PartWriter(
             planned.storage,

@@ -13,7 +13,7 @@ from itertools import pairwise
 import msgspec
 import numpy as np
 
-from distckpt.geometry import Box, Int64Array, boxes_of
+from distckpt.geometry import Int64Array
 from distckpt.index import Mesh, MeshCoordinates, TensorEntry
 from distckpt.planner import PerRankKind
 from distckpt.resharding.content import Content
@@ -107,11 +107,7 @@ def _plan_rank(
     per_rank: Mapping[int, Mapping[str, PerRankKind]],
     writers: Sequence[int],
 ) -> list[PlannedFile]:
-    boxes: dict[int, list[Box]] = {}
-    for t, _ in held:
-        if t not in boxes:
-            boxes[t] = boxes_of(layout.chunks[t].offsets, layout.chunks[t].shapes)
-    shards = [(layout.tensors[t].key, layout.tensors[t].spec, boxes[t][chunk]) for t, chunk in held]
+    shards = [(layout.tensors[t].key, layout.tensors[t].spec, layout.chunks[t].box(chunk)) for t, chunk in held]
     of_all = {}
     if rank == 0 and part == 0:
         of_all = facts_of_all(writers, {tensor.key: tensor.spec for tensor in layout.tensors})

@@ -21,6 +21,8 @@ from distckpt.shard_file import DTYPES
 
 # Ranks count the first of these fastest, as Megatron's do by default; other axes follow in the order given.
 AXIS_ORDER = ("tp", "cp", "ep", "dp", "pp")
+MAX_WORLD_SIZE = 1 << 17
+MAX_CHUNKS = 1 << 20  # of one tensor; blocks are cut one by one
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +33,14 @@ class TargetMesh:
 
     @classmethod
     def of(cls, sizes: Mapping[str, int]) -> TargetMesh:
-        """In the order of ranks. Raises ValueError for a size that is none."""
+        """In the order of ranks. Raises ValueError for a size that is none, and more ranks than there can be."""
         for axis, size in sizes.items():
             if size < 1:
                 raise ValueError(f"mesh axis {axis!r} has size {size}, at least 1 expected")
+        if prod(sizes.values()) > MAX_WORLD_SIZE:
+            raise ValueError(
+                f"a mesh of {prod(sizes.values())} ranks, {dict(sizes)}: at most {MAX_WORLD_SIZE} expected"
+            )
         ordered = [axis for axis in AXIS_ORDER if axis in sizes]
         ordered += [axis for axis in sizes if axis not in AXIS_ORDER]
         return cls({axis: sizes[axis] for axis in ordered})
@@ -112,6 +118,9 @@ class TargetChunks:
     def __len__(self) -> int:
         return len(self.ranks)
 
+    def box(self, number: int) -> Box:
+        return Box(tuple(self.offsets[number].tolist()), tuple(self.shapes[number].tolist()))
+
 
 @dataclass(frozen=True, slots=True)
 class TargetLayout:
@@ -154,6 +163,13 @@ def _boxes(tensor: TargetTensor, mesh: TargetMesh) -> Iterator[tuple[Box, tuple[
     spec = tensor.spec
     partition = spec.partition or (None,) * len(spec.global_shape)
     axes = list(dict.fromkeys(axis for axis in partition if axis is not None and mesh.size(axis) > 1))
+    cut_blocks = [n for n, axis in zip(spec.blocks or (), partition, strict=False) if axis in axes]
+    count = prod(mesh.size(axis) for axis in axes) * prod(cut_blocks)
+    if count > MAX_CHUNKS:
+        raise CheckpointError(
+            f"{tensor.key!r} {spec.global_shape} would be cut into {count} parts ({mesh}, blocks {spec.blocks}): "
+            f"at most {MAX_CHUNKS} expected"
+        )
     held: tuple[tuple[str, int], ...] = ()
     if spec.owner is not None and tensor.at is not None and spec.owner in mesh.sizes and spec.owner not in axes:
         held = ((spec.owner, tensor.at),)

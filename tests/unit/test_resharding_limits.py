@@ -1,0 +1,140 @@
+"""What a reshard refuses: roots that are a job's, meshes and plans beyond all bounds, more files than may be open."""
+
+from __future__ import annotations
+
+import re
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+
+import distckpt
+from distckpt import Checkpointer
+from distckpt.commit import list_commits, writer_epochs
+from distckpt.errors import CheckpointError
+from distckpt.geometry import Box
+from distckpt.host import reserve_open_files
+from distckpt.resharding.plan_file import ReshardPlan, TensorRule
+from distckpt.storage import PosixStorage, Storage
+from distckpt.testing import MemoryStorage
+from tests.unit.model_states import read_tensors
+from tests.unit.test_resharding_cases import rows, save
+
+STATE = {"w": torch.arange(24.0).reshape(12, 2)}
+ROWS = ReshardPlan(tensors=(TensorRule(match="w", partition=("tp", None)),))
+
+
+def save_one(root: Storage | Path, *iterations: int) -> None:
+    with Checkpointer(root) as checkpointer:
+        for iteration in iterations:
+            checkpointer.save(STATE, iteration=iteration)
+
+
+# The target's owner.
+
+
+def test_job_that_goes_on_from_a_reshard_is_not_ended_by_another_one() -> None:
+    source, target = MemoryStorage(), MemoryStorage()
+    save_one(source, 1)
+    distckpt.reshard(source, target, {"tp": 2}, plan=ROWS)
+    with Checkpointer(target) as job:
+        job.load({"w": torch.zeros(12, 2)})
+        job.save(STATE, iteration=2)
+        before = writer_epochs(target), list_commits(target)
+        with pytest.raises(CheckpointError, match=r"a job saves to \(process \d+ on '.*Give a root of its own"):
+            distckpt.reshard(source, target, {"tp": 3}, plan=ROWS)
+        assert distckpt.reshard(source, target, {"tp": 2}, plan=ROWS).is_there
+        assert (writer_epochs(target), list_commits(target)) == before
+        job.save(STATE, iteration=3)
+    assert [commit.iteration for commit in list_commits(target)] == [3, 2, 1]
+
+
+def test_root_whose_writer_cannot_be_told_counts_as_a_jobs() -> None:
+    source = MemoryStorage()
+    save_one(source, 1)
+    for content in (b'{"host": "golden", "pid": 1}', b"", b"[" * 100_000, b'{"reshards": 1}', bytes(2 << 20)):
+        target = MemoryStorage()
+        target.make_directory("")
+        target.replace("writer-000003", content)
+        with pytest.raises(CheckpointError, match="a job saves to"):
+            distckpt.reshard(source, target, {"tp": 2}, plan=ROWS)
+        assert target.list("") == ["writer-000003"]
+
+
+def test_later_checkpoint_is_resharded_beside_one_that_the_source_has_pruned(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    with Checkpointer(source, keep_last=1) as job:
+        job.save(STATE, iteration=1)
+        distckpt.reshard(source, target, {"tp": 2}, plan=ROWS)
+        for iteration in (2, 3, 4):
+            job.save(STATE, iteration=iteration)
+    distckpt.reshard(source, target, {"tp": 2}, plan=ROWS)
+    assert [commit.iteration for commit in list_commits(PosixStorage(target))] == [4, 1]
+    other = tmp_path / "other"
+    save_one(other, 9)
+    with pytest.raises(CheckpointError, match="checkpoints of another run"):
+        distckpt.reshard(other, target, {"tp": 2}, plan=ROWS)
+
+
+# Bounds.
+
+
+@pytest.mark.parametrize("mesh", [{"tp": 1 << 18}, {"tp": 1000, "pp": 1000, "dp": 1000}, {"ep": 10**100}], ids=str)
+def test_mesh_of_more_ranks_than_there_can_be(mesh: dict[str, int]) -> None:
+    source = MemoryStorage()
+    save_one(source, 1)
+    with pytest.raises(ValueError, match=r"a mesh of \d+ ranks, .*: at most 131072 expected"):
+        distckpt.reshard(source, MemoryStorage(), mesh, plan=ROWS)
+
+
+def test_tensor_in_more_parts_than_there_can_be() -> None:
+    source = save(lambda _: {"flags": rows("flags", torch.zeros(1 << 20, dtype=torch.bool), 0, 1)})
+    plan = ReshardPlan(tensors=(TensorRule(match="flags", partition=("tp",), blocks=(1 << 20,)),))
+    with pytest.raises(CheckpointError, match=re.escape("'flags' (1048576,) would be cut into 2097152 parts")):
+        distckpt.reshard(source, MemoryStorage(), {"tp": 2}, plan=plan)
+
+
+def test_plan_for_many_ranks_looks_at_each_part_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not at those of all ranks for each of them."""
+    whole = torch.arange(600.0)
+    source, made = save(lambda _: {"w": rows("w", whole, 0, 1)}), 0
+    plan = ReshardPlan(tensors=(TensorRule(match="w", partition=("tp",)),))
+    check = Box.__post_init__
+
+    def count(box: Box) -> None:
+        nonlocal made
+        made += 1
+        check(box)
+
+    monkeypatch.setattr(Box, "__post_init__", count)
+    target = MemoryStorage()
+    distckpt.reshard(source, target, {"tp": 200}, plan=plan)
+    assert made < 200 * 20
+    assert torch.equal(read_tensors(target)["w"], whole)
+
+
+# Open files.
+
+
+def test_limit_of_open_files_is_raised_as_far_as_it_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = [(100, 5000)]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limit: limits.append(limit))
+    reserve_open_files(1)
+    reserve_open_files(2000)
+    assert limits[-1][0] > 2000
+    assert limits[-1][1] == 5000
+    with pytest.raises(OSError, match=r"\d+ files are to be open at a time, the limit is 5000: raise it"):
+        reserve_open_files(5000)
+
+
+def test_one_rank_more_than_files_may_be_open_is_an_error_before_they_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = MemoryStorage(), tmp_path / "target"
+    save_one(source, 1)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (64, 64))
+    with pytest.raises(OSError, match="the limit is 64"):
+        distckpt.reshard(source, target, {"tp": 12}, plan=ROWS)
+    assert not [name for name in PosixStorage(target).list("iter_0000001") if name.startswith("shard-")]
