@@ -3260,6 +3260,20 @@ MUTANTS = (
         RESHARDING_LIMITS,
     ),
     Mutant(
+        "resharding: stages that mean nothing are passed over",
+        "distckpt/resharding/tensor_labels.py",
+        "    _check_stages(plan, mesh, tensors)\n",
+        "",
+        RESHARDING_LIMITS,
+    ),
+    Mutant(
+        "resharding: nobody is told that parity could mend the source",
+        "distckpt/resharding/job.py",
+        "            self.error = _with_remedy(error, self._planned)\n",
+        "            self.error = error\n",
+        RESHARDING_LIMITS,
+    ),
+    Mutant(
         "resharding: goes on with what had other options",
         "distckpt/resharding/committing.py",
         "        if journal.digest == digest and",

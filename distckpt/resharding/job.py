@@ -13,6 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -21,10 +22,11 @@ import msgspec
 from distckpt.checkpoint_files import OnBytes
 from distckpt.commit import Commit, Writer, iteration_directory, pending_marker
 from distckpt.coordinator import Coordinator, agree, default_coordinator
-from distckpt.errors import CheckpointError
+from distckpt.errors import CheckpointError, CorruptionError
 from distckpt.heartbeat import Heartbeat
 from distckpt.host import peak_rss_bytes, reserve_open_files
 from distckpt.index import ShardFile
+from distckpt.parity import read_record
 from distckpt.report import ReshardReport
 from distckpt.resharding.committing import Order, Outcome, TargetFiles, Totals, begin, commit, digest_of_plan
 from distckpt.resharding.content import read_kept_per_rank
@@ -318,6 +320,8 @@ class _Writing:
             coordinator = self._job.coordinator
             for part in range(coordinator.rank, self._order.parts, coordinator.world_size):
                 self._run_part(part)
+        except CorruptionError as error:
+            self.error = _with_remedy(error, self._planned)
         except BaseException as error:
             self.error = error
         finally:
@@ -348,6 +352,17 @@ class _Writing:
         self._bytes_read += writer.bytes_read
         if finished is not None:
             self._files.update(zip(plan.own, finished, strict=True))
+
+
+def _with_remedy(error: CorruptionError, planned: PlannedReshard) -> CorruptionError:
+    """The same error; if the source has parity, with what can be done."""
+    with suppress(CheckpointError, OSError):
+        if read_record(planned.storage, planned.commit.directory, planned.index) is not None:
+            return CorruptionError(
+                f"{error} The checkpoint has parity, from which it may be mended: distckpt repair "
+                f"{planned.storage.location} --iteration {planned.index.iteration}. Then the same command goes on."
+            )
+    return error
 
 
 def _plan_part(job: ReshardJob, planned: PlannedReshard, order: Order, target: TargetFiles, part: int) -> PartPlan:

@@ -36,6 +36,7 @@ JOURNAL_S = 5.0
 CACHE_BYTES = 16 << 20  # of each lot, for blocks that are begun
 RINGS_BYTES = 40 << 20  # of each lot, through which files are read and written
 _MIN_WINDOW_BYTES = 4 << 20
+_MAX_WINDOW_BYTES = 4 << 30  # More makes nothing faster.
 _MAX_JOURNAL_BYTES = 1 << 30
 
 
@@ -89,7 +90,7 @@ def window_bytes(memory_bytes: int, lots: int, *, converts: bool) -> int:
             f"memory of {memory_bytes} bytes is too little for {lots} threads (--jobs): give at least {needed} bytes "
             f"({-(-needed >> 20)} MiB), or fewer threads"
         )
-    return size
+    return min(size, _MAX_WINDOW_BYTES)
 
 
 @dataclass(frozen=True, slots=True)

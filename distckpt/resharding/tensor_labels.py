@@ -46,6 +46,7 @@ def label_tensors(
     tensors = [labels.tensor(key, dtype) for key in keys]
     labels.refuse_unknown()
     _check_rules(plan, keys)
+    _check_stages(plan, mesh, tensors)
     _check_axes(mesh, tensors)
     return tensors
 
@@ -55,6 +56,19 @@ def _check_rules(plan: ReshardPlan, keys: Sequence[str]) -> None:
         if not any(fnmatchcase(key, rule.match) for key in keys):
             raise CheckpointError(
                 f"the plan has a rule for {rule.match!r}, which is the key of no tensor; keys are {_some(keys)}"
+            )
+
+
+def _check_stages(plan: ReshardPlan, mesh: TargetMesh, tensors: Sequence[TargetTensor]) -> None:
+    """What a plan says of stages is never passed over in silence."""
+    used = {axis for tensor in tensors for axis in (*(tensor.spec.partition or ()), tensor.spec.owner)}
+    for axis, stage in plan.stages.items():
+        if tensors and axis not in used:
+            raise CheckpointError(f"plan: stages of {axis!r}, but no tensor is split over it or held by one coordinate")
+        if stage.counts is not None and len(stage.counts) != mesh.size(axis):
+            raise CheckpointError(
+                f"plan: counts of {axis!r} are {list(stage.counts)}, {mesh.size(axis)} numbers expected, one for each "
+                f"coordinate"
             )
 
 

@@ -156,7 +156,7 @@ ALLOWED: dict[str, set[str]] = {
     "resharding": {
         *VALUES | FORMAT | PORTS | {"root_owner"},
         *("_C", "assembling", "checkpoint_files", "commit", "copying", "elements", "heartbeat", "planner", "reader"),
-        *("removing", "report", "roots", "selecting", "share_files", "tensor_source", "writing"),
+        *("parity", "removing", "report", "roots", "selecting", "share_files", "tensor_source", "writing"),
     },
     "report": VALUES,
     # The flows are the checkpointer, cut in pieces; they hand the list of adapters to flatten.

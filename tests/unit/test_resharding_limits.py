@@ -12,10 +12,11 @@ import torch
 import distckpt
 from distckpt import Checkpointer
 from distckpt.commit import list_commits, writer_epochs
-from distckpt.errors import CheckpointError
+from distckpt.errors import CheckpointError, CorruptionError
 from distckpt.geometry import Box
 from distckpt.host import reserve_open_files
-from distckpt.resharding.plan_file import ReshardPlan, TensorRule
+from distckpt.resharding.part import window_bytes
+from distckpt.resharding.plan_file import ReshardPlan, StageRule, TensorRule
 from distckpt.storage import PosixStorage, Storage
 from distckpt.testing import MemoryStorage
 from tests.unit.model_states import read_tensors
@@ -138,3 +139,44 @@ def test_one_rank_more_than_files_may_be_open_is_an_error_before_they_are_made(
     with pytest.raises(OSError, match="the limit is 64"):
         distckpt.reshard(source, target, {"tp": 12}, plan=ROWS)
     assert not [name for name in PosixStorage(target).list("iter_0000001") if name.startswith("shard-")]
+
+
+# What was passed over in silence.
+
+
+@pytest.mark.parametrize(
+    ("axis", "owner", "counts", "message"),
+    [
+        ("pp", None, (1, 2), "stages of 'pp', but no tensor is split over it"),
+        ("pp", "pp", (1, 2), r"counts of 'pp' are \[1, 2\], 1 numbers expected"),
+    ],
+    ids=["an axis that nothing lies on", "more stages than there are"],
+)
+def test_stages_of_a_plan_that_mean_nothing(
+    axis: str, owner: str | None, counts: tuple[int, ...], message: str
+) -> None:
+    source = MemoryStorage()
+    save_one(source, 1)
+    rule = TensorRule(match="w", partition=("tp", None), owner=owner, at=None if owner is None else 0)
+    plan = ReshardPlan(stages={axis: StageRule(counts=counts)}, tensors=(rule,))
+    with pytest.raises(CheckpointError, match=message):
+        distckpt.reshard(source, MemoryStorage(), {"tp": 2}, plan=plan)
+
+
+def test_memory_without_end_is_not_taken() -> None:
+    assert window_bytes(1 << 62, 1, converts=False) <= 4 << 30
+
+
+def test_damaged_source_with_parity_says_how_to_mend_it(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    with Checkpointer(source, parity=1) as checkpointer:
+        checkpointer.save(STATE, iteration=1)
+    (file,) = (source / "iter_0000001").glob("shard-*")
+    content = bytearray(file.read_bytes())
+    content[content.index(b"\x00\x00\x80?")] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CorruptionError, match=r"has parity, .*: distckpt repair .*source --iteration 1\. Then"):
+        distckpt.reshard(source, target, {"tp": 2}, plan=ROWS)
+    distckpt.repair(source, 1)
+    distckpt.reshard(source, target, {"tp": 2}, plan=ROWS)
+    assert torch.equal(read_tensors(PosixStorage(target))["w"], STATE["w"])
