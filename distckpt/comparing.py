@@ -22,10 +22,11 @@ from distckpt.errors import CheckpointError, CheckpointNotFoundError
 from distckpt.index import Index, PerRankEntry, TensorEntry
 from distckpt.json_value import encode_value
 from distckpt.number_differences import Differences, Number, Tolerance, add_differences, are_comparable
-from distckpt.paired_reading import MEMORY_BYTES, PairedPiece, PairReader
+from distckpt.paired_reading import PairedPiece, PairReader
 from distckpt.roots import open_root
 from distckpt.selecting import Selector, open_selected, select_commits
 from distckpt.storage import Storage
+from distckpt.tensor_source import MEMORY_BYTES
 from distckpt.value_differences import ValueDifference, differing_paths
 
 _MAX_PLACES = 100  # of one value that are listed

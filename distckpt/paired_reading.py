@@ -25,9 +25,8 @@ from distckpt.planner import plan_load
 from distckpt.reader import StoredTensors, Wanted
 from distckpt.shard_file import DTYPES
 from distckpt.storage import Storage
-from distckpt.tensor_source import TensorSource
+from distckpt.tensor_source import MEMORY_BYTES, TensorSource
 
-MEMORY_BYTES = 256 << 20
 MIN_MEMORY_BYTES = 16 << 20
 _ALIGNMENT = 64
 _STEP_PARTS = 4096  # of small tensors: what is known of a part is more than a scalar

@@ -26,6 +26,7 @@ from distckpt.reader import FileReads, StoredTensors, Wanted, plan_reads
 from distckpt.shard_file import BLOCK_BYTES
 from distckpt.storage import Storage, Target
 
+MEMORY_BYTES = 256 << 20  # what those who go through a checkpoint take, if nothing else is said
 CACHE_BYTES = 32 << 20
 OPEN_FILES = 128  # at a time: a process may have 1,024 open, and each is opened twice to be read directly
 

@@ -34,9 +34,8 @@ from distckpt.reader import StoredTensors, Wanted
 from distckpt.selecting import Selector, open_selected, select_commits
 from distckpt.shard_file import DTYPES
 from distckpt.storage import Storage
-from distckpt.tensor_source import TensorSource
+from distckpt.tensor_source import MEMORY_BYTES, TensorSource
 
-MEMORY_BYTES = 256 << 20
 MIN_MEMORY_BYTES = 16 << 20
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 _NEAR, _EXAMPLES = 5, 3

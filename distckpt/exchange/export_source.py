@@ -31,7 +31,6 @@ from distckpt.storage import Storage
 from distckpt.tensor_source import CACHE_BYTES, OPEN_FILES, TensorSource
 
 T = TypeVar("T")
-MEMORY_BYTES = 256 << 20
 LEAST_MEMORY_BYTES = 16 << 20
 _MAX_SHOWN = 5  # keys, in an error
 _BATCH_BYTES = 32 << 20  # that one thread takes at a time, of neighbours: the blocks that these share are read once

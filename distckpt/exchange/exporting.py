@@ -20,7 +20,7 @@ from distckpt._C import Memory
 from distckpt.checkpoint_files import OnBytes, read_per_rank
 from distckpt.elements import Elements
 from distckpt.errors import CheckpointError
-from distckpt.exchange.export_source import MEMORY_BYTES, ExportSource, Workers
+from distckpt.exchange.export_source import ExportSource, Workers
 from distckpt.exchange.safetensors_files import (
     INDEX_FILE,
     MAX_FILE_BYTES,
@@ -46,7 +46,7 @@ from distckpt.roots import root_above
 from distckpt.selecting import Selector
 from distckpt.shard_file import DTYPES
 from distckpt.storage import PosixStorage, Storage, WriteFile, new_file
-from distckpt.tensor_source import TensorSource
+from distckpt.tensor_source import MEMORY_BYTES, TensorSource
 
 _SHARD_COPIES = 12
 

@@ -19,7 +19,7 @@ from typing_extensions import Buffer
 
 from distckpt.checkpoint_files import OnBytes
 from distckpt.errors import CheckpointError, CorruptionError
-from distckpt.exchange.export_source import MEMORY_BYTES, share_memory
+from distckpt.exchange.export_source import share_memory
 from distckpt.exchange.import_commit import Incoming, IncomingTensor, commit_incoming
 from distckpt.exchange.safetensors_files import (
     INDEX_FILE,
@@ -36,6 +36,7 @@ from distckpt.json_value import encode_value
 from distckpt.report import ImportReport
 from distckpt.shard_file import DTYPES
 from distckpt.storage import PosixStorage, Storage
+from distckpt.tensor_source import MEMORY_BYTES
 
 MAX_PART_BYTES = 1 << 30  # of a tensor; what is larger is stored in several parts
 _READ_BYTES = 8 << 20

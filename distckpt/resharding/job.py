@@ -40,12 +40,12 @@ from distckpt.resharding.part import (
     window_bytes,
 )
 from distckpt.resharding.plan_file import ReshardPlan, plan_of
-from distckpt.resharding.planning import MEMORY_BYTES, PlannedReshard, Request, ReshardPreview, plan_reshard, preview_of
+from distckpt.resharding.planning import PlannedReshard, Request, ReshardPreview, plan_reshard, preview_of
 from distckpt.resharding.target_files import cut_lots, lay_out_files, place_tensors, plan_files
 from distckpt.resharding.target_layout import TargetMesh
 from distckpt.selecting import open_selected, select_commits
 from distckpt.storage import PosixStorage, Storage
-from distckpt.tensor_source import OPEN_FILES
+from distckpt.tensor_source import MEMORY_BYTES, OPEN_FILES
 
 logger = logging.getLogger("distckpt")
 M = TypeVar("M")

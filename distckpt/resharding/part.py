@@ -33,7 +33,7 @@ from distckpt.storage import Storage
 from distckpt.tensor_source import TensorSource
 
 JOURNAL_S = 5.0
-CACHE_BYTES = 16 << 20  # of each lot, for blocks that are begun
+CACHE_BYTES = 32 << 20  # of each lot, for blocks that are begun
 RINGS_BYTES = 40 << 20  # of each lot, through which files are read and written
 _MIN_WINDOW_BYTES = 4 << 20
 _MAX_WINDOW_BYTES = 4 << 30  # More makes nothing faster.

@@ -27,8 +27,7 @@ from distckpt.resharding.target_layout import TargetLayout, TargetMesh, lay_out
 from distckpt.resharding.tensor_labels import label_tensors
 from distckpt.selecting import open_selected, select_commits
 from distckpt.storage import Storage
-
-MEMORY_BYTES = 256 << 20
+from distckpt.tensor_source import MEMORY_BYTES
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,7 +67,7 @@ ALLOWED: dict[str, set[str]] = {
     "comparing": {
         *VALUES | FORMAT,
         *("storage", "checkpoint_files", "commit", "roots", "selecting"),
-        *("number_differences", "value_differences", "paired_reading"),
+        *("number_differences", "value_differences", "paired_reading", "tensor_source"),
     },
     "moments": {"elements", "number_differences"},
     "tensor_values": {
