@@ -163,7 +163,7 @@ from tests.distributed.launch import say
 if os.environ["RANK"] == sys.argv[1]:
     sys.exit(0)
 try:
-    launched_coordinator(timeout_s=2)
+    launched_coordinator(timeout_s=6)
 except DistributedError as error:
     say("failed", sorted(error.failures), error)
 os._exit(0)
@@ -211,7 +211,7 @@ def test_port_that_somebody_else_has_is_an_error_of_rank_0(monkeypatch: pytest.M
         for name, text in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
             monkeypatch.setenv(name, text)
         with pytest.raises(DistributedError, match=f"rank 0 of 2 does not reach rank 0 through 127.0.0.1:{port}: "):
-            launched_coordinator(timeout_s=2)
+            launched_coordinator(timeout_s=6)
 
 
 WAITS = """
