@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -32,6 +32,7 @@ from rich.table import Table
 from benchmarks.files import drop_from_page_cache, files_below, remove
 from benchmarks.machine import commit, describe_file_system, describe_machine, versions
 from distckpt import Checkpointer, ShardedTensor
+from distckpt.coordinator import Coordinator
 from distckpt.testing import run_ranks
 
 RANKS, ROWS, COLUMNS = 4, 4096, 8192  # of a matrix: 128 MiB
@@ -66,7 +67,7 @@ def main(
         return
     out.mkdir(parents=True, exist_ok=True)
     console = Console()
-    runs: list[dict[str, object]] = []
+    runs: list[dict[str, Any]] = []
     with memory_limit(limit_mib << 20) as group:
         if group is None:
             console.print("no control group can be made here: memory is not limited")
@@ -89,7 +90,7 @@ def main(
 
 def measure(
     console: Console, directory: Path, gib: int, dim: int, repeats: int, group: Path | None, *, with_torch: bool
-) -> list[dict[str, object]]:
+) -> list[dict[str, Any]]:
     """All ways, one after the other, `repeats` times."""
     source, dcp, target = directory / "source", directory / "dcp", directory / "target"
     remove(directory)
@@ -192,7 +193,7 @@ def make_distckpt(root: Path, gib: int, dim: int) -> None:
     generator = torch.Generator().manual_seed(0)
     data = torch.rand(shape, generator=generator)
 
-    def save(coordinator) -> None:  # type: ignore[no-untyped-def]
+    def save(coordinator: Coordinator) -> None:
         at = coordinator.rank
         state = {
             f"layers.{i}.weight": ShardedTensor.from_rank_offsets(
@@ -234,12 +235,12 @@ torch_save_to_dcp(sys.argv[2], sys.argv[3])
 """
 
 
-def print_runs(console: Console, runs: Sequence[dict[str, object]]) -> None:
+def print_runs(console: Console, runs: Sequence[dict[str, Any]]) -> None:
     table = Table("checkpoint", "way", "seconds", "spread", "GB/s", "speed of cp", "peak memory")
     for one in runs:
         base = next(r for r in runs if (r["gib"], r["dim"], r["way"]) == (one["gib"], one["dim"], "cp"))
         seconds = _seconds(one)
-        peak = max(sample["peak_bytes"] for sample in one["samples"])  # type: ignore[attr-defined]
+        peak = max(sample["peak_bytes"] for sample in one["samples"])
         table.add_row(
             f"{one['gib']} GiB, dimension {one['dim']}",
             str(one["way"]),
@@ -252,8 +253,8 @@ def print_runs(console: Console, runs: Sequence[dict[str, object]]) -> None:
     console.print(table)
 
 
-def _seconds(one: dict[str, object]) -> list[float]:
-    return [sample["seconds"] for sample in one["samples"]]  # type: ignore[attr-defined]
+def _seconds(one: dict[str, Any]) -> list[float]:
+    return [sample["seconds"] for sample in one["samples"]]
 
 
 if __name__ == "__main__":

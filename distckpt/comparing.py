@@ -10,7 +10,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import partial
 
 import msgspec
@@ -21,6 +20,7 @@ from distckpt.commit import Commit, list_commits, read_index
 from distckpt.errors import CheckpointError, CheckpointNotFoundError
 from distckpt.index import Index, PerRankEntry, TensorEntry
 from distckpt.json_value import encode_value
+from distckpt.key_globs import is_selected, unmatched_globs
 from distckpt.number_differences import Differences, Number, Tolerance, add_differences, are_comparable
 from distckpt.paired_reading import PairedPiece, PairReader
 from distckpt.roots import open_root
@@ -152,10 +152,10 @@ def compare_checkpoints(
     if other_iteration is None and open_root(b)[1] is None:
         other_iteration = iteration
     sides = _Side.open(a, iteration), _Side.open(b, other_iteration)
-    is_wanted = partial(_is_wanted, select=select, drop=drop)
-    for glob in (*select, *drop):
-        if not any(fnmatchcase(key, glob) for side in sides for _, keys in _kinds(side.index) for key in keys):
-            raise ValueError(f"no key of either checkpoint matches {glob!r}; the glob is for the whole key: '*part*'")
+    is_wanted = partial(is_selected, select=select, drop=drop)
+    known = [key for side in sides for _, keys in _kinds(side.index) for key in keys]
+    for glob in unmatched_globs((*select, *drop), known):
+        raise ValueError(f"no key of either checkpoint matches {glob!r}; the glob is for the whole key: '*part*'")
     only = [_one_sided(one.index, other.index, is_wanted) for one, other in (sides, sides[::-1])]
     shapes, names = _common_tensors(*sides, is_wanted)
     comparison = _TensorComparison(sides, tolerance, ignore_dtype)
@@ -182,12 +182,6 @@ def compare_checkpoints(
         values=tuple(values),
         bytes_read=bytes_read,
         total_s=time.perf_counter() - started,
-    )
-
-
-def _is_wanted(key: str, *, select: Sequence[str], drop: Sequence[str]) -> bool:
-    return (not select or any(fnmatchcase(key, glob) for glob in select)) and not any(
-        fnmatchcase(key, glob) for glob in drop
     )
 
 

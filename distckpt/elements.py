@@ -90,6 +90,11 @@ def convert(array: Elements, to_dtype: str) -> Elements:
         return array.astype(target)
 
 
+def overflows(before: Elements, after: Elements) -> bool:
+    """Whether numbers that were finite before they were converted are none any more."""
+    return bool(np.count_nonzero(np.isfinite(before)) != np.count_nonzero(np.isfinite(after)))
+
+
 def _name_of(dtype: NumpyDType) -> str | None:
     return next((name for name in FLOATS if numpy_dtype(name) == dtype), None)
 

@@ -1127,7 +1127,7 @@ MUTANTS = (
     Mutant(
         "diff: nothing is equal to nothing",
         "distckpt/comparing.py",
-        "    for glob in (*select, *drop):\n",
+        "    for glob in unmatched_globs((*select, *drop), known):\n",
         "    for glob in ():\n",
         COMPARING,
     ),
@@ -2960,7 +2960,7 @@ MUTANTS = (
     Mutant(
         "export: numbers become infinities",
         "distckpt/exchange/export_source.py",
-        "if not np.array_equal(np.isfinite(elements), np.isfinite(converted)):",
+        "if overflows(elements, converted):",
         "if False:",
         SAFETENSORS,
     ),
@@ -3185,7 +3185,7 @@ MUTANTS = (
     Mutant(
         "resharding: overflow is not noticed",
         "distckpt/resharding/part.py",
-        "    if np.count_nonzero(np.isfinite(before)) != np.count_nonzero(np.isfinite(after)):\n",
+        "    if overflows(before, after):\n",
         "    if False:\n",
         RESHARDING_CASES,
     ),
@@ -3276,7 +3276,7 @@ MUTANTS = (
     Mutant(
         "resharding: goes on with what had other options",
         "distckpt/resharding/committing.py",
-        "        if journal.digest == digest and",
+        "        if journal.digest == planned.digest and",
         "        if True and",
         RESHARDING_FAULTS,
     ),

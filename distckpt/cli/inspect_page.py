@@ -172,7 +172,7 @@ class _Arrangements:
             describe = self._grid if isinstance(group, Grids) else self._boxes
             for row, tensor in enumerate(group.tensors.tolist()):
                 if all(part.index.tensors[part.keys[tensor]].global_shape):
-                    found[tensor] = describe(group, row)  # type: ignore[arg-type]
+                    found[tensor] = describe(group, row)  # type: ignore[arg-type]  # Chosen by the type.
         return found
 
     def _grid(self, group: Grids, row: int) -> int:

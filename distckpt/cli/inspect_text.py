@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 
+import msgspec
 from rich.table import Table
 from rich.tree import Tree
 
@@ -278,8 +279,8 @@ def print_held(per_rank: PerRankFacts, held: Sequence[HeldValue]) -> None:
     _print_rest(len(held), per_rank.holders, "values")
 
 
-def _json_text(value: object) -> str:
-    return bytes(value).decode("utf-8", "replace")  # type: ignore[call-overload,no-any-return]
+def _json_text(value: msgspec.Raw) -> str:
+    return bytes(value).decode("utf-8", "replace")
 
 
 def box_text(offset: Sequence[int], shape: Sequence[int]) -> str:

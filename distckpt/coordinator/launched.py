@@ -23,7 +23,7 @@ from distckpt.coordinator.torch_dist import StoreCoordinator, tcp_store
 from distckpt.errors import CheckpointError, DistributedError
 
 if TYPE_CHECKING:
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch does not list it.
 
 # Open MPI; MPICH and Intel MPI (and Slurm's PMI-2). PMIx itself puts no size into the environment.
 _MPI_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE")

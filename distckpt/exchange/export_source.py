@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from math import prod
 from typing import TypeVar
 
@@ -19,11 +18,12 @@ import numpy as np
 
 from distckpt.checkpoint_files import OnBytes
 from distckpt.commit import read_index
-from distckpt.elements import Elements, can_convert, convert, view_elements
+from distckpt.elements import Elements, can_convert, convert, overflows, view_elements
 from distckpt.errors import CheckpointError
 from distckpt.exchange.zarr_layout import first_places
 from distckpt.geometry import Box
 from distckpt.index import Index, Spec
+from distckpt.key_globs import is_selected, unmatched_globs
 from distckpt.reader import StoredTensors, Wanted
 from distckpt.selecting import Selector, open_selected, select_commits
 from distckpt.shard_file import DTYPES
@@ -69,22 +69,19 @@ class ExportSource:
         storage, selector = open_selected(root, iteration)
         commit = select_commits(storage, selector)[0]
         index, _ = read_index(storage, commit)
-        for pattern in (*select, *drop):
-            if not any(fnmatchcase(key, pattern) for key in index.tensors):
-                like = ", ".join(map(repr, list(index.tensors)[:_MAX_SHOWN]))
-                raise ValueError(
-                    f"no tensor of iteration {index.iteration} matches {pattern!r}; keys are such as {like}"
-                )
+        for pattern in unmatched_globs((*select, *drop), index.tensors):
+            like = ", ".join(map(repr, list(index.tensors)[:_MAX_SHOWN]))
+            raise ValueError(f"no tensor of iteration {index.iteration} matches {pattern!r}; keys are such as {like}")
         if dtype is not None and not can_convert("float32", dtype):
             raise ValueError(f"dtype {dtype!r}: expected a floating-point type that tensors can be rounded to")
-        keys = [key for key in index.tensors if _is_selected(key, select, drop)]
+        keys = [key for key in index.tensors if is_selected(key, select, drop)]
         stored = StoredTensors.read(storage, commit.directory, index, keys)
         places = first_places(stored.chunks)
         ordered = sorted(range(len(keys)), key=lambda i: places.get(i, (len(index.files), 0)))
         return cls(storage, commit.directory, index, stored, [keys[i] for i in ordered], select, drop, dtype)
 
     def is_selected(self, key: str) -> bool:
-        return _is_selected(key, self.select, self.drop)
+        return is_selected(key, self.select, self.drop)
 
     def spec(self, key: str) -> Spec:
         """Of a tensor, as it is exported."""
@@ -120,17 +117,12 @@ class ExportSource:
         if stored == target:
             return elements
         converted = convert(elements, target)
-        if not np.array_equal(np.isfinite(elements), np.isfinite(converted)):
+        if overflows(elements, converted):
             raise CheckpointError(
                 f"{key!r}, elements {box}: some are larger than a {target} can hold; they are stored as {stored}. "
                 f"Export them as they are"
             )
         return converted
-
-
-def _is_selected(key: str, select: Sequence[str], drop: Sequence[str]) -> bool:
-    is_selected = not select or any(fnmatchcase(key, pattern) for pattern in select)
-    return is_selected and not any(fnmatchcase(key, pattern) for pattern in drop)
 
 
 class Workers:

@@ -170,7 +170,7 @@ def _open_store(root: str) -> Any:
     """zarr's store of a directory, of which only regular files are read: it takes a directory in the place of a chunk
     for zeros, and waits for ever for who may write into a pipe."""
 
-    class RegularFiles(import_zarr_library().storage.LocalStore):  # type: ignore[misc]
+    class RegularFiles(import_zarr_library().storage.LocalStore):  # type: ignore[misc]  # The library is imported here alone.
         async def get(self, key: str, prototype: Any = None, byte_range: Any = None) -> Any:
             path = os.path.join(root, key)
             with suppress(FileNotFoundError, NotADirectoryError):

@@ -39,7 +39,7 @@ from distckpt.removing import sweep
 from distckpt.resharding.part import Journal, journal_name, read_journal
 from distckpt.resharding.planning import ChunksByKey, PlannedReshard
 from distckpt.resharding.steps import PlacedTensor
-from distckpt.resharding.target_files import PlannedFiles, TargetFile, digest_of
+from distckpt.resharding.target_files import PlannedFiles, TargetFile
 from distckpt.root_owner import RootOwner
 from distckpt.roots import check_place, owner_of
 from distckpt.shard_file import FORMAT, FORMAT_VERSION
@@ -198,11 +198,6 @@ def commit(
     )
 
 
-def digest_of_plan(planned: PlannedReshard) -> str:
-    """Of all that decides what is written."""
-    return digest_of(planned.index.save_id, planned.layout, planned.content, planned.sources)
-
-
 def _is_same_directory(a: Storage, b: Storage) -> bool:
     if not isinstance(a, PosixStorage) or not isinstance(b, PosixStorage):
         return a is b
@@ -255,7 +250,7 @@ def _sorted_rows(*columns: Int64Array) -> Int64Array:
 
 def _find_journal(target: Storage, planned: PlannedReshard) -> Journal | None:
     """Of a reshard that would write the same, and was cut short."""
-    directory, digest = iteration_directory(planned.index.iteration), digest_of_plan(planned)
+    directory = iteration_directory(planned.index.iteration)
     for match in filter(None, map(_JOURNAL.fullmatch, target.list(directory))):
         name = journal_name(directory, match[1], 0)
         try:
@@ -263,7 +258,7 @@ def _find_journal(target: Storage, planned: PlannedReshard) -> Journal | None:
         except (CheckpointError, OSError) as error:
             logger.warning("%s is passed over: %s", name, error)
             continue
-        if journal.digest == digest and journal.parts <= _MAX_PARTS:
+        if journal.digest == planned.digest and journal.parts <= _MAX_PARTS:
             return journal
         logger.warning("%s is of a reshard with other options, which is given up", name)
     return None

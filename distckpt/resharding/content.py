@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from functools import partial
 
 import msgspec
 
@@ -17,6 +17,7 @@ from distckpt.checkpoint_files import read_per_rank
 from distckpt.errors import CheckpointError, CorruptionError
 from distckpt.index import Index, PerRankEntry
 from distckpt.json_value import is_container
+from distckpt.key_globs import is_selected, unmatched_globs
 from distckpt.planner import PerRankKind
 from distckpt.resharding.plan_file import glob_of
 from distckpt.resharding.target_layout import TargetMesh
@@ -54,10 +55,7 @@ def choose_content(index: Index, mesh: TargetMesh, *, select: Sequence[str] = ()
     _check_globs("--select", select, known)
     _check_globs("--drop", drop, known)
 
-    def is_kept(key: str) -> bool:
-        is_selected = not select or any(fnmatchcase(key, glob) for glob in select)
-        return is_selected and not any(fnmatchcase(key, glob) for glob in drop)
-
+    is_kept = partial(is_selected, select=select, drop=drop)
     keys = [key for key in index.tensors if is_kept(key)]
     values = {key: value for key, value in index.values.items() if is_kept(key)}
     entries = {key: entry for key, entry in index.per_rank.items() if is_kept(key)}
@@ -70,10 +68,9 @@ def choose_content(index: Index, mesh: TargetMesh, *, select: Sequence[str] = ()
 
 
 def _check_globs(option: str, globs: Sequence[str], known: Sequence[str]) -> None:
-    for glob in globs:
-        if not any(fnmatchcase(key, glob) for key in known):
-            shown = ", ".join(map(repr, known[:_MAX_SHOWN])) + (" ..." if len(known) > _MAX_SHOWN else "")
-            raise CheckpointError(f"{option} {glob!r} matches no key of the checkpoint; keys are {shown}")
+    for glob in unmatched_globs(globs, known):
+        shown = ", ".join(map(repr, known[:_MAX_SHOWN])) + (" ..." if len(known) > _MAX_SHOWN else "")
+        raise CheckpointError(f"{option} {glob!r} matches no key of the checkpoint; keys are {shown}")
 
 
 def _is_hollow(

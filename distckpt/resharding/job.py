@@ -28,7 +28,7 @@ from distckpt.host import peak_rss_bytes, reserve_open_files
 from distckpt.index import ShardFile
 from distckpt.parity import read_record
 from distckpt.report import ReshardReport
-from distckpt.resharding.committing import Order, Outcome, TargetFiles, Totals, begin, commit, digest_of_plan
+from distckpt.resharding.committing import Order, Outcome, TargetFiles, Totals, begin, commit
 from distckpt.resharding.content import read_kept_per_rank
 from distckpt.resharding.part import (
     JOURNAL_S,
@@ -149,7 +149,7 @@ class ReshardJob:
             commit = Commit(found.epoch, found.commit_seq, found.iteration)
             planned.append(plan_reshard(storage, commit, make_request()))
             window_bytes(self.memory_bytes, self.jobs, converts=planned[0].converts)
-            return digest_of_plan(planned[0])
+            return planned[0].digest
 
         def compare(digests: Sequence[str]) -> Sequence[str]:
             for rank, digest in enumerate(digests):
@@ -381,7 +381,7 @@ def _plan_part(job: ReshardJob, planned: PlannedReshard, order: Order, target: T
     return PartPlan(
         part=part,
         parts=order.parts,
-        digest=digest_of_plan(planned),
+        digest=planned.digest,
         save_id=order.save_id,
         directory=directory,
         tensors=tensors,

@@ -20,7 +20,7 @@ from distckpt._C import Memory
 from distckpt.checked_json import checked_body, decode_body, encode_record
 from distckpt.checkpoint_files import OnBytes
 from distckpt.commit import read_file
-from distckpt.elements import convert, view_elements
+from distckpt.elements import convert, overflows, view_elements
 from distckpt.errors import CheckpointError, CorruptionError
 from distckpt.index import Natural, ShardFile
 from distckpt.reader import StoredTensors
@@ -28,7 +28,7 @@ from distckpt.resharding.plan_file import glob_of
 from distckpt.resharding.shard_output import OutputState, ShardOutput
 from distckpt.resharding.steps import Conversion, PlacedTensor, Step, Transfer, cut_steps, place_step
 from distckpt.resharding.target_files import Lot, TargetFile
-from distckpt.shard_file import FORMAT, FORMAT_VERSION, FileLayout
+from distckpt.shard_file import DTYPES, FORMAT, FORMAT_VERSION, FileLayout
 from distckpt.storage import Storage
 from distckpt.tensor_source import TensorSource
 
@@ -242,13 +242,14 @@ class PartWriter:
 
 def _convert(conversion: Conversion, window: memoryview, scratch: memoryview) -> None:
     shape = (conversion.count,)
-    before_bytes = view_elements(b"", conversion.source_dtype, (0,)).itemsize * conversion.count
-    after_bytes = view_elements(b"", conversion.target_dtype, (0,)).itemsize * conversion.count
+    before_bytes, after_bytes = (
+        conversion.count * DTYPES[dtype].item_bytes for dtype in (conversion.source_dtype, conversion.target_dtype)
+    )
     before = view_elements(
         scratch[conversion.source : conversion.source + before_bytes], conversion.source_dtype, shape
     )
     after = convert(before, conversion.target_dtype)
-    if np.count_nonzero(np.isfinite(before)) != np.count_nonzero(np.isfinite(after)):
+    if overflows(before, after):
         match = msgspec.json.encode(glob_of(conversion.key)).decode()
         raise CheckpointError(
             f"{conversion.key!r} has numbers of {conversion.source_dtype} that {conversion.target_dtype} cannot hold. "

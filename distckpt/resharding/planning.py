@@ -23,6 +23,7 @@ from distckpt.reader import StoredTensors
 from distckpt.resharding.content import Content, choose_content
 from distckpt.resharding.part import window_bytes
 from distckpt.resharding.plan_file import ReshardPlan, plan_of
+from distckpt.resharding.target_files import digest_of
 from distckpt.resharding.target_layout import TargetLayout, TargetMesh, lay_out
 from distckpt.resharding.tensor_labels import label_tensors
 from distckpt.selecting import open_selected, select_commits
@@ -43,7 +44,8 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class PlannedReshard:
-    """firsts: of each tensor of the layout where it begins in the source: (file, first byte)."""
+    """firsts: of each tensor of the layout where it begins in the source: (file, first byte). digest: of all that
+    decides what is written."""
 
     storage: Storage
     commit: Commit
@@ -52,6 +54,7 @@ class PlannedReshard:
     content: Content
     layout: TargetLayout
     firsts: Sequence[tuple[int, int]]
+    digest: str
 
     @property
     def sources(self) -> Mapping[str, TensorEntry]:
@@ -75,7 +78,9 @@ def plan_reshard(storage: Storage, commit: Commit, request: Request) -> PlannedR
         before = index.tensors[tensor.key].dtype
         if not can_convert(before, tensor.spec.dtype):
             raise CheckpointError(f"{tensor.key!r}: {before} cannot be converted to {tensor.spec.dtype}")
-    return PlannedReshard(storage, commit, index, stored, content, lay_out(tensors, mesh), chunks.firsts())
+    layout = lay_out(tensors, mesh)
+    digest = digest_of(index.save_id, layout, content, index.tensors)
+    return PlannedReshard(storage, commit, index, stored, content, layout, chunks.firsts(), digest)
 
 
 def _with_axes_of(index: Index, mesh: TargetMesh) -> TargetMesh:

@@ -12,7 +12,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "distckpt"
 
-VALUES = {"errors", "geometry", "json_value", "host", "garbage", "checked_json", "metrics"}
+VALUES = {"errors", "geometry", "json_value", "host", "garbage", "checked_json", "metrics", "key_globs"}
 FORMAT = {"chunk_table", "shard_file", "index", "elements"}
 PORTS = {"storage", "coordinator"}
 TENSORS = {"per_rank", "sharded_tensor", "meta", "leaf_value", "state_dict"}
@@ -34,6 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "garbage": set(),
     "checked_json": {"_C", "errors"},
     "metrics": set(),
+    "key_globs": set(),
     "root_owner": set(),
     "chunk_table": VALUES | {"_C"},
     "shard_file": VALUES | {"_C"},
