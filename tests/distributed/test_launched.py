@@ -155,13 +155,20 @@ def test_mpirun_ends_all_when_a_rank_dies() -> None:
     assert results[1].returncode == -signal.SIGKILL
 
 
+# Rank 2 asks for the answer of rank 0 when that has long given up.
 COMES_NOT = """
-import os, sys
-from distckpt.coordinator import launched_coordinator
+import os, sys, time
+from distckpt.coordinator import launched_coordinator, torch_dist
 from distckpt.errors import DistributedError
 from tests.distributed.launch import say
 if os.environ["RANK"] == sys.argv[1]:
     sys.exit(0)
+if os.environ["RANK"] == "2":
+    take = torch_dist._take
+    def take_late(*arguments):
+        time.sleep(7.5)
+        return take(*arguments)
+    torch_dist._take = take_late
 try:
     launched_coordinator(timeout_s=6)
 except DistributedError as error:
