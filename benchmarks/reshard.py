@@ -45,7 +45,7 @@ CGROUPS = (  # version 2, then version 1
 
 @dataclass(frozen=True)
 class Sample:
-    """One run. peak_bytes: the most that its process had of memory."""
+    """One run. peak_bytes: the most that its process had of memory, but no less than this one had when it began."""
 
     seconds: float
     peak_bytes: int
@@ -248,7 +248,7 @@ def print_runs(console: Console, runs: Sequence[dict[str, Any]]) -> None:
             f"{min(seconds):.2f} to {max(seconds):.2f}",
             f"{int(str(one['gib'])) * 1.073741824 / median(seconds):.2f}",
             f"{median(_seconds(base)) / median(seconds):.2f}",
-            f"{peak / 1e6:.0f} MB",
+            "" if one is base else f"{peak / 1e6:.0f} MB",  # cp takes less than can be seen.
         )
     console.print(table)
 
