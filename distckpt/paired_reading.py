@@ -21,7 +21,6 @@ from distckpt.errors import CheckpointError
 from distckpt.geometry import Box, bands, strides_of
 from distckpt.index import Index
 from distckpt.number_differences import Uint8Array
-from distckpt.planner import plan_load
 from distckpt.reader import StoredTensors, Wanted
 from distckpt.shard_file import DTYPES
 from distckpt.storage import Storage
@@ -133,7 +132,8 @@ class PairReader:
         """Parts of tensors that are read together, as many as the memory of a step holds."""
         parts: list[_Part] = []
         used = [0, 0]
-        for key in _in_file_order(self._sources[0].stored):
+        stored = self._sources[0].stored
+        for _, key in sorted(zip(stored.located.first_places(), stored.keys, strict=True)):
             whole, items = Box.whole(self._shapes[key]), self._items[key]
             at = 0
             for box in bands(whole, self._step_bytes // max(items)) if whole.size else (whole,):
@@ -148,20 +148,6 @@ class PairReader:
                 used = [-(-(u + n) // _ALIGNMENT) * _ALIGNMENT for u, n in zip(used, sizes, strict=True)]
                 at += box.size
         yield parts
-
-
-def _in_file_order(stored: StoredTensors) -> list[str]:
-    """Keys by where their first elements lie, those that lie nowhere first."""
-    boxes = [Box.whole(stored.index.tensors[key].global_shape) for key in stored.keys]
-    places: list[tuple[int, int]] = [(-1, -1)] * len(boxes)
-    for copies in plan_load(stored.chunks, np.arange(len(boxes)), boxes):
-        order = np.lexsort((copies.hits.starts, copies.hits.files, copies.target))
-        tensors, first = np.unique(copies.target[order], return_index=True)
-        rows = order[first]
-        found = zip(tensors.tolist(), copies.hits.files[rows].tolist(), copies.hits.starts[rows].tolist(), strict=True)
-        for tensor, file, start in found:
-            places[tensor] = file, start
-    return [stored.keys[i] for i in sorted(range(len(boxes)), key=lambda i: places[i])]
 
 
 def _fill(source: TensorSource, side: int, parts: Sequence[_Part], memory: Uint8Array) -> dict[int, str]:

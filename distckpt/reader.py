@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -17,16 +18,17 @@ from distckpt.checkpoint_files import (
     read_chunks,
     rows_of,
 )
-from distckpt.chunk_table import Boxes, Grids
+from distckpt.chunk_table import Boxes, Grids, Hits
 from distckpt.garbage import postponed_collection
 from distckpt.geometry import Box, Int64Array, strides_of
 from distckpt.index import Index, check_locations
+from distckpt.located_chunks import LocatedChunks
 from distckpt.planner import Copies, plan_load
 from distckpt.shard_file import BLOCK_BYTES
 from distckpt.storage import Storage, Target
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class StoredTensors:
     """Tensors of one checkpoint and where their chunks lie. number: of each key in `keys`, by which `chunks` count."""
 
@@ -40,6 +42,15 @@ class StoredTensors:
         """Raises CorruptionError or OSError."""
         number = {key: i for i, key in enumerate(keys)}
         return cls(index, keys, number, read_chunks(storage, directory, index, keys))
+
+    @cached_property
+    def located(self) -> LocatedChunks:
+        """For those who go through all of them. Raises CorruptionError for chunks that lie where none can."""
+        return LocatedChunks.of(self.index, self.keys, self.chunks)
+
+    def chunks_of(self, key: str) -> Hits:
+        """By file and place. Raises as `located`."""
+        return self.located.of_tensor(self.number[key])
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,20 +8,15 @@ is kept for the next, so that every byte is read once as long as the blocks that
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-import numpy as np
 from typing_extensions import Self
 
 from distckpt._C import Memory, Targets
 from distckpt.checkpoint_files import CheckedFile, expected_entries
-from distckpt.chunk_table import Hits, take_hits
 from distckpt.garbage import postponed_collection
-from distckpt.geometry import Box, Int64Array
-from distckpt.index import check_locations
-from distckpt.planner import plan_load
 from distckpt.reader import FileReads, StoredTensors, Wanted, plan_reads
 from distckpt.shard_file import BLOCK_BYTES
 from distckpt.storage import Storage, Target
@@ -54,7 +49,6 @@ class TensorSource:
         self._files: OrderedDict[int, CheckedFile] = OrderedDict()  # The one that was used last is last.
         self._blocks = _BegunBlocks(max(1, cache_bytes // BLOCK_BYTES))
         self._closed_bytes_read = 0
-        self._chunks = _ChunksByFile.of(stored)
 
     def __enter__(self) -> Self:
         return self
@@ -111,7 +105,7 @@ class TensorSource:
         stored = self.stored
         file = CheckedFile(self._storage, self._directory, stored.index.files[number])
         try:
-            for tensor, chunks in self._chunks.of_file(number):
+            for tensor, chunks in stored.located.of_file(number):
                 file.check_entries(expected_entries(stored.index, stored.keys, tensor, chunks))
         except BaseException:
             file.close()
@@ -132,30 +126,6 @@ class TensorSource:
         _, file = self._files.popitem(last=False)
         self._closed_bytes_read += file.bytes_read
         file.close()
-
-
-@dataclass(frozen=True, slots=True)
-class _ChunksByFile:
-    """Chunks of tensors: for each number of dimensions their tensors, sorted by file, and the chunks in that order."""
-
-    groups: list[tuple[Int64Array, Hits]]
-
-    @classmethod
-    def of(cls, stored: StoredTensors) -> _ChunksByFile:
-        """Raises CorruptionError for chunks that lie where none can."""
-        boxes = [Box.whole(stored.index.tensors[key].global_shape) for key in stored.keys]
-        groups = []
-        for copies in plan_load(stored.chunks, np.arange(len(boxes)), boxes):
-            check_locations(stored.index, stored.keys, copies.target, copies.hits)
-            order = np.argsort(copies.hits.files, kind="stable")
-            groups.append((copies.target[order], take_hits(copies.hits, order)))
-        return cls(groups)
-
-    def of_file(self, number: int) -> Iterator[tuple[Int64Array, Hits]]:
-        for tensor, chunks in self.groups:
-            low, high = np.searchsorted(chunks.files, [number, number + 1]).tolist()
-            if low < high:
-                yield tensor[low:high], take_hits(chunks, slice(low, high))
 
 
 class _BegunBlocks:

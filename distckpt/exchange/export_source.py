@@ -20,7 +20,6 @@ from distckpt.checkpoint_files import OnBytes
 from distckpt.commit import read_index
 from distckpt.elements import Elements, can_convert, convert, overflows, view_elements
 from distckpt.errors import CheckpointError
-from distckpt.exchange.zarr_layout import first_places
 from distckpt.geometry import Box
 from distckpt.index import Index, Spec
 from distckpt.key_globs import is_selected, unmatched_globs
@@ -38,8 +37,8 @@ _BATCH_BYTES = 32 << 20  # that one thread takes at a time, of neighbours: the b
 
 @dataclass(frozen=True, slots=True)
 class ExportSource:
-    """What of a committed checkpoint is exported. keys: of its tensors, in the order in which they are stored, those
-    without elements last. dtype: into which floating-point tensors are rounded; None leaves all as they are."""
+    """What of a committed checkpoint is exported. keys: of its tensors, in the order in which they are stored,
+    those without elements first. dtype: into which floating-point tensors are rounded; None leaves all as they are."""
 
     storage: Storage
     directory: str
@@ -76,9 +75,8 @@ class ExportSource:
             raise ValueError(f"dtype {dtype!r}: expected a floating-point type that tensors can be rounded to")
         keys = [key for key in index.tensors if is_selected(key, select, drop)]
         stored = StoredTensors.read(storage, commit.directory, index, keys)
-        places = first_places(stored.chunks)
-        ordered = sorted(range(len(keys)), key=lambda i: places.get(i, (len(index.files), 0)))
-        return cls(storage, commit.directory, index, stored, [keys[i] for i in ordered], select, drop, dtype)
+        ordered = [key for _, key in sorted(zip(stored.located.first_places(), keys, strict=True))]
+        return cls(storage, commit.directory, index, stored, ordered, select, drop, dtype)
 
     def is_selected(self, key: str) -> bool:
         return is_selected(key, self.select, self.drop)

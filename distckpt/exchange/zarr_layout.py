@@ -182,14 +182,3 @@ def stored_cell(chunks: Grids | Boxes, row: int, shape: Sequence[int]) -> tuple[
             return None
         cell.append(size)
     return tuple(cell)
-
-
-def first_places(chunks: Sequence[Grids | Boxes]) -> dict[int, tuple[int, int]]:
-    """Tensor -> number of the file and byte at which its first chunk lies; nothing of one without elements."""
-    places: dict[int, tuple[int, int]] = {}
-    for group in chunks:
-        counts = group.counts if isinstance(group, Boxes) else group.cut_counts.prod(axis=1)
-        for tensor, first, count in zip(group.tensors.tolist(), group.first.tolist(), counts.tolist(), strict=True):
-            if count:
-                places[tensor] = int(group.files[first]), int(group.starts[first])
-    return places

@@ -37,7 +37,7 @@ from distckpt.index import Index, PerRankEntry, ShardFile, Spec
 from distckpt.reader import StoredTensors
 from distckpt.removing import sweep
 from distckpt.resharding.part import Journal, journal_name, read_journal
-from distckpt.resharding.planning import ChunksByKey, PlannedReshard
+from distckpt.resharding.planning import PlannedReshard
 from distckpt.resharding.steps import PlacedTensor
 from distckpt.resharding.target_files import PlannedFiles, TargetFile
 from distckpt.root_owner import RootOwner
@@ -233,10 +233,10 @@ def _is_twin(target: Storage, commit: Commit, index: Index, planned: PlannedResh
     )
     if not is_alike:
         return False
-    there = ChunksByKey.of(StoredTensors.read(target, commit.directory, index, content.keys))
+    there = StoredTensors.read(target, commit.directory, index, content.keys)
     rank_of = np.array([file.rank for file in index.files], np.int64)
     for tensor, chunks in zip(layout.tensors, layout.chunks, strict=True):
-        hits = there.of_key(tensor.key)
+        hits = there.chunks_of(tensor.key)
         found = _sorted_rows(hits.offsets, hits.shapes, rank_of[hits.files])
         if not np.array_equal(found, _sorted_rows(chunks.offsets, chunks.shapes, chunks.ranks)):
             return False

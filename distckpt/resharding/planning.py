@@ -12,13 +12,10 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
-from distckpt.chunk_table import Hits, take_hits
 from distckpt.commit import Commit, read_index
 from distckpt.elements import can_convert
 from distckpt.errors import CheckpointError
-from distckpt.geometry import Box, Int64Array
-from distckpt.index import Index, TensorEntry, check_locations
-from distckpt.planner import plan_load
+from distckpt.index import Index, TensorEntry
 from distckpt.reader import StoredTensors
 from distckpt.resharding.content import Content, choose_content
 from distckpt.resharding.part import window_bytes
@@ -72,65 +69,19 @@ def plan_reshard(storage: Storage, commit: Commit, request: Request) -> PlannedR
     mesh = _with_axes_of(index, request.mesh)
     content = choose_content(index, mesh, select=request.select, drop=request.drop)
     stored = StoredTensors.read(storage, commit.directory, index, content.keys)
-    chunks = ChunksByKey.of(stored)
-    tensors = label_tensors(index, content.keys, chunks.of_key, mesh, request.plan, request.dtype)
+    tensors = label_tensors(stored, mesh, request.plan, request.dtype)
     for tensor in tensors:
         before = index.tensors[tensor.key].dtype
         if not can_convert(before, tensor.spec.dtype):
             raise CheckpointError(f"{tensor.key!r}: {before} cannot be converted to {tensor.spec.dtype}")
     layout = lay_out(tensors, mesh)
     digest = digest_of(index.save_id, layout, content, index.tensors)
-    return PlannedReshard(storage, commit, index, stored, content, layout, chunks.firsts(), digest)
+    return PlannedReshard(storage, commit, index, stored, content, layout, stored.located.first_places(), digest)
 
 
 def _with_axes_of(index: Index, mesh: TargetMesh) -> TargetMesh:
     """Axes that the source has and nobody asked for have one coordinate."""
     return TargetMesh.of({**dict.fromkeys(index.mesh, 1), **mesh.sizes})
-
-
-@dataclass(frozen=True, slots=True)
-class ChunksByKey:
-    """The stored chunks of every tensor, sorted by tensor, file and place. at: number of a tensor -> its group, and
-    where in that its chunks begin and end."""
-
-    stored: StoredTensors
-    groups: list[Hits]
-    at: dict[int, tuple[int, int, int]]
-
-    @classmethod
-    def of(cls, stored: StoredTensors) -> ChunksByKey:
-        """Raises CorruptionError for chunks that lie where none can."""
-        boxes = [Box.whole(stored.index.tensors[key].global_shape) for key in stored.keys]
-        groups: list[Hits] = []
-        at: dict[int, tuple[int, int, int]] = {}
-        for copies in plan_load(stored.chunks, np.arange(len(boxes)), boxes):
-            check_locations(stored.index, stored.keys, copies.target, copies.hits)
-            order = np.lexsort((copies.hits.starts, copies.hits.files, copies.target))
-            tensors, begins = np.unique(copies.target[order], return_index=True)
-            ends = np.append(begins, len(order))[1:]
-            for t, low, high in zip(tensors.tolist(), begins.tolist(), ends.tolist(), strict=True):
-                at[t] = len(groups), low, high
-            groups.append(take_hits(copies.hits, order))
-        return cls(stored, groups, at)
-
-    def of_key(self, key: str) -> Hits:
-        """None of a tensor without elements."""
-        found = self.at.get(self.stored.number[key])
-        if found is None:
-            ndim = len(self.stored.index.tensors[key].global_shape)
-            none: Int64Array = np.zeros(0, np.int64)
-            return Hits(none, none, none, none, none.reshape(0, ndim), none.reshape(0, ndim))
-        group, low, high = found
-        return take_hits(self.groups[group], slice(low, high))
-
-    def firsts(self) -> list[tuple[int, int]]:
-        """Where each tensor begins: (file, first byte)."""
-        found = []
-        for t in range(len(self.stored.keys)):
-            group, low, _ = self.at.get(t, (-1, 0, 0))
-            hits = self.groups[group] if group >= 0 else None
-            found.append((0, 0) if hits is None else (int(hits.files[low]), int(hits.starts[low])))
-        return found
 
 
 class RankPreview(msgspec.Struct, frozen=True):

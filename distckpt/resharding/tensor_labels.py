@@ -8,7 +8,7 @@ prints the lines that the plan needs.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -18,7 +18,8 @@ import numpy as np
 from distckpt.chunk_table import Hits
 from distckpt.errors import CheckpointError
 from distckpt.geometry import Int64Array, grid_cuts
-from distckpt.index import Index, Spec
+from distckpt.index import Spec
+from distckpt.reader import StoredTensors
 from distckpt.resharding.numbering import Numbering, numbers_in
 from distckpt.resharding.plan_file import ReshardPlan, TensorRule, glob_of
 from distckpt.resharding.target_layout import AXIS_ORDER, TargetMesh, TargetTensor
@@ -31,21 +32,18 @@ _MAX_SHOWN = 12
 _INHERITED = ("partition", "owner", "at", "blocks", "pad")  # by the state of an optimizer, from its parameter
 
 Partition = tuple[str | None, ...]
-ChunksOf = Callable[[str], Hits]  # the stored chunks of a key
 
 
-def label_tensors(
-    index: Index, keys: Sequence[str], chunks_of: ChunksOf, mesh: TargetMesh, plan: ReshardPlan, dtype: str | None
-) -> list[TargetTensor]:
+def label_tensors(stored: StoredTensors, mesh: TargetMesh, plan: ReshardPlan, dtype: str | None) -> list[TargetTensor]:
     """What each tensor is in the target. dtype: what floating-point tensors are converted to, None leaves them.
 
     Raises CheckpointError for what is neither recorded nor can be inferred: it has the lines that the plan needs.
     """
     _check_plan_axes(plan, {*mesh.sizes, *AXIS_ORDER})
-    labels = _Labels(index, keys, chunks_of, mesh, plan)
-    tensors = [labels.tensor(key, dtype) for key in keys]
+    labels = _Labels(stored, mesh, plan)
+    tensors = [labels.tensor(key, dtype) for key in stored.keys]
     labels.refuse_unknown()
-    _check_rules(plan, keys)
+    _check_rules(plan, stored.keys)
     _check_stages(plan, mesh, tensors)
     _check_axes(mesh, tensors)
     return tensors
@@ -114,9 +112,7 @@ def _some(keys: Iterable[str]) -> str:
 class _Labels:
     """Labels of the tensors of one checkpoint; unknown: template of a key -> the line that the plan needs, and why."""
 
-    index: Index
-    keys: Sequence[str]
-    chunks_of: ChunksOf
+    stored: StoredTensors
     mesh: TargetMesh
     plan: ReshardPlan
     unknown: dict[str, tuple[str, str]] = field(default_factory=dict)
@@ -127,7 +123,7 @@ class _Labels:
     _places: dict[str, Int64Array] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._is_kept = frozenset(self.keys)
+        self._is_kept = frozenset(self.stored.keys)
 
     def tensor(self, key: str, dtype: str | None) -> TargetTensor:
         rule = self._rule_of(key)
@@ -160,7 +156,7 @@ class _Labels:
 
     def _partitioned(self, key: str, rule: TensorRule) -> Spec:
         """The spec of a tensor with its partition and blocks, as far as they are known."""
-        entry = self.index.tensors[key].spec
+        entry = self.stored.index.tensors[key].spec
         ndim = len(entry.global_shape)
         if rule.partition is not None or rule.blocks is not None:
             for name, labels in (("partition", rule.partition), ("blocks", rule.blocks)):
@@ -195,7 +191,7 @@ class _Labels:
         return self._known[key]
 
     def _find_spec(self, key: str) -> Spec | None:
-        entry = self.index.tensors[key].spec
+        entry = self.stored.index.tensors[key].spec
         # With an owner it was labelled: no partition means that nothing splits it. Plain tensors are whole everywhere.
         is_labelled = entry.partition is not None or entry.owner is not None or entry.given_as != "sharded"
         if is_labelled or not entry.size_bytes:
@@ -203,9 +199,9 @@ class _Labels:
         open_axes = [
             axis
             for axis, size in self.mesh.sizes.items()
-            if size > 1 and axis not in REPLICATING and self.index.mesh.get(axis, 1) == 1
+            if size > 1 and axis not in REPLICATING and self.stored.index.mesh.get(axis, 1) == 1
         ]
-        found = None if open_axes else self._infer(entry, self.chunks_of(key))
+        found = None if open_axes else self._infer(entry, self.stored.chunks_of(key))
         if found is not None:
             return found
         return self._as_its_parameter(key, entry)
@@ -220,7 +216,7 @@ class _Labels:
             known = self._known_spec(parameter)
             is_alike = known is not None and known.partition == entry.partition
             return msgspec.structs.replace(entry, blocks=known.blocks) if known is not None and is_alike else entry
-        chunks = self.chunks_of(key)
+        chunks = self.stored.chunks_of(key)
         cuts = grid_cuts(chunks.offsets, chunks.shapes)
         if cuts is None:
             return entry
@@ -232,7 +228,7 @@ class _Labels:
 
     def _blocks_in(self, extent: int, starts: Int64Array, chunks: Hits, dim: int, axis: str) -> int:
         """Into how many blocks a dimension was cut before an axis split each of them."""
-        count, size = len(starts), self.index.mesh.get(axis, 1)
+        count, size = len(starts), self.stored.index.mesh.get(axis, 1)
         if extent % count or not (starts == np.arange(count) * (extent // count)).all():
             return 1
         if size == 1:
@@ -246,7 +242,7 @@ class _Labels:
     def _parameter_of(self, key: str, entry: Spec) -> str | None:
         """The tensor whose state this is, as an optimizer's: it has the same shape, and its key ends this one. What is
         before that is before the state of most others, too: norm.weight is no parameter of layers.0.norm.weight."""
-        known = self.index.tensors
+        known = self.stored.index.tensors
         for match in re.finditer(r"[./]", key):  # The longest first.
             end = key[match.end() :]
             if end in known and known[end].global_shape == entry.global_shape and self._is_of_state(match.end(), key):
@@ -257,14 +253,14 @@ class _Labels:
         """Whether the first `length` characters of a key are what keys of the state of parameters begin with."""
         prefix = key[:length]
         if prefix not in self._state_prefixes:
-            known = self.index.tensors
+            known = self.stored.index.tensors
             others = [other[length:] for other in known if other.startswith(prefix)]
             self._state_prefixes[prefix] = 2 * sum(other in known for other in others) >= len(others)
         return self._state_prefixes[prefix]
 
     def _stands_for(self, key: str) -> str | None:
         """The parameter whose state a tensor is, if it is taken along: what is said of that holds for the state."""
-        parameter = self._parameter_of(key, self.index.tensors[key])
+        parameter = self._parameter_of(key, self.stored.index.tensors[key])
         return parameter if parameter in self._is_kept else None
 
     def _rule_of(self, key: str) -> TensorRule:
@@ -281,12 +277,14 @@ class _Labels:
         cuts = grid_cuts(chunks.offsets, chunks.shapes)
         if cuts is None:
             return None
-        places = {axis: self._places_on(axis)[chunks.files] for axis, size in self.index.mesh.items() if size > 1}
+        places = {
+            axis: self._places_on(axis)[chunks.files] for axis, size in self.stored.index.mesh.items() if size > 1
+        }
         partition: list[str | None] = []
         blocks: list[int] = []
         for d, starts in enumerate(cuts):
             cell = np.searchsorted(starts, chunks.offsets[:, d])
-            found = _splitting_axis(cell, len(starts), places, self.index.mesh)
+            found = _splitting_axis(cell, len(starts), places, self.stored.index.mesh)
             if found is None:
                 return None
             partition.append(found[0])
@@ -315,7 +313,7 @@ class _Labels:
 
     def _coordinate(self, key: str, axis: str, rule: TensorRule) -> int:
         """Of the owner axis: where a tensor is held."""
-        size, before = self.mesh.size(axis), self.index.mesh.get(axis, 1)
+        size, before = self.mesh.size(axis), self.stored.index.mesh.get(axis, 1)
         if rule.at is not None:
             return _said_coordinate(key, axis, rule.at, size)
         if size == 1:
@@ -339,18 +337,20 @@ class _Labels:
         return 0
 
     def _held_at(self, key: str, axis: str) -> set[int]:
-        return set(self._places_on(axis)[self.chunks_of(key).files].tolist())
+        return set(self._places_on(axis)[self.stored.chunks_of(key).files].tolist())
 
     def _places_on(self, axis: str) -> Int64Array:
         """The coordinate on an axis of whoever wrote each file."""
         if axis not in self._places:
-            self._places[axis] = np.array([file.mesh.get(axis, 0) for file in self.index.files], np.int64)
+            self._places[axis] = np.array([file.mesh.get(axis, 0) for file in self.stored.index.files], np.int64)
         return self._places[axis]
 
     def _numbering_of(self, axis: str) -> Numbering | None:
         if axis not in self._numbering:
             owned = [
-                key for key in self.keys if (self._rule_of(key).owner or self.index.tensors[key].spec.owner) == axis
+                key
+                for key in self.stored.keys
+                if (self._rule_of(key).owner or self.stored.index.tensors[key].spec.owner) == axis
             ]
             self._numbering[axis] = self._find_numbering(axis, owned)
         return self._numbering[axis]
@@ -391,7 +391,7 @@ class _Labels:
         if any(len(at) > 1 for at in held.values()):
             return False
         order = [min(held[number]) for number in sorted(held)]
-        is_split = self.index.mesh.get(axis, 1) > 1
+        is_split = self.stored.index.mesh.get(axis, 1) > 1
         return order == sorted(order) and (not is_split or len(set(order)) > 1)
 
 

@@ -56,14 +56,15 @@ ALLOWED: dict[str, set[str]] = {
     "staging": {"_C", "errors", "garbage", "arena", "storage", "transport"},
     "writing": VALUES | FORMAT | {"_C", "storage"},
     "checkpoint_files": VALUES | FORMAT | {"_C", "storage"},
-    "reader": VALUES | FORMAT | {"storage", "checkpoint_files", "planner"},
+    "located_chunks": VALUES | FORMAT | {"planner"},
+    "reader": VALUES | FORMAT | {"storage", "checkpoint_files", "located_chunks", "planner"},
     "wanted_tensor": VALUES | {"reader", "transport"},
-    "tensor_source": VALUES | FORMAT | {"_C", "storage", "checkpoint_files", "planner", "reader"},
+    "tensor_source": VALUES | FORMAT | {"_C", "storage", "checkpoint_files", "reader"},
     "number_differences": {"geometry", "shard_file", "elements"},
     "value_differences": {"errors", "json_value", "number_differences"},
     "paired_reading": {
         *VALUES | FORMAT,
-        *("storage", "checkpoint_files", "planner", "reader", "tensor_source", "number_differences"),
+        *("storage", "checkpoint_files", "reader", "tensor_source", "number_differences"),
     },
     "comparing": {
         *VALUES | FORMAT,

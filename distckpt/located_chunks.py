@@ -1,0 +1,70 @@
+"""Where the chunks of tensors lie, by tensor and by file. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from distckpt.chunk_table import Boxes, Grids, Hits, take_hits
+from distckpt.geometry import Box, Int64Array
+from distckpt.index import Index, check_locations
+from distckpt.planner import plan_load
+
+
+@dataclass(frozen=True, slots=True)
+class LocatedChunks:
+    """All chunks of some tensors of one checkpoint, which count as in the list that was given."""
+
+    ndims: Sequence[int]
+    groups: Sequence[_Group]
+
+    @classmethod
+    def of(cls, index: Index, keys: Sequence[str], chunks: Sequence[Grids | Boxes]) -> LocatedChunks:
+        """Raises CorruptionError for chunks that lie where none can."""
+        boxes = [Box.whole(index.tensors[key].global_shape) for key in keys]
+        groups = []
+        for copies in plan_load(chunks, np.arange(len(boxes)), boxes):
+            check_locations(index, keys, copies.target, copies.hits)
+            order = np.lexsort((copies.hits.starts, copies.hits.files, copies.target))
+            hits = take_hits(copies.hits, order)
+            groups.append(_Group(copies.target[order], hits, np.argsort(hits.files, kind="stable")))
+        return cls([len(box.shape) for box in boxes], groups)
+
+    def of_tensor(self, number: int) -> Hits:
+        """By file and place. None of a tensor without elements."""
+        for group in self.groups:
+            low, high = np.searchsorted(group.tensor, (number, number + 1)).tolist()
+            if low < high:
+                return take_hits(group.hits, slice(low, high))
+        none: Int64Array = np.zeros(0, np.int64)
+        no_rows = none.reshape(0, self.ndims[number])
+        return Hits(none, none, none, none, no_rows, no_rows)
+
+    def of_file(self, number: int) -> Iterator[tuple[Int64Array, Hits]]:
+        """The tensor of each chunk, and the chunks; for each number of dimensions."""
+        for group in self.groups:
+            low, high = np.searchsorted(group.hits.files, (number, number + 1), sorter=group.by_file).tolist()
+            if low < high:
+                rows = group.by_file[low:high]
+                yield group.tensor[rows], take_hits(group.hits, rows)
+
+    def first_places(self) -> list[tuple[int, int]]:
+        """Where each tensor begins: (file, first byte). (0, 0) for one without elements."""
+        places = [(0, 0)] * len(self.ndims)
+        for group in self.groups:
+            tensors, rows = np.unique(group.tensor, return_index=True)
+            found = zip(group.hits.files[rows].tolist(), group.hits.starts[rows].tolist(), strict=True)
+            for tensor, place in zip(tensors.tolist(), found, strict=True):
+                places[tensor] = place
+        return places
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Chunks of tensors of one number of dimensions, by tensor, file and place. by_file: their numbers, by file."""
+
+    tensor: Int64Array
+    hits: Hits
+    by_file: Int64Array
