@@ -70,7 +70,7 @@ def encode_record(chunks: Chunks, global_shape: Sequence[int]) -> bytes:
         order = np.arange(count)
         kind = _BOXES
         geometry = chunks.offsets.astype(f"<u{width}").tobytes() + chunks.shapes.astype(f"<u{width}").tobytes()
-    head = np.array([(kind, width, ndim, count)], _HEAD).tobytes()
+    head = struct.pack("<BBHI", kind, width, ndim, count)
     files, starts = chunks.files[order].astype("<u4"), chunks.starts[order].astype("<u8")
     return head + geometry + files.tobytes() + starts.tobytes()
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
+from typing import TypeAlias
 
 import numpy as np
 
@@ -85,6 +86,13 @@ class TargetTensor:
     at: int | None = None
     counts: Mapping[str, Sequence[int]] | None = None
 
+    @property
+    def pattern(self) -> tuple[object, ...]:
+        """What decides how it is cut: tensors with equal ones are cut alike."""
+        spec = self.spec
+        counts = tuple((axis, tuple(of)) for axis, of in (self.counts or {}).items())
+        return spec.global_shape, spec.partition, spec.blocks, spec.owner, self.at, counts
+
     def runs(self, dim: int, coordinate: int, parts: int) -> list[tuple[int, int]]:
         """The ranges (start, stop) of a dimension that one coordinate of the axis that splits it holds.
 
@@ -135,16 +143,17 @@ class TargetLayout:
 def lay_out(tensors: Sequence[TargetTensor], mesh: TargetMesh) -> TargetLayout:
     """Who holds what. A box that several ranks would hold is stored once, by the one of them with the fewest bytes;
     from large to small boxes, as a save does it."""
-    found = [list(_boxes(tensor, mesh)) for tensor in tensors]
+    known: dict[tuple[object, ...], _Cut] = {}  # The tensors of a model are cut alike by the thousands.
+    cuts = [known.get(tensor.pattern) or known.setdefault(tensor.pattern, _cut(tensor, mesh)) for tensor in tensors]
     sized = [
-        (box.size * DTYPES[tensor.spec.dtype].item_bytes, number, i, at)
-        for number, (tensor, boxes) in enumerate(zip(tensors, found, strict=True))
-        for i, (box, at) in enumerate(boxes)
+        (size * DTYPES[tensor.spec.dtype].item_bytes, number, i, at)
+        for number, (tensor, cut) in enumerate(zip(tensors, cuts, strict=True))
+        for i, (size, at) in enumerate(zip(cut.sizes, cut.held, strict=True))
     ]
     sized.sort(key=lambda one: -one[0])
     loads = np.zeros(mesh.world_size, np.int64)
-    ranks = [np.zeros(len(boxes), np.int64) for boxes in found]
-    holders: dict[tuple[tuple[str, int], ...], Int64Array] = {}
+    ranks = [np.zeros(len(cut.sizes), np.int64) for cut in cuts]
+    holders: dict[_Coordinates, Int64Array] = {}
     for size, number, i, at in sized:
         if at not in holders:
             holders[at] = np.array(mesh.ranks_at(dict(at)), np.int64)
@@ -152,13 +161,33 @@ def lay_out(tensors: Sequence[TargetTensor], mesh: TargetMesh) -> TargetLayout:
         rank = candidates[loads[candidates].argmin()]
         loads[rank] += size
         ranks[number][i] = rank
-    chunks = [
-        _chunks(tensor, [box for box, _ in boxes], of) for tensor, boxes, of in zip(tensors, found, ranks, strict=True)
-    ]
+    chunks = [TargetChunks(cut.offsets, cut.shapes, of) for cut, of in zip(cuts, ranks, strict=True)]
     return TargetLayout(mesh, tensors, chunks, loads)
 
 
-def _boxes(tensor: TargetTensor, mesh: TargetMesh) -> Iterator[tuple[Box, tuple[tuple[str, int], ...]]]:
+_Coordinates: TypeAlias = tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """How tensors are cut: (n, ndim) offsets and shapes, the elements of each box, and the coordinates of the ranks
+    that have it."""
+
+    offsets: Int64Array
+    shapes: Int64Array
+    sizes: Sequence[int]
+    held: Sequence[_Coordinates]
+
+
+def _cut(tensor: TargetTensor, mesh: TargetMesh) -> _Cut:
+    found = list(_boxes(tensor, mesh))
+    ndim = len(tensor.spec.global_shape)
+    offsets = np.array([box.offset for box, _ in found], np.int64).reshape(len(found), ndim)
+    shapes = np.array([box.shape for box, _ in found], np.int64).reshape(len(found), ndim)
+    return _Cut(offsets, shapes, [box.size for box, _ in found], [at for _, at in found])
+
+
+def _boxes(tensor: TargetTensor, mesh: TargetMesh) -> Iterator[tuple[Box, _Coordinates]]:
     """The boxes that a tensor is cut into, and the coordinates of the ranks that have each."""
     spec = tensor.spec
     partition = spec.partition or (None,) * len(spec.global_shape)
@@ -170,7 +199,7 @@ def _boxes(tensor: TargetTensor, mesh: TargetMesh) -> Iterator[tuple[Box, tuple[
             f"{tensor.key!r} {spec.global_shape} would be cut into {count} parts ({mesh}, blocks {spec.blocks}): "
             f"at most {MAX_CHUNKS} expected"
         )
-    held: tuple[tuple[str, int], ...] = ()
+    held: _Coordinates = ()
     if spec.owner is not None and tensor.at is not None and spec.owner in mesh.sizes and spec.owner not in axes:
         held = ((spec.owner, tensor.at),)
     for coordinates in product(*(range(mesh.size(axis)) for axis in axes)):
@@ -181,10 +210,3 @@ def _boxes(tensor: TargetTensor, mesh: TargetMesh) -> Iterator[tuple[Box, tuple[
         ]
         for box, _ in index_runs_boxes(runs):
             yield box, (*at.items(), *held)
-
-
-def _chunks(tensor: TargetTensor, boxes: Sequence[Box], ranks: Int64Array) -> TargetChunks:
-    ndim = len(tensor.spec.global_shape)
-    offsets = np.array([box.offset for box in boxes], np.int64).reshape(len(boxes), ndim)
-    shapes = np.array([box.shape for box in boxes], np.int64).reshape(len(boxes), ndim)
-    return TargetChunks(offsets, shapes, ranks)
