@@ -34,7 +34,7 @@ demo: install
 	$(BIN)/python examples/gpt/demo.py --out out/demo
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 bench: install
 	$(BIN)/python -m benchmarks --out out/bench
