@@ -20,9 +20,9 @@ from typing import TypeVar
 import msgspec
 
 from distckpt.checkpoint_files import OnBytes
-from distckpt.commit import Commit, Writer, iteration_directory, pending_marker
+from distckpt.commit import Commit, Writer, iteration_directory, list_commits, pending_marker
 from distckpt.coordinator import Coordinator, agree, default_coordinator
-from distckpt.errors import CheckpointError, CorruptionError
+from distckpt.errors import CheckpointError, CheckpointNotFoundError, CorruptionError
 from distckpt.heartbeat import Heartbeat
 from distckpt.host import peak_rss_bytes, reserve_open_files
 from distckpt.index import ShardFile
@@ -322,6 +322,8 @@ class _Writing:
                 self._run_part(part)
         except CorruptionError as error:
             self.error = _with_remedy(error, self._planned)
+        except FileNotFoundError as error:
+            self.error = _if_removed(error, self._planned)
         except BaseException as error:
             self.error = error
         finally:
@@ -361,6 +363,17 @@ def _with_remedy(error: CorruptionError, planned: PlannedReshard) -> CorruptionE
             return CorruptionError(
                 f"{error} The checkpoint has parity, from which it may be mended: distckpt repair "
                 f"{planned.storage.location} --iteration {planned.index.iteration}. Then the same command goes on."
+            )
+    return error
+
+
+def _if_removed(error: FileNotFoundError, planned: PlannedReshard) -> BaseException:
+    """The same error; if the source is no checkpoint any more, that. Its files stay for a while after that is so."""
+    with suppress(OSError):
+        if planned.commit not in list_commits(planned.storage):
+            return CheckpointNotFoundError(
+                f"{planned.commit.name} of {planned.storage.location}: it was removed while it was being read. Pin "
+                f"what a job may retire (distckpt pin), or name another --iteration"
             )
     return error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import resource
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 import distckpt
 from distckpt import Checkpointer
 from distckpt.commit import list_commits, writer_epochs
-from distckpt.errors import CheckpointError, CorruptionError
+from distckpt.errors import CheckpointError, CheckpointNotFoundError, CorruptionError
 from distckpt.geometry import Box
 from distckpt.host import reserve_open_files
 from distckpt.resharding.part import window_bytes
@@ -180,3 +181,14 @@ def test_damaged_source_with_parity_says_how_to_mend_it(tmp_path: Path) -> None:
     distckpt.repair(source, 1)
     distckpt.reshard(source, target, {"tp": 2}, plan=ROWS)
     assert torch.equal(read_tensors(PosixStorage(target))["w"], STATE["w"])
+
+
+def test_source_that_is_removed_meanwhile_is_told_from_one_that_lost_a_file(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    save_one(source, 1)
+    (file,) = (source / "iter_0000001").glob("shard-*")
+    with pytest.raises(FileNotFoundError, match=file.name):
+        distckpt.reshard(source, target, {"tp": 2}, plan=ROWS, on_plan=lambda _: file.rename(tmp_path / "file"))
+    (tmp_path / "file").rename(file)
+    with pytest.raises(CheckpointNotFoundError, match=r"iter_0000001/index-.*: it was removed while.*distckpt pin"):
+        distckpt.reshard(source, target, {"tp": 2}, plan=ROWS, on_plan=lambda _: shutil.rmtree(file.parent))
