@@ -6,7 +6,6 @@ import signal
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling
-from xdist.workermanage import WorkerController
 
 # Who is started in the background may have Ctrl-C ignored, and so would all that it starts: tests send it, and wait.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
