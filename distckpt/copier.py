@@ -214,7 +214,7 @@ class Copier:
         with self._lock:
             self._waiting.discard(commit)
         self.log(line_of(replace(report, tries=tries), self.world_size), writer)
-        logger.info("copied iteration %d to %s in %.1f s", commit.iteration, self.target.location, report.seconds)
+        logger.info("copied iteration %d to %s in %.1f s", commit.iteration, self.target.location, report.total_s)
 
     def _is_outlived(self, commit: Commit) -> bool:
         """Whether retention there would take it at once."""

@@ -149,7 +149,7 @@ def copy_commit(
         target=target.location,
         bytes=total,
         bytes_copied=copy.bytes_copied,
-        seconds=time.perf_counter() - started,
+        total_s=time.perf_counter() - started,
     )
 
 

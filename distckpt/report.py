@@ -79,7 +79,7 @@ class CopyReport:
     """One checkpoint that was copied to another root.
 
     source, target: where the roots are. bytes: of all its files; bytes_copied: of those, what was not there already.
-    seconds: of the try that succeeded. tries: how many there were.
+    total_s: of the try that succeeded. tries: how many there were.
     """
 
     iteration: int
@@ -88,7 +88,7 @@ class CopyReport:
     target: str
     bytes: int
     bytes_copied: int
-    seconds: float
+    total_s: float
     tries: int = 1
 
 
@@ -112,7 +112,7 @@ class ReshardReport:
     bytes: int
     bytes_written: int
     bytes_read: int
-    seconds: float
+    total_s: float
     is_resumed: bool = False
     is_there: bool = False
     notes: tuple[str, ...] = ()
@@ -134,7 +134,7 @@ class ExportReport:
     bytes: int
     files: int
     left_out: int
-    seconds: float
+    total_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,7 +152,7 @@ class ImportReport:
     tensors: int
     values: int
     bytes: int
-    seconds: float
+    total_s: float
 
 
 def slowest_ranks(phases: Iterable[str], seconds: Sequence[Mapping[str, float]]) -> dict[str, tuple[int, float]]:

@@ -65,7 +65,7 @@ def copy(
         if report.bytes_copied == 0:
             said = f"all of it, {size}, was there"
         elif report.bytes_copied < report.bytes:
-            said = f"{copied} of {size} copied in {report.seconds:.1f} s, the rest was there"
+            said = f"{copied} of {size} copied in {report.total_s:.1f} s, the rest was there"
         else:
-            said = f"{copied} copied in {report.seconds:.1f} s"
+            said = f"{copied} copied in {report.total_s:.1f} s"
         console.print(f"iteration {report.iteration}: {said}")

@@ -127,5 +127,5 @@ def _print_report(report: ExportReport) -> None:
     console.print(
         f"iteration {report.iteration}: {counted(report.tensors, 'tensor')}, {size_text(report.bytes)}, in "
         f"{counted(report.files, 'file')}; "
-        f"{report.seconds:.1f} s{without}"
+        f"{report.total_s:.1f} s{without}"
     )

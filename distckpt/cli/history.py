@@ -76,7 +76,7 @@ def _row(line: HistoryLine) -> tuple[str, ...]:
         return when, line.kind, iteration, "", "", "", "", "", plain_text(line.error or "")
     size = size_text(report.bytes)
     if isinstance(report, CopyReport):
-        return when, line.kind, iteration, size, f"{report.seconds:.2f}", "", "", "", plain_text(f"to {report.target}")
+        return when, line.kind, iteration, size, f"{report.total_s:.2f}", "", "", "", plain_text(f"to {report.target}")
     stall = f"{report.stall_s:.3f}" if isinstance(report, SaveReport) else ""
     memory = size_text(report.peak_rss_bytes) if report.peak_rss_bytes else ""
     remarks = report.degraded if isinstance(report, SaveReport) else report.warnings

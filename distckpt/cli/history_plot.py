@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from distckpt.history_log import HistoryLine
-from distckpt.report import CopyReport, SaveReport
+from distckpt.report import SaveReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -77,10 +77,7 @@ def _stall_s(line: HistoryLine) -> float | None:
 
 
 def _seconds(line: HistoryLine) -> float | None:
-    report = line.report
-    if report is None:
-        return None
-    return report.seconds if isinstance(report, CopyReport) else report.total_s
+    return None if line.report is None else line.report.total_s
 
 
 def _unit_of(lines: Sequence[HistoryLine]) -> tuple[float, str]:

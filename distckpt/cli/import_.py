@@ -61,7 +61,7 @@ def import_(
         console.print(
             f"iteration {report.iteration}: {counted(report.tensors, 'tensor')} and "
             f"{counted(report.values, 'value')}, "
-            f"{size_text(report.bytes)} in {report.seconds:.1f} s"
+            f"{size_text(report.bytes)} in {report.total_s:.1f} s"
         )
 
 

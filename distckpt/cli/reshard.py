@@ -207,13 +207,13 @@ def _print_report(report: ReshardReport) -> None:
     if report.is_there:
         console.print(plain_text(f"iteration {report.iteration} is in {report.target} already, for {mesh}"))
         return
-    speed = size_text(round(report.bytes_written / max(report.seconds, 1e-9)))
+    speed = size_text(round(report.bytes_written / max(report.total_s, 1e-9)))
     went_on = f", {size_text(report.bytes_written)} of it now" if report.is_resumed else ""
     console.print(
         plain_text(
             f"iteration {report.iteration} for {mesh}: {counted(report.files, 'file')}, "
             f"{size_text(report.bytes)}{went_on} in "
-            f"{report.seconds:.1f} s ({speed}/s); peak memory {size_text(report.peak_rss_bytes)}"
+            f"{report.total_s:.1f} s ({speed}/s); peak memory {size_text(report.peak_rss_bytes)}"
         )
     )
     for note in report.notes:

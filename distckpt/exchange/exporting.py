@@ -329,5 +329,5 @@ def _report(
         bytes=source.size_bytes,
         files=files,
         left_out=left_out,
-        seconds=time.perf_counter() - started,
+        total_s=time.perf_counter() - started,
     )

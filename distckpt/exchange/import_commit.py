@@ -130,7 +130,7 @@ def commit_incoming(
         tensors=len(incoming.tensors),
         values=len(incoming.values) + len(incoming.per_rank),
         bytes=sum(file.size_bytes for file in written) + len(records.content),
-        seconds=time.perf_counter() - started,
+        total_s=time.perf_counter() - started,
     )
 
 

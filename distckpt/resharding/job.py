@@ -269,7 +269,7 @@ class ReshardJob:
             bytes=totals.size_bytes,
             bytes_written=totals.bytes_written,
             bytes_read=totals.bytes_read,
-            seconds=time.perf_counter() - self._started,
+            total_s=time.perf_counter() - self._started,
             is_resumed=order.is_resumed,
             is_there=order.is_there,
             notes=planned.content.notes,

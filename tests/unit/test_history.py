@@ -48,7 +48,7 @@ LOADED = LoadReport(
     iteration=5, save_id="a" * 32, bytes=100, bytes_read=50, read_s=0.1, total_s=0.2, fell_back_from={7: "damaged"}
 )
 COPIED = CopyReport(
-    iteration=5, save_id="a" * 32, source="/local", target="/shared", bytes=100, bytes_copied=60, seconds=3.0
+    iteration=5, save_id="a" * 32, source="/local", target="/shared", bytes=100, bytes_copied=60, total_s=3.0
 )
 
 
