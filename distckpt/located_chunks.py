@@ -50,6 +50,12 @@ class LocatedChunks:
                 rows = group.by_file[low:high]
                 yield group.tensor[rows], take_hits(group.hits, rows)
 
+    @property
+    def side_by_side(self) -> int:
+        """How many chunks the first row of a tensor meets at most: who goes through it in C order is in all of them."""
+        rows = [group.tensor[(group.hits.offsets[:, :1] == 0).all(axis=1)] for group in self.groups]
+        return max((int(np.bincount(tensors).max()) for tensors in rows), default=0)
+
     def first_places(self) -> list[tuple[int, int]]:
         """Where each tensor begins: (file, first byte). (0, 0) for one without elements."""
         places = [(0, 0)] * len(self.ndims)

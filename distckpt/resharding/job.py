@@ -37,7 +37,6 @@ from distckpt.resharding.part import (
     check_journal,
     journal_name,
     read_journal,
-    window_bytes,
 )
 from distckpt.resharding.plan_file import ReshardPlan, plan_of
 from distckpt.resharding.planning import PlannedReshard, Request, ReshardPreview, plan_reshard, preview_of
@@ -100,7 +99,7 @@ def reshard(
         iteration,
         lambda: Request(TargetMesh.of(mesh), plan_of(plan), tuple(select), tuple(drop), dtype),
     )
-    on_plan(preview_of(planned, memory_bytes))
+    on_plan(preview_of(planned, memory_bytes, jobs))
     return job.run(planned)
 
 
@@ -148,7 +147,7 @@ class ReshardJob:
             storage, _ = open_selected(source, iteration)
             commit = Commit(found.epoch, found.commit_seq, found.iteration)
             planned.append(plan_reshard(storage, commit, make_request()))
-            window_bytes(self.memory_bytes, self.jobs, converts=planned[0].converts)
+            planned[0].lot_memory(self.memory_bytes, self.jobs)
             return planned[0].digest
 
         def compare(digests: Sequence[str]) -> Sequence[str]:
@@ -335,14 +334,13 @@ class _Writing:
         lots = len(plan.lots if plan.journal is None else plan.journal.lots)
         sources = min(OPEN_FILES, len(planned.index.files))
         reserve_open_files(len(plan.own) + lots * _HANDLES_PER_SOURCE * sources)
-        window = window_bytes(job.memory_bytes, min(job.jobs, max(1, lots)), converts=planned.converts)
         writer = PartWriter(
             planned.storage,
             planned.commit.directory,
             planned.stored,
             job.target,
             plan,
-            window_bytes=window,
+            memory=planned.lot_memory(job.memory_bytes, min(job.jobs, max(1, lots))),
             on_bytes=job.count,
             check_fence=Writer(job.target, self._order.epoch, 0).check_fence,
         )

@@ -28,12 +28,12 @@ from distckpt.resharding.plan_file import glob_of
 from distckpt.resharding.shard_output import OutputState, ShardOutput
 from distckpt.resharding.steps import Conversion, PlacedTensor, Step, Transfer, cut_steps, place_step
 from distckpt.resharding.target_files import Lot, TargetFile
-from distckpt.shard_file import DTYPES, FORMAT, FORMAT_VERSION, FileLayout
+from distckpt.shard_file import BLOCK_BYTES, DTYPES, FORMAT, FORMAT_VERSION, FileLayout
 from distckpt.storage import Storage
 from distckpt.tensor_source import TensorSource
 
 JOURNAL_S = 5.0
-CACHE_BYTES = 32 << 20  # of each lot, for blocks that are begun
+CACHE_BYTES = 32 << 20  # of each lot at least, for blocks that are begun
 RINGS_BYTES = 40 << 20  # of each lot, through which files are read and written
 _MIN_WINDOW_BYTES = 4 << 20
 _MAX_WINDOW_BYTES = 4 << 30  # More makes nothing faster.
@@ -80,17 +80,39 @@ def check_journal(journal: Journal, name: str, tensors: Sequence[PlacedTensor], 
         raise CorruptionError(f"{name} speaks of other tensors or files than it is of: remove it to begin anew")
 
 
-def window_bytes(memory_bytes: int, lots: int, *, converts: bool) -> int:
-    """Of each window, if all lots together are to take memory_bytes. Raises CheckpointError if that is too little."""
+@dataclass(frozen=True, slots=True)
+class LotMemory:
+    """What a lot takes: for blocks that are begun, and for each of its windows."""
+
+    cache_bytes: int
+    window_bytes: int
+
+
+def share_memory(memory_bytes: int, lots: int, *, converts: bool, side_by_side: int) -> LotMemory:
+    """If all lots together are to take memory_bytes. side_by_side: how many chunks of a tensor are gone through
+    together; a half of what is no ring may be for their blocks. Raises CheckpointError for memory that is too little.
+    """
+    own = memory_bytes // max(1, lots) - RINGS_BYTES
+    cache = max(CACHE_BYTES, min(_blocks_bytes(side_by_side), own // 2))
     shares = 3 if converts else 2  # the third is what is read to be converted
-    size = (memory_bytes // max(1, lots) - CACHE_BYTES - RINGS_BYTES) // shares
+    size = (own - cache) // shares
     if size < _MIN_WINDOW_BYTES:
         needed = lots * (CACHE_BYTES + RINGS_BYTES + shares * _MIN_WINDOW_BYTES)
         raise CheckpointError(
             f"memory of {memory_bytes} bytes is too little for {lots} threads (--jobs): give at least {needed} bytes "
             f"({-(-needed >> 20)} MiB), or fewer threads"
         )
-    return min(size, _MAX_WINDOW_BYTES)
+    return LotMemory(cache, min(size, _MAX_WINDOW_BYTES))
+
+
+def memory_to_read_once(lots: int, side_by_side: int) -> int:
+    """With so much memory no block has to be read a second time."""
+    return lots * (RINGS_BYTES + 2 * max(CACHE_BYTES, _blocks_bytes(side_by_side)))
+
+
+def _blocks_bytes(side_by_side: int) -> int:
+    """A block of each chunk is begun, and two of the one that is being read."""
+    return (side_by_side + 2) * BLOCK_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +135,7 @@ class PartPlan:
 class PartWriter:
     """Writes one part. run() in one thread; note() and stop() from another.
 
-    window_bytes: of each of the windows of a lot. on_bytes: told how many bytes of tensors were written. check_fence:
+    memory: of each lot. on_bytes: told how many bytes of tensors were written. check_fence:
     raises FencedError once somebody else goes on with these very files; from then on they are neither made anew nor
     ended, and the journal is theirs. What else may still be written to them is what they have there, too.
     """
@@ -126,7 +148,7 @@ class PartWriter:
         target: Storage,
         plan: PartPlan,
         *,
-        window_bytes: int,
+        memory: LotMemory,
         on_bytes: OnBytes,
         check_fence: Callable[[], None],
     ) -> None:
@@ -135,7 +157,7 @@ class PartWriter:
         self._source, self._source_directory, self._stored = source, source_directory, stored
         self._target = target
         self._plan = plan
-        self._window_bytes = window_bytes
+        self._memory = memory
         self._on_bytes = on_bytes
         self._stopped = threading.Event()
         self._gate = _Gate()
@@ -205,12 +227,12 @@ class PartWriter:
 
     def _run_lot(self, number: int) -> None:
         plan, lot = self._plan, self._lots[number]
-        steps = cut_steps(plan.tensors, lot.at, lot.end, self._window_bytes)
-        windows = [memoryview(Memory(self._window_bytes + 4096)) for _ in range(2)]
+        steps = cut_steps(plan.tensors, lot.at, lot.end, self._memory.window_bytes)
+        windows = [memoryview(Memory(self._memory.window_bytes + 4096)) for _ in range(2)]
         converts = any(tensor.source_dtype != tensor.dtype for tensor in plan.tensors)
-        scratch = memoryview(Memory(self._window_bytes + 4096)) if converts else windows[0][:0]
+        scratch = memoryview(Memory(self._memory.window_bytes + 4096)) if converts else windows[0][:0]
         writing: Future[None] | None = None
-        source = TensorSource(self._source, self._source_directory, self._stored, cache_bytes=CACHE_BYTES)
+        source = TensorSource(self._source, self._source_directory, self._stored, cache_bytes=self._memory.cache_bytes)
         with ThreadPoolExecutor(1, "distckpt-write") as writer, source:
             for count, step in enumerate(steps):
                 if self._stopped.is_set():

@@ -18,7 +18,7 @@ from distckpt.errors import CheckpointError
 from distckpt.index import Index, TensorEntry
 from distckpt.reader import StoredTensors
 from distckpt.resharding.content import Content, choose_content
-from distckpt.resharding.part import window_bytes
+from distckpt.resharding.part import LotMemory, memory_to_read_once, share_memory
 from distckpt.resharding.plan_file import ReshardPlan, plan_of
 from distckpt.resharding.target_files import digest_of
 from distckpt.resharding.target_layout import TargetLayout, TargetMesh, lay_out
@@ -61,6 +61,11 @@ class PlannedReshard:
     def converts(self) -> bool:
         """Whether any tensor gets another type."""
         return any(tensor.spec.dtype != self.sources[tensor.key].dtype for tensor in self.layout.tensors)
+
+    def lot_memory(self, memory_bytes: int, lots: int) -> LotMemory:
+        """Raises CheckpointError if that is too little for so many lots at a time."""
+        side_by_side = self.stored.located.side_by_side
+        return share_memory(memory_bytes, lots, converts=self.converts, side_by_side=side_by_side)
 
 
 def plan_reshard(storage: Storage, commit: Commit, request: Request) -> PlannedReshard:
@@ -121,7 +126,7 @@ class ReshardPreview(msgspec.Struct, frozen=True):
     notes: tuple[str, ...]
 
 
-def preview_of(planned: PlannedReshard, memory_bytes: int) -> ReshardPreview:
+def preview_of(planned: PlannedReshard, memory_bytes: int, jobs: int) -> ReshardPreview:
     layout, index = planned.layout, planned.index
     counts = np.zeros(layout.mesh.world_size, np.int64)
     for chunks in layout.chunks:
@@ -152,8 +157,19 @@ def preview_of(planned: PlannedReshard, memory_bytes: int) -> ReshardPreview:
             for tensor, chunks in zip(layout.tensors, layout.chunks, strict=True)
         ),
         left_out=tuple(key for key in (*index.tensors, *index.values, *index.per_rank) if key not in kept),
-        notes=planned.content.notes,
+        notes=(*planned.content.notes, *_note_of_reading(planned, memory_bytes, jobs)),
     )
+
+
+def _note_of_reading(planned: PlannedReshard, memory_bytes: int, jobs: int) -> list[str]:
+    side_by_side = planned.stored.located.side_by_side
+    needed = memory_to_read_once(jobs, side_by_side)
+    if memory_bytes >= needed or side_by_side == 1:
+        return []
+    return [
+        f"{side_by_side} chunks of a tensor lie side by side: some blocks are read more than once; each is read once "
+        f"with a memory of {needed >> 20} MiB (--memory)"
+    ]
 
 
 def preview_reshard(
@@ -172,5 +188,5 @@ def preview_reshard(
     request = Request(TargetMesh.of(mesh), plan_of(plan), tuple(select), tuple(drop), dtype)
     storage, selector = open_selected(source, iteration)
     planned = plan_reshard(storage, select_commits(storage, selector)[0], request)
-    window_bytes(memory_bytes, jobs, converts=planned.converts)
-    return preview_of(planned, memory_bytes)
+    planned.lot_memory(memory_bytes, jobs)
+    return preview_of(planned, memory_bytes, jobs)

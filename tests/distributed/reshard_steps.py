@@ -8,13 +8,13 @@ from __future__ import annotations
 import sys
 
 from distckpt.cli import main
-from distckpt.resharding import job
-from distckpt.resharding.part import PartWriter
+from distckpt.resharding import job, planning
+from distckpt.resharding.part import CACHE_BYTES, LotMemory, PartWriter
 from tests.distributed.launch import say
 
 if __name__ == "__main__":
     size = sys.argv.pop(1)
-    job.window_bytes = lambda *_, **__: int(size.rstrip("n"))  # type: ignore[assignment]
+    planning.share_memory = lambda *_, **__: LotMemory(CACHE_BYTES, int(size.rstrip("n")))
     job.JOURNAL_S, job._STEP_S = 0.05, 0.01  # type: ignore[attr-defined]
     write, count = PartWriter._write, job.ReshardJob.count
 

@@ -21,7 +21,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reshards take many steps, as those of large tensors do, and no time for memory."""
-    from distckpt.resharding import job, part
+    from distckpt.resharding import planning
+    from distckpt.resharding.part import LotMemory
 
-    monkeypatch.setattr(job, "window_bytes", lambda *_, **__: 64 << 10)
-    monkeypatch.setattr(part, "CACHE_BYTES", 1 << 20)
+    monkeypatch.setattr(planning, "share_memory", lambda *_, **__: LotMemory(1 << 20, 64 << 10))

@@ -11,15 +11,16 @@ import pytest
 import torch
 
 import distckpt
-from distckpt import Checkpointer
+from distckpt import Checkpointer, ShardedTensor
 from distckpt.commit import list_commits, writer_epochs
+from distckpt.coordinator import Coordinator
 from distckpt.errors import CheckpointError, CheckpointNotFoundError, CorruptionError
 from distckpt.geometry import Box
 from distckpt.host import reserve_open_files
-from distckpt.resharding.part import window_bytes
+from distckpt.resharding.part import share_memory
 from distckpt.resharding.plan_file import ReshardPlan, StageRule, TensorRule
 from distckpt.storage import PosixStorage, Storage
-from distckpt.testing import MemoryStorage
+from distckpt.testing import MemoryStorage, run_ranks
 from tests.unit.model_states import read_tensors
 from tests.unit.test_resharding_cases import rows, save
 
@@ -165,7 +166,27 @@ def test_stages_of_a_plan_that_mean_nothing(
 
 
 def test_memory_without_end_is_not_taken() -> None:
-    assert window_bytes(1 << 62, 1, converts=False) <= 4 << 30
+    assert share_memory(1 << 62, 1, converts=False, side_by_side=1).window_bytes <= 4 << 30
+
+
+def test_each_byte_is_read_once_if_there_is_memory_for_a_block_of_all_that_lie_side_by_side() -> None:
+    source, target, columns = MemoryStorage(), MemoryStorage(), 40
+    whole = torch.arange(columns << 19, dtype=torch.int32).reshape(4096, -1)  # 2 MiB for each of 40 ranks
+
+    def save_columns(coordinator: Coordinator) -> None:
+        own = whole.chunk(columns, dim=1)[coordinator.rank]
+        part = ShardedTensor.from_rank_offsets("w", own, (1, coordinator.rank, columns), partition=(None, "tp"))
+        with Checkpointer(source, coordinator=coordinator, mesh={"tp": (coordinator.rank, columns)}) as checkpointer:
+            checkpointer.save({"w": part}, iteration=1)
+
+    run_ranks(columns, save_columns)
+    needed = (40 << 20) + (2 * (columns + 2) << 20)
+    (note,) = distckpt.preview_reshard(source, {"tp": 2}, memory_bytes=needed - 1).notes
+    assert re.match(r"40 chunks of a tensor lie side by side.* a memory of 124 MiB", note)
+    assert not distckpt.preview_reshard(source, {"tp": 2}, memory_bytes=needed).notes
+    report = distckpt.reshard(source, target, {"tp": 2}, memory_bytes=needed)
+    assert whole.nbytes <= report.bytes_read <= whole.nbytes + columns * (16 << 10)  # Headers and tables of checksums.
+    assert torch.equal(read_tensors(target)["w"], whole)
 
 
 def test_damaged_source_with_parity_says_how_to_mend_it(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 import distckpt
 from distckpt import Checkpointer, ShardedTensor
 from distckpt.coordinator import Coordinator
-from distckpt.resharding import job, part
+from distckpt.resharding import planning
+from distckpt.resharding.part import LotMemory
 from distckpt.resharding.plan_file import ReshardPlan, TensorRule, glob_of
 from distckpt.testing import MemoryStorage, run_ranks
 from tests.unit.model_states import held_chunks, read_tensors
@@ -91,7 +92,7 @@ def check(cases: Sequence[Case], target: Target) -> None:
     def run(coordinator: Coordinator) -> None:
         distckpt.reshard(source, made, target.mesh, plan=plan, jobs=target.jobs, coordinator=coordinator)
 
-    with patch.object(job, "window_bytes", lambda *_, **__: target.window_bytes), patch.object(part, "CACHE_BYTES", 1):
+    with patch.object(planning, "share_memory", lambda *_, **__: LotMemory(1, target.window_bytes)):
         run_ranks(target.ranks, run)
     with Checkpointer(made) as checkpointer:
         found = checkpointer.read()
@@ -143,7 +144,7 @@ def test_blocks_and_windows_end_anywhere(before: int, after: int, jobs: int) -> 
     run_ranks(2, save_part)
     partition = tuple("tp" if d == after else None for d in range(3))
     plan = ReshardPlan(tensors=(TensorRule(match="*", partition=partition),))
-    with patch.object(job, "window_bytes", lambda *_, **__: 64 << 10), patch.object(part, "CACHE_BYTES", 1):
+    with patch.object(planning, "share_memory", lambda *_, **__: LotMemory(1, 64 << 10)):
         distckpt.reshard(source, made, {"tp": 3}, plan=plan, jobs=jobs)
     found = read_tensors(made)
     assert torch.equal(found["w"], whole)
