@@ -271,7 +271,7 @@ class ReshardJob:
             total_s=time.perf_counter() - self._started,
             is_resumed=order.is_resumed,
             is_there=order.is_there,
-            notes=planned.content.notes,
+            notes=planned.notes(self.memory_bytes, self.jobs),
             peak_rss_bytes=totals.peak_rss_bytes,
         )
         if self.coordinator.rank == 0:

@@ -106,8 +106,9 @@ def share_memory(memory_bytes: int, lots: int, *, converts: bool, side_by_side: 
 
 
 def memory_to_read_once(lots: int, side_by_side: int) -> int:
-    """With so much memory no block has to be read a second time."""
-    return lots * (RINGS_BYTES + 2 * max(CACHE_BYTES, _blocks_bytes(side_by_side)))
+    """With so much memory no block has to be read a second time; 0 if any is enough for that."""
+    needed = _blocks_bytes(side_by_side)
+    return 0 if needed <= CACHE_BYTES else lots * (RINGS_BYTES + 2 * needed)
 
 
 def _blocks_bytes(side_by_side: int) -> int:

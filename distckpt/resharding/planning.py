@@ -67,6 +67,18 @@ class PlannedReshard:
         side_by_side = self.stored.located.side_by_side
         return share_memory(memory_bytes, lots, converts=self.converts, side_by_side=side_by_side)
 
+    def notes(self, memory_bytes: int, jobs: int) -> tuple[str, ...]:
+        """What a reader should know."""
+        side_by_side = self.stored.located.side_by_side
+        needed = memory_to_read_once(jobs, side_by_side)
+        if memory_bytes >= needed:
+            return self.content.notes
+        note = (
+            f"{side_by_side} chunks of a tensor lie side by side: some blocks are read more than once; each is read "
+            f"once with a memory of {needed >> 20} MiB (--memory)"
+        )
+        return (*self.content.notes, note)
+
 
 def plan_reshard(storage: Storage, commit: Commit, request: Request) -> PlannedReshard:
     """Raises CorruptionError or OSError for the source, CheckpointError for what cannot be done as asked."""
@@ -157,19 +169,8 @@ def preview_of(planned: PlannedReshard, memory_bytes: int, jobs: int) -> Reshard
             for tensor, chunks in zip(layout.tensors, layout.chunks, strict=True)
         ),
         left_out=tuple(key for key in (*index.tensors, *index.values, *index.per_rank) if key not in kept),
-        notes=(*planned.content.notes, *_note_of_reading(planned, memory_bytes, jobs)),
+        notes=planned.notes(memory_bytes, jobs),
     )
-
-
-def _note_of_reading(planned: PlannedReshard, memory_bytes: int, jobs: int) -> list[str]:
-    side_by_side = planned.stored.located.side_by_side
-    needed = memory_to_read_once(jobs, side_by_side)
-    if memory_bytes >= needed or side_by_side == 1:
-        return []
-    return [
-        f"{side_by_side} chunks of a tensor lie side by side: some blocks are read more than once; each is read once "
-        f"with a memory of {needed >> 20} MiB (--memory)"
-    ]
 
 
 def preview_reshard(

@@ -185,6 +185,7 @@ def test_each_byte_is_read_once_if_there_is_memory_for_a_block_of_all_that_lie_s
     assert re.match(r"40 chunks of a tensor lie side by side.* a memory of 124 MiB", note)
     assert not distckpt.preview_reshard(source, {"tp": 2}, memory_bytes=needed).notes
     report = distckpt.reshard(source, target, {"tp": 2}, memory_bytes=needed)
+    assert not report.notes
     assert whole.nbytes <= report.bytes_read <= whole.nbytes + columns * (16 << 10)  # Headers and tables of checksums.
     assert torch.equal(read_tensors(target)["w"], whole)
 
