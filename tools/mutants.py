@@ -1175,6 +1175,13 @@ MUTANTS = (
         "                if False:\n                    raise TimeoutError",
         LAUNCHED,
     ),
+    Mutant(
+        "launched: rank 0 ends before the others know who did not come",
+        "distckpt/coordinator/launched.py",
+        "        coordinator.close()  # Rank 0 hosts the store from which the others learn who is not there.\n",
+        "",
+        LAUNCHED,
+    ),
     # Checksums and what belongs to them
     Mutant("index: no checksum", "distckpt/checked_json.py", "    if found != stated:\n", "    if False:\n", INDEX),
     Mutant(
@@ -1358,6 +1365,27 @@ MUTANTS = (
         "        check_locations(index, keys, of_tensor, copies.hits)\n",
         "",
         ("tests/unit/test_hostile_checkpoint.py",),
+    ),
+    Mutant(
+        "located: chunks may lie anywhere",
+        "distckpt/located_chunks.py",
+        "            check_locations(index, keys, copies.target, copies.hits)\n",
+        "",
+        ("tests/unit/test_located_chunks.py",),
+    ),
+    Mutant(
+        "reshard: a source that is gone lost a file",
+        "distckpt/resharding/job.py",
+        "        if planned.commit not in list_commits(planned.storage):\n",
+        "        if False:\n",
+        ("tests/unit/test_resharding_limits.py",),
+    ),
+    Mutant(
+        "reshard: as many blocks in memory whatever lies side by side",
+        "distckpt/resharding/part.py",
+        "    cache = max(CACHE_BYTES, min(_blocks_bytes(side_by_side), own // 2))\n",
+        "    cache = CACHE_BYTES\n",
+        ("tests/unit/test_resharding_limits.py",),
     ),
     Mutant(
         "plan: replicas may differ",
