@@ -48,7 +48,12 @@ def encode_whole(file: int, start: int, global_shape: Sequence[int]) -> bytes:
     """The record of a tensor that is one chunk: encode_record, without columns of one number each."""
     width, ndim = _width(global_shape), len(global_shape)
     no_cuts = (1).to_bytes(8, "little") * ndim + bytes(width * ndim)
-    return struct.pack("<BBHI", _GRID, width, ndim, 1) + no_cuts + struct.pack("<IQ", file, start)
+    return _head(_GRID, width, ndim, 1) + no_cuts + struct.pack("<IQ", file, start)
+
+
+def _head(kind: int, width: int, ndim: int, count: int) -> bytes:
+    """As _HEAD, at the price of one."""
+    return struct.pack("<BBHI", kind, width, ndim, count)
 
 
 def _width(global_shape: Sequence[int]) -> int:
@@ -70,9 +75,8 @@ def encode_record(chunks: Chunks, global_shape: Sequence[int]) -> bytes:
         order = np.arange(count)
         kind = _BOXES
         geometry = chunks.offsets.astype(f"<u{width}").tobytes() + chunks.shapes.astype(f"<u{width}").tobytes()
-    head = struct.pack("<BBHI", kind, width, ndim, count)
     files, starts = chunks.files[order].astype("<u4"), chunks.starts[order].astype("<u8")
-    return head + geometry + files.tobytes() + starts.tobytes()
+    return _head(kind, width, ndim, count) + geometry + files.tobytes() + starts.tobytes()
 
 
 @dataclass(frozen=True, slots=True)

@@ -270,10 +270,10 @@ def grid_cuts(offsets: Int64Array, shapes: Int64Array) -> list[Int64Array] | Non
     return None if cuts is None else [np.frombuffer(starts, np.int64) for starts in cuts]
 
 
-_MAX_KNOWN_BOXES = 1024
+_MAX_KNOWN_BOXES = 128
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=256)
 def _known_cuts(shape: tuple[int, int], offsets: bytes, shapes: bytes) -> list[bytes] | None:
     """The same of few boxes: the tensors of a model are cut alike by the thousands."""
     grid = _grid_cells(*(np.frombuffer(boxes, np.int64).reshape(shape) for boxes in (offsets, shapes)))

@@ -15,10 +15,15 @@ from distckpt.planner import plan_load
 
 @dataclass(frozen=True, slots=True)
 class LocatedChunks:
-    """All chunks of some tensors of one checkpoint, which count as in the list that was given."""
+    """All chunks of some tensors of one checkpoint, which count as in the list that was given.
+
+    begun_together: how many chunks are begun at a time, at most, by who goes through a tensor in C order: those that a
+    row meets, and one in each file, where the next tensor goes on.
+    """
 
     ndims: Sequence[int]
     groups: Sequence[_Group]
+    begun_together: int
 
     @classmethod
     def of(cls, index: Index, keys: Sequence[str], chunks: Sequence[Grids | Boxes]) -> LocatedChunks:
@@ -30,7 +35,7 @@ class LocatedChunks:
             order = np.lexsort((copies.hits.starts, copies.hits.files, copies.target))
             hits = take_hits(copies.hits, order)
             groups.append(_Group(copies.target[order], hits, np.argsort(hits.files, kind="stable")))
-        return cls([len(box.shape) for box in boxes], groups)
+        return cls([len(box.shape) for box in boxes], groups, max(map(_begun_together, groups), default=0))
 
     def of_tensor(self, number: int) -> Hits:
         """By file and place. None of a tensor without elements."""
@@ -50,12 +55,6 @@ class LocatedChunks:
                 rows = group.by_file[low:high]
                 yield group.tensor[rows], take_hits(group.hits, rows)
 
-    @property
-    def side_by_side(self) -> int:
-        """How many chunks the first row of a tensor meets at most: who goes through it in C order is in all of them."""
-        rows = [group.tensor[(group.hits.offsets[:, :1] == 0).all(axis=1)] for group in self.groups]
-        return max((int(np.bincount(tensors).max()) for tensors in rows), default=0)
-
     def first_places(self) -> list[tuple[int, int]]:
         """Where each tensor begins: (file, first byte). (0, 0) for one without elements."""
         places = [(0, 0)] * len(self.ndims)
@@ -74,3 +73,17 @@ class _Group:
     tensor: Int64Array
     hits: Hits
     by_file: Int64Array
+
+
+def _begun_together(group: _Group) -> int:
+    files, tensor = group.hits.files, group.tensor
+    is_first = np.ones(len(tensor), bool)
+    is_first[1:] = (tensor[1:] != tensor[:-1]) | (files[1:] != files[:-1])
+    in_files = int(np.bincount(tensor[is_first]).max())
+    if not group.hits.offsets.shape[1]:
+        return in_files
+    begin = group.hits.offsets[:, 0]
+    row = np.concatenate([begin, begin + group.hits.shapes[:, 0]])
+    change = np.repeat([1, -1], len(tensor))
+    order = np.lexsort((change, row, np.tile(tensor, 2)))  # Of one row, those that end there before those that begin.
+    return max(in_files, int(change[order].cumsum().max()))

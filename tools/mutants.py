@@ -1178,8 +1178,8 @@ MUTANTS = (
     Mutant(
         "launched: rank 0 ends before the others know who did not come",
         "distckpt/coordinator/launched.py",
-        "        coordinator.close()  # Rank 0 hosts the store from which the others learn who is not there.\n",
-        "",
+        "            coordinator.close()  # It hosts the store from which the others learn who is not there.\n",
+        "            pass\n",
         LAUNCHED,
     ),
     # Checksums and what belongs to them
@@ -1381,9 +1381,9 @@ MUTANTS = (
         ("tests/unit/test_resharding_limits.py",),
     ),
     Mutant(
-        "reshard: as many blocks in memory whatever lies side by side",
+        "reshard: as many blocks in memory whatever is begun together",
         "distckpt/resharding/part.py",
-        "    cache = max(CACHE_BYTES, min(_blocks_bytes(side_by_side), own // 2))\n",
+        "    cache = max(CACHE_BYTES, min(_blocks_bytes(begun_together), own // 2))\n",
         "    cache = CACHE_BYTES\n",
         ("tests/unit/test_resharding_limits.py",),
     ),

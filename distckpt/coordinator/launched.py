@@ -147,7 +147,7 @@ def _job_store(address: _Address, timeout_s: float) -> TCPStore:
 
 
 def _meet(coordinator: Coordinator, timeout_s: float) -> None:
-    """That all are there. Closes the coordinator if not, and raises DistributedError, which names who is missing."""
+    """That all are there. Raises DistributedError, which names who is missing."""
 
     def decide(ranks: Sequence[int]) -> list[int]:
         return [len(ranks)] * len(ranks)
@@ -155,7 +155,8 @@ def _meet(coordinator: Coordinator, timeout_s: float) -> None:
     try:
         agree(coordinator, "launch", lambda: coordinator.rank, decide, message=int, decision=int, timeout_s=timeout_s)
     except BaseException as error:
-        coordinator.close()  # Rank 0 hosts the store from which the others learn who is not there.
+        if coordinator.rank == 0:
+            coordinator.close()  # It hosts the store from which the others learn who is not there.
         if isinstance(error, DistributedError):
             raise DistributedError(f"{error}\n  {_ADVICE}", failures=error.failures) from error
         raise

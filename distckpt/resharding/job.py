@@ -12,8 +12,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -206,7 +206,8 @@ class ReshardJob:
     def _lay_out(self, planned: PlannedReshard, order: Order) -> TargetFiles:
         index, content = planned.index, planned.content
         files = plan_files(planned.layout, content, planned.firsts, order.parts)
-        per_rank = read_kept_per_rank(planned.storage, planned.commit.directory, index, content.per_rank)
+        with _explaining(planned):
+            per_rank = read_kept_per_rank(planned.storage, planned.commit.directory, index, content.per_rank)
         laid_out = lay_out_files(
             files,
             content,
@@ -271,7 +272,7 @@ class ReshardJob:
             total_s=time.perf_counter() - self._started,
             is_resumed=order.is_resumed,
             is_there=order.is_there,
-            notes=planned.notes(self.memory_bytes, self.jobs),
+            notes=planned.content.notes if order.is_there else planned.notes(self.memory_bytes, self.jobs),
             peak_rss_bytes=totals.peak_rss_bytes,
         )
         if self.coordinator.rank == 0:
@@ -317,12 +318,9 @@ class _Writing:
     def _run(self) -> None:
         try:
             coordinator = self._job.coordinator
-            for part in range(coordinator.rank, self._order.parts, coordinator.world_size):
-                self._run_part(part)
-        except CorruptionError as error:
-            self.error = _with_remedy(error, self._planned)
-        except FileNotFoundError as error:
-            self.error = _if_removed(error, self._planned)
+            with _explaining(self._planned):
+                for part in range(coordinator.rank, self._order.parts, coordinator.world_size):
+                    self._run_part(part)
         except BaseException as error:
             self.error = error
         finally:
@@ -354,26 +352,31 @@ class _Writing:
             self._files.update(zip(plan.own, finished, strict=True))
 
 
-def _with_remedy(error: CorruptionError, planned: PlannedReshard) -> CorruptionError:
-    """The same error; if the source has parity, with what can be done."""
-    with suppress(CheckpointError, OSError):
-        if read_record(planned.storage, planned.commit.directory, planned.index) is not None:
-            return CorruptionError(
+@contextmanager
+def _explaining(planned: PlannedReshard) -> Iterator[None]:
+    """Errors for damage to the source, or for its being gone, are raised with what can be done."""
+    try:
+        yield
+    except CorruptionError as error:
+        if _has_parity(planned):
+            raise CorruptionError(
                 f"{error} The checkpoint has parity, from which it may be mended: distckpt repair "
                 f"{planned.storage.location} --iteration {planned.index.iteration}. Then the same command goes on."
-            )
-    return error
-
-
-def _if_removed(error: FileNotFoundError, planned: PlannedReshard) -> BaseException:
-    """The same error; if the source is no checkpoint any more, that. Its files stay for a while after that is so."""
-    with suppress(OSError):
+            ) from error
+        raise
+    except FileNotFoundError as error:  # The files of one that was removed stay for a while after it.
         if planned.commit not in list_commits(planned.storage):
-            return CheckpointNotFoundError(
+            raise CheckpointNotFoundError(
                 f"{planned.commit.name} of {planned.storage.location}: it was removed while it was being read. Pin "
                 f"what a job may retire (distckpt pin), or name another --iteration"
-            )
-    return error
+            ) from error
+        raise
+
+
+def _has_parity(planned: PlannedReshard) -> bool:
+    with suppress(CheckpointError, OSError):
+        return read_record(planned.storage, planned.commit.directory, planned.index) is not None
+    return False
 
 
 def _plan_part(job: ReshardJob, planned: PlannedReshard, order: Order, target: TargetFiles, part: int) -> PartPlan:

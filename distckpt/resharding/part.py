@@ -88,12 +88,11 @@ class LotMemory:
     window_bytes: int
 
 
-def share_memory(memory_bytes: int, lots: int, *, converts: bool, side_by_side: int) -> LotMemory:
-    """If all lots together are to take memory_bytes. side_by_side: how many chunks of a tensor are gone through
-    together; a half of what is no ring may be for their blocks. Raises CheckpointError for memory that is too little.
-    """
+def share_memory(memory_bytes: int, lots: int, *, converts: bool, begun_together: int) -> LotMemory:
+    """If all lots together are to take memory_bytes. begun_together: as of LocatedChunks; at most half of what the
+    rings leave is for blocks of these. Raises CheckpointError for memory that is too little."""
     own = memory_bytes // max(1, lots) - RINGS_BYTES
-    cache = max(CACHE_BYTES, min(_blocks_bytes(side_by_side), own // 2))
+    cache = max(CACHE_BYTES, min(_blocks_bytes(begun_together), own // 2))
     shares = 3 if converts else 2  # the third is what is read to be converted
     size = (own - cache) // shares
     if size < _MIN_WINDOW_BYTES:
@@ -105,15 +104,15 @@ def share_memory(memory_bytes: int, lots: int, *, converts: bool, side_by_side: 
     return LotMemory(cache, min(size, _MAX_WINDOW_BYTES))
 
 
-def memory_to_read_once(lots: int, side_by_side: int) -> int:
-    """With so much memory no block has to be read a second time; 0 if any is enough for that."""
-    needed = _blocks_bytes(side_by_side)
+def memory_to_read_once(lots: int, begun_together: int) -> int:
+    """How much memory holds all blocks that are begun; 0 if any does."""
+    needed = _blocks_bytes(begun_together)
     return 0 if needed <= CACHE_BYTES else lots * (RINGS_BYTES + 2 * needed)
 
 
-def _blocks_bytes(side_by_side: int) -> int:
-    """A block of each chunk is begun, and two of the one that is being read."""
-    return (side_by_side + 2) * BLOCK_BYTES
+def _blocks_bytes(begun_together: int) -> int:
+    """One block of each chunk, and two of the one that is being read."""
+    return (begun_together + 2) * BLOCK_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,9 +135,9 @@ class PartPlan:
 class PartWriter:
     """Writes one part. run() in one thread; note() and stop() from another.
 
-    memory: of each lot. on_bytes: told how many bytes of tensors were written. check_fence:
-    raises FencedError once somebody else goes on with these very files; from then on they are neither made anew nor
-    ended, and the journal is theirs. What else may still be written to them is what they have there, too.
+    memory: of each lot. on_bytes: told how many bytes of tensors were written. check_fence: raises FencedError once
+    somebody else goes on with these very files; from then on they are neither made anew nor ended, and the journal is
+    theirs. What else may still be written to them is what they have there, too.
     """
 
     def __init__(

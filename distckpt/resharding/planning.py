@@ -64,18 +64,18 @@ class PlannedReshard:
 
     def lot_memory(self, memory_bytes: int, lots: int) -> LotMemory:
         """Raises CheckpointError if that is too little for so many lots at a time."""
-        side_by_side = self.stored.located.side_by_side
-        return share_memory(memory_bytes, lots, converts=self.converts, side_by_side=side_by_side)
+        begun_together = self.stored.located.begun_together
+        return share_memory(memory_bytes, lots, converts=self.converts, begun_together=begun_together)
 
     def notes(self, memory_bytes: int, jobs: int) -> tuple[str, ...]:
         """What a reader should know."""
-        side_by_side = self.stored.located.side_by_side
-        needed = memory_to_read_once(jobs, side_by_side)
+        lots = max(1, min(jobs, len(self.layout.tensors)))
+        needed = memory_to_read_once(lots, self.stored.located.begun_together)
         if memory_bytes >= needed:
             return self.content.notes
         note = (
-            f"{side_by_side} chunks of a tensor lie side by side: some blocks are read more than once; each is read "
-            f"once with a memory of {needed >> 20} MiB (--memory)"
+            f"up to {self.stored.located.begun_together} chunks are read side by side: some blocks may be read more "
+            f"than once; with a memory of {needed >> 20} MiB (--memory) none is"
         )
         return (*self.content.notes, note)
 

@@ -144,7 +144,12 @@ def lay_out(tensors: Sequence[TargetTensor], mesh: TargetMesh) -> TargetLayout:
     """Who holds what. A box that several ranks would hold is stored once, by the one of them with the fewest bytes;
     from large to small boxes, as a save does it."""
     known: dict[tuple[object, ...], _Cut] = {}  # The tensors of a model are cut alike by the thousands.
-    cuts = [known.get(tensor.pattern) or known.setdefault(tensor.pattern, _cut(tensor, mesh)) for tensor in tensors]
+    cuts = []
+    for tensor in tensors:
+        pattern = tensor.pattern
+        if pattern not in known:
+            known[pattern] = _cut(tensor, mesh)
+        cuts.append(known[pattern])
     sized = [
         (size * DTYPES[tensor.spec.dtype].item_bytes, number, i, at)
         for number, (tensor, cut) in enumerate(zip(tensors, cuts, strict=True))

@@ -155,18 +155,29 @@ def test_mpirun_ends_all_when_a_rank_dies() -> None:
     assert results[1].returncode == -signal.SIGKILL
 
 
-# Rank 2 asks for the answer of rank 0 when that has long given up.
+# Rank 2 asks for the answer of rank 0 when that has given up.
 COMES_NOT = """
 import os, sys, time
-from distckpt.coordinator import launched_coordinator, torch_dist
+from pathlib import Path
+from distckpt.coordinator import launched, launched_coordinator, torch_dist
 from distckpt.errors import DistributedError
-from tests.distributed.launch import say
-if os.environ["RANK"] == sys.argv[1]:
+from tests.distributed.launch import say, wait_for_file
+missing, gave_up = sys.argv[1], Path(sys.argv[2])
+if os.environ["RANK"] == missing:
     sys.exit(0)
+if os.environ["RANK"] == "0":
+    agree = launched.agree
+    def agree_and_tell(*arguments, **options):
+        try:
+            return agree(*arguments, **options)
+        finally:
+            gave_up.touch()
+    launched.agree = agree_and_tell
 if os.environ["RANK"] == "2":
     take = torch_dist._take
     def take_late(*arguments):
-        time.sleep(7.5)
+        wait_for_file(gave_up)
+        time.sleep(0.5)
         return take(*arguments)
     torch_dist._take = take_late
 try:
@@ -178,8 +189,9 @@ os._exit(0)
 
 
 @pytest.mark.parametrize("missing", [0, 1])
-def test_rank_that_does_not_come_is_named_within_the_bound(missing: int) -> None:
-    results: list[Result] = launch(COMES_NOT, 3, args=[str(missing)], launcher="forked")
+def test_rank_that_does_not_come_is_named_within_the_bound(missing: int, tmp_path: Path) -> None:
+    arguments = [str(missing), str(tmp_path / "gave up")]
+    results: list[Result] = launch(COMES_NOT, 3, args=arguments, launcher="forked")
     for result in results:
         if result.rank != missing:
             assert result.stdout.startswith(f"failed [{missing}] "), result

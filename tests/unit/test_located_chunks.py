@@ -73,8 +73,13 @@ def test_chunks_are_found_by_tensor_and_by_file(checkpoint: tuple[list[tuple[int
             for tensor, place in zip(numbers.tolist(), places_of(hits), strict=True)
         ]
         assert sorted(of_file) == [(t, p) for t, places in enumerate(tensors) for p in sorted(places) if p[0] == file]
-    first_rows = [sum(not any(box.offset[:1]) for *_, box in places) for places in tensors]
-    assert found.side_by_side == max(first_rows, default=0)
+    assert found.begun_together == max(map(begun_together, tensors), default=0)
+
+
+def begun_together(places: Sequence[Place]) -> int:
+    rows = [range(box.offset[0], box.end[0]) if box.shape else range(1) for *_, box in places]
+    in_row = [sum(row in of for of in rows) for row in range(max((of.stop for of in rows), default=0))]
+    return max(len({file for file, *_ in places}), *in_row, 0)
 
 
 @pytest.mark.parametrize(("file", "start", "says"), [(FILES, 0, "is in file 3 of 3"), (0, 90, "data lies at 0-100")])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import distckpt
-from distckpt import Checkpointer, ShardedTensor
+from distckpt import Checkpointer, PerRank, ShardedTensor
 from distckpt.commit import list_commits, writer_epochs
 from distckpt.coordinator import Coordinator
 from distckpt.errors import CheckpointError, CheckpointNotFoundError, CorruptionError
@@ -166,28 +166,37 @@ def test_stages_of_a_plan_that_mean_nothing(
 
 
 def test_memory_without_end_is_not_taken() -> None:
-    assert share_memory(1 << 62, 1, converts=False, side_by_side=1).window_bytes <= 4 << 30
+    assert share_memory(1 << 62, 1, converts=False, begun_together=1).window_bytes <= 4 << 30
 
 
-def test_each_byte_is_read_once_if_there_is_memory_for_a_block_of_all_that_lie_side_by_side() -> None:
-    source, target, columns = MemoryStorage(), MemoryStorage(), 40
-    whole = torch.arange(columns << 19, dtype=torch.int32).reshape(4096, -1)  # 2 MiB for each of 40 ranks
+@pytest.mark.parametrize("dim", [0, 1])
+def test_each_byte_is_read_once_if_there_is_memory_for_a_block_of_all_that_are_begun(dim: int) -> None:
+    source, target, parts = MemoryStorage(), MemoryStorage(), 40
+    # 2 MiB for each of 40 ranks: two tensors cut by rows, in the middle of blocks, or one cut by columns.
+    whole = torch.arange(parts << 19, dtype=torch.int32).reshape(((2, 5120, 2048), (1, 4096, 5120))[dim])
+    partition = ("tp", None) if dim == 0 else (None, "tp")
 
-    def save_columns(coordinator: Coordinator) -> None:
-        own = whole.chunk(columns, dim=1)[coordinator.rank]
-        part = ShardedTensor.from_rank_offsets("w", own, (1, coordinator.rank, columns), partition=(None, "tp"))
-        with Checkpointer(source, coordinator=coordinator, mesh={"tp": (coordinator.rank, columns)}) as checkpointer:
-            checkpointer.save({"w": part}, iteration=1)
+    def save_parts(coordinator: Coordinator) -> None:
+        at = coordinator.rank
+        state = {
+            f"w{i}": ShardedTensor.from_rank_offsets(
+                f"w{i}", one.chunk(parts, dim)[at].contiguous(), (dim, at, parts), partition=partition
+            )
+            for i, one in enumerate(whole)
+        }
+        with Checkpointer(source, coordinator=coordinator, mesh={"tp": (at, parts)}) as checkpointer:
+            checkpointer.save(state, iteration=1)
 
-    run_ranks(columns, save_columns)
-    needed = (40 << 20) + (2 * (columns + 2) << 20)
+    run_ranks(parts, save_parts)
+    needed = (40 << 20) + (2 * (parts + 2) << 20)
     (note,) = distckpt.preview_reshard(source, {"tp": 2}, memory_bytes=needed - 1).notes
-    assert re.match(r"40 chunks of a tensor lie side by side.* a memory of 124 MiB", note)
+    assert re.match(r"up to 40 chunks are read side by side.* a memory of 124 MiB", note)
     assert not distckpt.preview_reshard(source, {"tp": 2}, memory_bytes=needed).notes
     report = distckpt.reshard(source, target, {"tp": 2}, memory_bytes=needed)
     assert not report.notes
-    assert whole.nbytes <= report.bytes_read <= whole.nbytes + columns * (16 << 10)  # Headers and tables of checksums.
-    assert torch.equal(read_tensors(target)["w"], whole)
+    assert whole.nbytes <= report.bytes_read <= whole.nbytes + parts * (16 << 10)  # Headers and tables of checksums.
+    found = read_tensors(target)
+    assert all(torch.equal(found[f"w{i}"], one) for i, one in enumerate(whole))
 
 
 def test_damaged_source_with_parity_says_how_to_mend_it(tmp_path: Path) -> None:
@@ -207,10 +216,16 @@ def test_damaged_source_with_parity_says_how_to_mend_it(tmp_path: Path) -> None:
 
 def test_source_that_is_removed_meanwhile_is_told_from_one_that_lost_a_file(tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
-    save_one(source, 1)
+    with Checkpointer(source) as checkpointer:
+        checkpointer.save({**STATE, "random": PerRank([1])}, iteration=1)
     (file,) = (source / "iter_0000001").glob("shard-*")
-    with pytest.raises(FileNotFoundError, match=file.name):
-        distckpt.reshard(source, target, {"tp": 2}, plan=ROWS, on_plan=lambda _: file.rename(tmp_path / "file"))
-    (tmp_path / "file").rename(file)
-    with pytest.raises(CheckpointNotFoundError, match=r"iter_0000001/index-.*: it was removed while.*distckpt pin"):
-        distckpt.reshard(source, target, {"tp": 2}, plan=ROWS, on_plan=lambda _: shutil.rmtree(file.parent))
+    lost, away = lambda _: file.rename(tmp_path / "file"), lambda _: shutil.rmtree(file.parent)
+    for drop in ([], ["random"]):  # With it the file is read before anything is written.
+        with pytest.raises(FileNotFoundError, match=file.name):
+            distckpt.reshard(source, target, {"tp": 1}, plan=ROWS, drop=drop, on_plan=lost)
+        (tmp_path / "file").rename(file)
+    shutil.copytree(source, tmp_path / "copy")
+    for drop in ([], ["random"]):
+        with pytest.raises(CheckpointNotFoundError, match=r"iter_0000001/index-.*: it was removed while.*distckpt pin"):
+            distckpt.reshard(source, target, {"tp": 1}, plan=ROWS, drop=drop, on_plan=away)
+        shutil.copytree(tmp_path / "copy", source, dirs_exist_ok=True)
