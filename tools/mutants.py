@@ -1378,14 +1378,14 @@ MUTANTS = (
         "distckpt/resharding/job.py",
         "        if planned.commit not in list_commits(planned.storage):\n",
         "        if False:\n",
-        ("tests/unit/test_resharding_limits.py",),
+        RESHARDING_LIMITS,
     ),
     Mutant(
         "reshard: as many blocks in memory whatever is begun together",
         "distckpt/resharding/part.py",
         "    cache = max(CACHE_BYTES, min(_blocks_bytes(begun_together), own // 2))\n",
         "    cache = CACHE_BYTES\n",
-        ("tests/unit/test_resharding_limits.py",),
+        RESHARDING_LIMITS,
     ),
     Mutant(
         "plan: replicas may differ",
@@ -3297,8 +3297,8 @@ MUTANTS = (
     Mutant(
         "resharding: nobody is told that parity could mend the source",
         "distckpt/resharding/job.py",
-        "            self.error = _with_remedy(error, self._planned)\n",
-        "            self.error = error\n",
+        "        if _has_parity(planned):\n",
+        "        if False:\n",
         RESHARDING_LIMITS,
     ),
     Mutant(

@@ -204,20 +204,27 @@ class ReshardJob:
         )
 
     def _lay_out(self, planned: PlannedReshard, order: Order) -> TargetFiles:
+        """What lies where in the target, alike on all ranks. Collective."""
         index, content = planned.index, planned.content
-        files = plan_files(planned.layout, content, planned.firsts, order.parts)
-        with _explaining(planned):
-            per_rank = read_kept_per_rank(planned.storage, planned.commit.directory, index, content.per_rank)
-        laid_out = lay_out_files(
-            files,
-            content,
-            per_rank,
-            save_id=order.save_id,
-            iteration=index.iteration,
-            metadata=bytes(index.metadata),
-            metrics=index.metrics,
-        )
-        return TargetFiles(files, laid_out, place_tensors(files, laid_out, planned.sources))
+        found: list[TargetFiles] = []
+
+        def lay_out() -> None:
+            files = plan_files(planned.layout, content, planned.firsts, order.parts)
+            with _explaining(planned):
+                per_rank = read_kept_per_rank(planned.storage, planned.commit.directory, index, content.per_rank)
+            laid_out = lay_out_files(
+                files,
+                content,
+                per_rank,
+                save_id=order.save_id,
+                iteration=index.iteration,
+                metadata=bytes(index.metadata),
+                metrics=index.metrics,
+            )
+            found.append(TargetFiles(files, laid_out, place_tensors(files, laid_out, planned.sources)))
+
+        self._agree("lay out", lay_out, lambda ranks: [None] * len(ranks), type(None), type(None))
+        return found[0]
 
     def _write(self, planned: PlannedReshard, order: Order, target: TargetFiles) -> Outcome:
         """Write this rank's parts, in a thread of its own, while all ranks tell each other every second that they live.

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import resource
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -14,9 +18,10 @@ import distckpt
 from distckpt import Checkpointer, PerRank, ShardedTensor
 from distckpt.commit import list_commits, writer_epochs
 from distckpt.coordinator import Coordinator
-from distckpt.errors import CheckpointError, CheckpointNotFoundError, CorruptionError
+from distckpt.errors import CheckpointError, CheckpointNotFoundError, CorruptionError, DistributedError
 from distckpt.geometry import Box
 from distckpt.host import reserve_open_files
+from distckpt.resharding import job
 from distckpt.resharding.part import share_memory
 from distckpt.resharding.plan_file import ReshardPlan, StageRule, TensorRule
 from distckpt.storage import PosixStorage, Storage
@@ -229,3 +234,28 @@ def test_source_that_is_removed_meanwhile_is_told_from_one_that_lost_a_file(tmp_
         with pytest.raises(CheckpointNotFoundError, match=r"iter_0000001/index-.*: it was removed while.*distckpt pin"):
             distckpt.reshard(source, target, {"tp": 1}, plan=ROWS, drop=drop, on_plan=away)
         shutil.copytree(tmp_path / "copy", source, dirs_exist_ok=True)
+
+
+def test_rank_that_cannot_read_the_source_is_an_error_of_all_ranks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = MemoryStorage(), MemoryStorage()
+    save_one(source, 1)
+    errors: dict[int, DistributedError] = {}
+    read, first = job.read_kept_per_rank, iter([OSError(errno.EIO, "not read")])
+
+    def read_or_fail(*arguments: Any) -> Mapping[int, Mapping[str, msgspec.Raw]]:
+        for error in first:
+            raise error
+        return read(*arguments)
+
+    monkeypatch.setattr(job, "read_kept_per_rank", read_or_fail)
+
+    def run(coordinator: Coordinator) -> None:
+        with pytest.raises(
+            DistributedError, match="'reshard lay out' failed on rank .* of 2: OSError: .*not read"
+        ) as e:
+            distckpt.reshard(source, target, {"tp": 2}, plan=ROWS, coordinator=coordinator)
+        errors[coordinator.rank] = e.value
+
+    run_ranks(2, run)
+    assert len({str(error) for error in errors.values()}) == 1
+    assert not list_commits(target)
