@@ -251,7 +251,7 @@ def test_rank_that_cannot_read_the_source_is_an_error_of_all_ranks_at_once(monke
 
     def run(coordinator: Coordinator) -> None:
         with pytest.raises(
-            DistributedError, match="'reshard lay out' failed on rank .* of 2: OSError: .*not read"
+            DistributedError, match=r"'reshard lay out' failed on rank .* of 2: OSError: .*not read"
         ) as e:
             distckpt.reshard(source, target, {"tp": 2}, plan=ROWS, coordinator=coordinator)
         errors[coordinator.rank] = e.value
