@@ -644,8 +644,11 @@ def test_later_work_of_a_job_that_did_not_know_of_the_second_root_is_warned_of_a
         [warning] = report.warnings
         assert "iteration 200 in memory: was saved later" in warning
         assert warning in caplog.text
+        copier = checkpointer._after_commit.copier
+        assert copier is not None
         for iteration in (111, 112):
             checkpointer.save(state_of(iteration), iteration=iteration)
+            assert copier._worker.wait(30)  # What is being copied does not go.
         assert {200, 110} <= {*checkpointer.iterations()}
         assert 200 in iterations_in(root)
         assert loaded(checkpointer, 200)[1].warnings == ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -212,11 +213,18 @@ def test_verify_and_repair_take_the_directory_of_an_iteration(tmp_path: Path) ->
 # Two roots
 
 
+def save_with_copies(near: Storage, far: Storage, losses: Mapping[int, float]) -> None:
+    with Checkpointer(near, copy_to=Copy(far)) as checkpointer:
+        for iteration, loss in losses.items():
+            checkpointer.save({"w": torch.full((4,), iteration)}, iteration=iteration, metrics={"loss": loss})
+            copier = checkpointer._after_commit.copier
+            assert copier is not None
+            assert copier._worker.wait(30)  # Else what is committed meanwhile is copied first.
+
+
 def test_selected_checkpoint_is_read_from_its_copy_and_no_other_is() -> None:
     near, far = MemoryStorage(), MemoryStorage()
-    with Checkpointer(near, copy_to=Copy(far)) as checkpointer:
-        for iteration, loss in ((10, 1.0), (20, 2.0), (30, 3.0)):
-            checkpointer.save({"w": torch.full((4,), iteration)}, iteration=iteration, metrics={"loss": loss})
+    save_with_copies(near, far, {10: 1.0, 20: 2.0, 30: 3.0})
     label(near, 20, metrics={"loss": 0.5})  # Of this the copy does not know: the nearest root decides.
     assert [commit.iteration for commit in select_commits(far, "best:loss")] == [10]
     commit = select_commits(near, "best:loss")[0]
@@ -273,9 +281,7 @@ def test_of_two_values_of_a_metric_that_of_the_nearest_root_counts() -> None:
 
 def test_tag_that_only_the_copy_has_is_found_there() -> None:
     near, far = MemoryStorage(), MemoryStorage()
-    with Checkpointer(near, copy_to=Copy(far)) as checkpointer:
-        for iteration in (10, 20):
-            checkpointer.save({"w": torch.full((4,), iteration)}, iteration=iteration)
+    save_with_copies(near, far, {10: 1.0, 20: 2.0})
     label(far, 10, add_tags=["kept"])
     with Checkpointer(near, copy_to=Copy(far)) as checkpointer:
         assert checkpointer.load({"w": torch.zeros(4, dtype=torch.int64)}, "tag:kept").iteration == 10
