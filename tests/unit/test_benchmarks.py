@@ -16,6 +16,7 @@ from torch import Tensor
 from benchmarks.engines import ENGINES
 from benchmarks.engines.port import Engine
 from benchmarks.figures import KINDS, LAYOUT_CHANGES
+from benchmarks.files import cached_fraction, drop_from_page_cache, read_into_page_cache, sync_files
 from benchmarks.layout import Layout, layout_of
 from benchmarks.measuring import steps
 from benchmarks.model import Content, Model, Precision
@@ -291,3 +292,11 @@ def test_last_words_say_how_a_silent_worker_ended() -> None:
         "benchmarks.worker FAILED\n  exitcode  : -11 (pid: 12)\n"
     )
     assert _last_words(output, 1) == "no output (exitcode : -11 (pid: 12))"
+
+
+def test_files_that_an_engine_removed_meanwhile_are_passed_over(tmp_path: Path) -> None:
+    there, gone = tmp_path / "there", tmp_path / "gone"
+    there.write_bytes(bytes(1 << 20))
+    for work in (sync_files, read_into_page_cache, drop_from_page_cache):
+        work([gone, there])
+    assert 0.0 <= cached_fraction([gone, there]) <= 1.0
