@@ -15,15 +15,10 @@ from distckpt.planner import plan_load
 
 @dataclass(frozen=True, slots=True)
 class LocatedChunks:
-    """All chunks of some tensors of one checkpoint, which count as in the list that was given.
-
-    begun_together: how many chunks are begun at a time, at most, by who goes through a tensor in C order: those that a
-    row meets, and one in each file, where the next tensor goes on.
-    """
+    """All chunks of some tensors of one checkpoint, which count as in the list that was given."""
 
     ndims: Sequence[int]
     groups: Sequence[_Group]
-    begun_together: int
 
     @classmethod
     def of(cls, index: Index, keys: Sequence[str], chunks: Sequence[Grids | Boxes]) -> LocatedChunks:
@@ -35,7 +30,7 @@ class LocatedChunks:
             order = np.lexsort((copies.hits.starts, copies.hits.files, copies.target))
             hits = take_hits(copies.hits, order)
             groups.append(_Group(copies.target[order], hits, np.argsort(hits.files, kind="stable")))
-        return cls([len(box.shape) for box in boxes], groups, max(map(_begun_together, groups), default=0))
+        return cls([len(box.shape) for box in boxes], groups)
 
     def of_tensor(self, number: int) -> Hits:
         """By file and place. None of a tensor without elements."""
@@ -64,6 +59,11 @@ class LocatedChunks:
             for tensor, place in zip(tensors.tolist(), found, strict=True):
                 places[tensor] = place
         return places
+
+    def begun_together(self) -> int:
+        """How many chunks are begun at a time, at most, by who goes through a tensor in C order: those that a row
+        meets, and one in each file, where the next tensor goes on."""
+        return max(map(_begun_together, self.groups), default=0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -169,10 +169,9 @@ class _Arrangements:
         """For each tensor the number of its layout; -1 if it has none."""
         found = [-1] * len(part.keys)
         for group in part.stored:
-            describe = self._grid if isinstance(group, Grids) else self._boxes
             for row, tensor in enumerate(group.tensors.tolist()):
                 if all(part.index.tensors[part.keys[tensor]].global_shape):
-                    found[tensor] = describe(group, row)  # type: ignore[arg-type]  # Chosen by the type.
+                    found[tensor] = self._grid(group, row) if isinstance(group, Grids) else self._boxes(group, row)
         return found
 
     def _grid(self, group: Grids, row: int) -> int:

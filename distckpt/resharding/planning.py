@@ -41,8 +41,8 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class PlannedReshard:
-    """firsts: of each tensor of the layout where it begins in the source: (file, first byte). digest: of all that
-    decides what is written."""
+    """firsts: of each tensor of the layout where it begins in the source: (file, first byte). begun_together: as
+    of LocatedChunks. digest: of all that decides what is written."""
 
     storage: Storage
     commit: Commit
@@ -51,6 +51,7 @@ class PlannedReshard:
     content: Content
     layout: TargetLayout
     firsts: Sequence[tuple[int, int]]
+    begun_together: int
     digest: str
 
     @property
@@ -64,18 +65,17 @@ class PlannedReshard:
 
     def lot_memory(self, memory_bytes: int, lots: int) -> LotMemory:
         """Raises CheckpointError if that is too little for so many lots at a time."""
-        begun_together = self.stored.located.begun_together
-        return share_memory(memory_bytes, lots, converts=self.converts, begun_together=begun_together)
+        return share_memory(memory_bytes, lots, converts=self.converts, begun_together=self.begun_together)
 
     def notes(self, memory_bytes: int, jobs: int) -> tuple[str, ...]:
         """What a reader should know."""
         lots = max(1, min(jobs, len(self.layout.tensors)))
-        needed = memory_to_read_once(lots, self.stored.located.begun_together)
+        needed = memory_to_read_once(lots, self.begun_together)
         if memory_bytes >= needed:
             return self.content.notes
         note = (
-            f"up to {self.stored.located.begun_together} chunks are read side by side: some blocks may be read more "
-            f"than once; with a memory of {needed >> 20} MiB (--memory) none is"
+            f"up to {self.begun_together} chunks are read side by side: some blocks may be read more than once; with a "
+            f"memory of {needed >> 20} MiB (--memory) none is"
         )
         return (*self.content.notes, note)
 
@@ -93,7 +93,10 @@ def plan_reshard(storage: Storage, commit: Commit, request: Request) -> PlannedR
             raise CheckpointError(f"{tensor.key!r}: {before} cannot be converted to {tensor.spec.dtype}")
     layout = lay_out(tensors, mesh)
     digest = digest_of(index.save_id, layout, content, index.tensors)
-    return PlannedReshard(storage, commit, index, stored, content, layout, stored.located.first_places(), digest)
+    located = stored.located
+    return PlannedReshard(
+        storage, commit, index, stored, content, layout, located.first_places(), located.begun_together(), digest
+    )
 
 
 def _with_axes_of(index: Index, mesh: TargetMesh) -> TargetMesh:

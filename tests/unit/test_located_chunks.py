@@ -38,7 +38,7 @@ def located(shapes: Sequence[tuple[int, ...]], tensors: Sequence[Sequence[Place]
         tensors={k: SimpleNamespace(global_shape=s, dtype="uint8") for k, s in zip(keys, shapes, strict=True)},
         files=[file] * FILES,
     )
-    return LocatedChunks.of(index, keys, table)  # type: ignore[arg-type]
+    return LocatedChunks.of(index, keys, table)  # type: ignore[arg-type]  # It has what is looked at.
 
 
 def places_of(hits: Hits) -> list[Place]:
@@ -73,7 +73,7 @@ def test_chunks_are_found_by_tensor_and_by_file(checkpoint: tuple[list[tuple[int
             for tensor, place in zip(numbers.tolist(), places_of(hits), strict=True)
         ]
         assert sorted(of_file) == [(t, p) for t, places in enumerate(tensors) for p in sorted(places) if p[0] == file]
-    assert found.begun_together == max(map(begun_together, tensors), default=0)
+    assert found.begun_together() == max(map(begun_together, tensors), default=0)
 
 
 def begun_together(places: Sequence[Place]) -> int:
