@@ -2,7 +2,8 @@
 
 A save of iteration I by the job that holds epoch E:
 
- 1. Claim. Before its first save the job creates writer-E, E one more than any there is, with put_if_absent.
+ 1. Claim. Before its first save the job creates writer-E, E one more than any there is, with put_if_absent; if a
+    higher one is there afterwards, it begins again. Then it removes the lower ones.
     Why: of two jobs on one root, exactly one holds the highest epoch, and everybody can see which.
  2. Announce. Make iter_I and put pending-<save_id> in it, which says E; touch it while the save goes on.
     Why: a sweep spares the files of a save that is under way. One that died it tells by the marker's age, or by
@@ -320,7 +321,10 @@ class Writer:
             # Of commits too: a root may have been copied without its writer files.
             commits = [commit for root in roots for commit in list_commits(root)]
             epoch = max([*(e for epochs in claimed for e in epochs), *(c.epoch for c in commits), above]) + 1
-            if all(root.put_if_absent(f"writer-{epoch:06d}", encode_owner(reshards)) for root in roots):
+            is_put = all(root.put_if_absent(f"writer-{epoch:06d}", encode_owner(reshards)) for root in roots)
+            # Two jobs may have claimed since we looked, the second of them removing the file of the first: its number
+            # was free then, and is not ours alone.
+            if is_put and not any(other > epoch for root in roots for other in writer_epochs(root)):
                 break
         for root, epochs in zip(roots, claimed, strict=True):
             for old in epochs:

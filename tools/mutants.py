@@ -575,6 +575,13 @@ MUTANTS = (
         COPYING,
     ),
     Mutant(
+        "claim: a number that was given and whose file has gone is given again",
+        "distckpt/commit.py",
+        " and not any(other > epoch for root in roots for other in writer_epochs(root))",
+        "",
+        COMMIT,
+    ),
+    Mutant(
         "copy: a second root that cannot be claimed does not count in the order",
         "distckpt/roots.py",
         "        above = highest_epoch(second)\n",
