@@ -2,8 +2,8 @@
 
 A save of iteration I by the job that holds epoch E:
 
- 1. Claim. Before its first save the job creates writer-E, E one more than any there is, with put_if_absent; if a
-    higher one is there afterwards, it begins again. Then it removes the lower ones.
+ 1. Claim. Before its first save the job creates writer-E, E one more than any there is, with put_if_absent, begins
+    again if a higher one is there afterwards, and removes the lower ones.
     Why: of two jobs on one root, exactly one holds the highest epoch, and everybody can see which.
  2. Announce. Make iter_I and put pending-<save_id> in it, which says E; touch it while the save goes on.
     Why: a sweep spares the files of a save that is under way. One that died it tells by the marker's age, or by
@@ -317,20 +317,18 @@ class Writer:
         for root in roots:
             root.make_directory("")
         while True:
-            claimed = [writer_epochs(root) for root in roots]
-            # Of commits too: a root may have been copied without its writer files.
-            commits = [commit for root in roots for commit in list_commits(root)]
-            epoch = max([*(e for epochs in claimed for e in epochs), *(c.epoch for c in commits), above]) + 1
+            epoch = max(above, *map(highest_epoch, roots)) + 1
             is_put = all(root.put_if_absent(f"writer-{epoch:06d}", encode_owner(reshards)) for root in roots)
-            # Two jobs may have claimed since we looked, the second of them removing the file of the first: its number
-            # was free then, and is not ours alone.
+            # Of two jobs that claimed since we looked, the second removes the file of the first, whose number is then
+            # free, but not ours alone.
             if is_put and not any(other > epoch for root in roots for other in writer_epochs(root)):
                 break
-        for root, epochs in zip(roots, claimed, strict=True):
-            for old in epochs:
-                root.remove(f"writer-{old:06d}")
-        commits = [commit for root in roots for commit in list_commits(root)]
-        return cls(storage, epoch, max((c.commit_seq for c in commits), default=0) + 1, second=second)
+        for root in roots:
+            for old in writer_epochs(root):
+                if old < epoch:
+                    root.remove(f"writer-{old:06d}")
+        commit_seq = max((commit.commit_seq for root in roots for commit in list_commits(root)), default=0) + 1
+        return cls(storage, epoch, commit_seq, second=second)
 
     def check_fence(self) -> None:
         """Step 5. Raises FencedError."""
@@ -443,7 +441,8 @@ def _largest_values(index: Index) -> str:
 
 
 def highest_epoch(storage: Storage) -> int:
-    """Of all jobs that have claimed this root, or committed to it; 0 if there was none. Raises OSError."""
+    """Of all jobs that have claimed this root, or committed to it (it may be a copy without writer files); 0 if there was
+    none. Raises OSError."""
     return max([*writer_epochs(storage), *(commit.epoch for commit in list_commits(storage))], default=0)
 
 
