@@ -7,6 +7,7 @@ from typing import TypeVar
 import msgspec
 
 from distckpt._C import crc32c
+from distckpt.decoding import decode_json
 from distckpt.errors import CorruptionError
 
 T = TypeVar("T")
@@ -29,7 +30,7 @@ def checked_body(data: bytes, *, name: str) -> bytes:
         raise CorruptionError(f"{name}: the checksum line is missing; the file is cut short")
     body += newline
     try:
-        stated = msgspec.json.decode(last, type=_Trailer).crc32c
+        stated = decode_json(last, _Trailer).crc32c
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise CorruptionError(f"{name}: the checksum line is damaged: {error}") from error
     found = f"{crc32c(body):08x}"
@@ -41,6 +42,6 @@ def checked_body(data: bytes, *, name: str) -> bytes:
 def decode_body(body: bytes, kind: type[T], *, name: str) -> T:
     """Raises CorruptionError."""
     try:
-        return msgspec.json.decode(body, type=kind)
+        return decode_json(body, kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CorruptionError(f"{name}: {error}") from error

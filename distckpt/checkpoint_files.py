@@ -16,6 +16,7 @@ from typing_extensions import Self
 
 from distckpt._C import crc32c
 from distckpt.chunk_table import PAGE_BYTES, Boxes, Grids, Hits, check_pages, decode_records
+from distckpt.decoding import decode_json
 from distckpt.errors import CorruptionError
 from distckpt.garbage import postponed_collection
 from distckpt.geometry import Int64Array
@@ -325,6 +326,6 @@ def read_per_rank(storage: Storage, directory: str, index: Index, number: int) -
 def decode_per_rank(text: bytes, file_name: str) -> dict[str, msgspec.Raw]:
     """The per-rank values of a file: key -> encoded value. Raises CorruptionError."""
     try:
-        return msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+        return decode_json(text, dict[str, msgspec.Raw])
     except (msgspec.DecodeError, RecursionError) as error:
         raise CorruptionError(f"{file_name}: per-rank values: {error}") from error

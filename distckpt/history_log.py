@@ -13,6 +13,7 @@ from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 
+from distckpt.decoding import decode_json
 from distckpt.errors import Committed
 from distckpt.index import Natural
 from distckpt.report import CopyReport, LoadReport, SaveReport
@@ -200,9 +201,9 @@ def _decode(line: bytes) -> HistoryLine | None:
     if len(line) > MAX_LINE_BYTES:
         return None
     try:
-        stored = msgspec.json.decode(line, type=_Stored)
+        stored = decode_json(line, _Stored)
         kind = _REPORTS.get(stored.kind)
-        report = None if kind is None else msgspec.json.decode(bytes(stored.report), type=kind)
+        report = None if kind is None else decode_json(bytes(stored.report), kind)
     except (msgspec.DecodeError, RecursionError, ValueError):
         return None
     return HistoryLine(

@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 
 from distckpt.chunk_table import Boxes, Grids, Hits
+from distckpt.decoding import decode_msgpack
 from distckpt.errors import InvalidShardingError
 from distckpt.geometry import Box, Int32Array, Int64Array
 from distckpt.index import Mesh, MeshCoordinates, OnChange, Spec
@@ -228,16 +229,14 @@ class _JointSpecs:
         self.specs: dict[str, tuple[Spec, int]] = {}
         self._number: dict[str, int] = {}
         self._number_of_pair: dict[bytes, int] = {}
-        self._pairs = msgspec.msgpack.Decoder(list[msgspec.Raw])
-        self._pair = msgspec.msgpack.Decoder(tuple[str, Spec])
 
     def add(self, encoded: bytes, rank: int) -> Int32Array:
         """The numbers of the keys of encoded specs."""
-        pairs = [bytes(pair) for pair in self._pairs.decode(encoded)]
+        pairs = [bytes(pair) for pair in decode_msgpack(encoded, list[msgspec.Raw])]
         known = self._number_of_pair
         for pair in pairs:
             if pair not in known:
-                key, spec = self._pair.decode(pair)
+                key, spec = decode_msgpack(pair, tuple[str, Spec])
                 self._join(key, spec, rank)
                 known[pair] = self._number.setdefault(key, len(self._number))
         return np.array([known[pair] for pair in pairs], np.int32)
@@ -295,7 +294,7 @@ def join_values(plan: SavePlan, ranks: Sequence[RankValues]) -> dict[str, bytes]
         if message.values in seen:
             continue
         seen.add(message.values)
-        for key, value in msgspec.msgpack.decode(message.values, type=dict[str, bytes]).items():
+        for key, value in decode_msgpack(message.values, dict[str, bytes]).items():
             known, by = first.setdefault(key, (value, rank))
             if known != value:
                 raise InvalidShardingError(

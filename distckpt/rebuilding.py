@@ -21,6 +21,7 @@ from distckpt.assembling import join_records
 from distckpt.checkpoint_files import CheckedFile, OnBytes, decode_per_rank
 from distckpt.chunk_table import Chunks, decode_records, encode_record
 from distckpt.commit import iteration_directory
+from distckpt.decoding import decode_json
 from distckpt.errors import CheckpointError, CorruptionError
 from distckpt.garbage import postponed_collection
 from distckpt.geometry import MAX_DIMS, is_tiling
@@ -245,7 +246,7 @@ def _decode_metadata(texts: Mapping[str, str], name: str) -> _Metadata:
     fields = {key: msgspec.Raw(text.encode()) for key, text in texts.items() if key not in plain}
     fields["save_id"] = msgspec.Raw(msgspec.json.encode(texts.get("save_id")))
     try:
-        return msgspec.json.decode(msgspec.json.encode(fields), type=_Metadata)
+        return decode_json(msgspec.json.encode(fields), _Metadata)
     except (msgspec.DecodeError, RecursionError) as error:
         raise CorruptionError(f"{name}: what its header says of the save: {error}") from error
 

@@ -7,6 +7,8 @@ import socket
 
 import msgspec
 
+from distckpt.decoding import decode_json
+
 MAX_OWNER_BYTES = 1 << 20
 
 
@@ -26,6 +28,6 @@ def encode_owner(reshards: str | None) -> bytes:
 def decode_owner(data: bytes) -> RootOwner:
     """What cannot be read counts as a job's: it must not be disturbed."""
     try:
-        return msgspec.json.decode(data, type=RootOwner)
+        return decode_json(data, RootOwner)
     except (msgspec.DecodeError, RecursionError):
         return RootOwner()

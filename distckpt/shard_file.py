@@ -22,6 +22,7 @@ from urllib.parse import quote, unquote
 import msgspec
 import numpy as np
 
+from distckpt.decoding import decode_json
 from distckpt.errors import CheckpointError, CorruptionError
 from distckpt.geometry import MAX_DIMS, Int64Array
 
@@ -299,10 +300,10 @@ def decode_header(data: bytes, *, file_name: str, file_bytes: int) -> Header:
     if len(data) < 8 or int.from_bytes(data[:8], "little") != len(data) - 8:
         raise fail(f"length prefix does not say {max(0, len(data) - 8)}")
     try:
-        raw = msgspec.json.decode(data[8:], type=dict[str, msgspec.Raw])
-        metadata = msgspec.json.decode(raw.pop("__metadata__", msgspec.Raw(b"{}")), type=dict[str, str])
+        raw = decode_json(data[8:], dict[str, msgspec.Raw])
+        metadata = decode_json(raw.pop("__metadata__", msgspec.Raw(b"{}")), dict[str, str])
         # All entries in one go: each is whole JSON, so that a list of them has as many items.
-        listed = msgspec.json.decode(b"[%b]" % b",".join(raw.values()), type=list[HeaderEntry])
+        listed = decode_json(b"[%b]" % b",".join(raw.values()), list[HeaderEntry])
         entries = dict(zip(raw, listed, strict=True))
     except (msgspec.DecodeError, RecursionError, ValueError) as error:
         raise fail(str(error)) from error

@@ -575,6 +575,13 @@ MUTANTS = (
         COPYING,
     ),
     Mutant(
+        "decoding: two threads may find out what a type is",
+        "distckpt/decoding.py",
+        "        with _finding_out:\n",
+        "        if _finding_out:\n",
+        ("tests/unit/test_decoding.py",),
+    ),
+    Mutant(
         "claim: a number that was given and whose file has gone is given again",
         "distckpt/commit.py",
         " and not any(other > epoch for root in roots for other in writer_epochs(root))",
@@ -2439,7 +2446,7 @@ MUTANTS = (
     Mutant(
         "run record: one of another type",
         "distckpt/training/resumable.py",
-        "        return msgspec.json.decode(encoded, type=StoredRecord)\n",
+        "        return decode_json(encoded, StoredRecord)\n",
         "        return StoredRecord(**msgspec.json.decode(encoded))\n",
         DIFFERENCES,
     ),

@@ -26,6 +26,7 @@ import msgspec
 
 from distckpt import errors
 from distckpt.coordinator.port import Coordinator, RankFailure
+from distckpt.decoding import decode_msgpack
 from distckpt.errors import CheckpointError, CheckpointNotFoundError, Committed, DistributedError, MismatchError
 
 M = TypeVar("M")
@@ -289,7 +290,7 @@ def _encode_answer(answer: msgspec.Raw) -> bytes:
 
 
 def _decode(body: bytes | msgspec.Raw, kind: type[M]) -> M:
-    return msgspec.msgpack.decode(body, type=kind)
+    return decode_msgpack(body, kind)
 
 
 def _name_ranks(ranks: Sequence[int]) -> str:

@@ -13,6 +13,7 @@ from math import prod
 
 import msgspec
 
+from distckpt.decoding import decode_json
 from distckpt.errors import CheckpointError, CorruptionError
 from distckpt.geometry import MAX_DIMS
 from distckpt.index import Spec
@@ -160,10 +161,10 @@ def read_header(file: ReadFile) -> list[FoundTensor]:
     text = bytearray(size)
     file.read_into(8, text)
     try:
-        raw = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
-        metadata = msgspec.json.decode(raw.pop("__metadata__", msgspec.Raw(b"{}")), type=dict[str, str])
-        entries = {name: msgspec.json.decode(entry, type=HeaderEntry) for name, entry in raw.items()}
-        ours = msgspec.json.decode(metadata.get(_DTYPES_ENTRY, "{}"), type=dict[str, str])
+        raw = decode_json(text, dict[str, msgspec.Raw])
+        metadata = decode_json(raw.pop("__metadata__", msgspec.Raw(b"{}")), dict[str, str])
+        entries = {name: decode_json(entry, HeaderEntry) for name, entry in raw.items()}
+        ours = decode_json(metadata.get(_DTYPES_ENTRY, "{}"), dict[str, str])
     except (msgspec.DecodeError, RecursionError, ValueError) as error:
         raise fail(f"header: {error}") from error
     if metadata.get("format") == FORMAT:
@@ -211,7 +212,7 @@ def decode_index_document(data: bytes | bytearray, where: str) -> Mapping[str, l
     if len(data) > MAX_INDEX_BYTES:
         raise CorruptionError(f"{where}: more than the {MAX_INDEX_BYTES} bytes that it may have")
     try:
-        index = msgspec.json.decode(data, type=_Index)
+        index = decode_json(data, _Index)
     except (msgspec.DecodeError, RecursionError) as error:
         raise CorruptionError(f"{where}: {error}") from error
     if not index.weight_map:

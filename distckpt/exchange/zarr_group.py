@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeAlias
 import msgspec
 import numpy as np
 
+from distckpt.decoding import decode_json
 from distckpt.elements import Elements
 from distckpt.errors import CheckpointError, CorruptionError
 from distckpt.exchange.zarr_layout import (
@@ -232,13 +233,13 @@ class StoredGroup:
             return None
         with _guarded(where):
             ours = msgspec.json.encode(attributes[ATTRIBUTE])
-            version = msgspec.json.decode(ours, type=_Version).version
+            version = decode_json(ours, _Version).version
             if version != LAYOUT_VERSION:
                 raise CheckpointError(
                     f"{where}: layout version {version}; this package reads version {LAYOUT_VERSION}. "
                     f"Use a newer distckpt."
                 )
-            return msgspec.json.decode(ours, type=GroupFacts)
+            return decode_json(ours, GroupFacts)
 
     def _attributes(self, path: str, node: Any) -> Mapping[str, object]:
         with _guarded(f"{self.root}: attributes of {path!r}"):

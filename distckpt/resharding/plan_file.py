@@ -23,6 +23,7 @@ from typing import Annotated, TypeAlias
 
 import msgspec
 
+from distckpt.decoding import decode_builtins, decode_json
 from distckpt.errors import CheckpointError
 from distckpt.index import Natural
 
@@ -78,7 +79,7 @@ class ReshardPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 for field in rule.__struct_fields__:
                     if getattr(rule, field) is not None:
                         said.setdefault(field, getattr(rule, field))
-        return msgspec.convert({**said, "match": key}, TensorRule) if said else TensorRule(match=key)
+        return decode_builtins({**said, "match": key}, TensorRule) if said else TensorRule(match=key)
 
 
 def glob_of(key: str) -> str:
@@ -93,7 +94,7 @@ def read_plan(path: Path) -> ReshardPlan:
     if len(data) > _MAX_BYTES:
         raise CheckpointError(f"{path} is no plan: more than {_MAX_BYTES} bytes")
     try:
-        return msgspec.json.decode(data, type=ReshardPlan)
+        return decode_json(data, ReshardPlan)
     except (msgspec.DecodeError, RecursionError) as error:
         raise CheckpointError(f"{path} is no plan: {error}. docs/cli.md has the grammar.") from error
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import msgspec
 
+from distckpt.decoding import decode_json
 from distckpt.errors import CorruptionError
 from distckpt.training.base_checkpoint import BaseCheckpoint
 
@@ -46,10 +47,10 @@ def stored_record(metadata: object, name: str) -> StoredRecord | None:
         return None
     try:
         encoded = msgspec.json.encode(stored)
-        version = msgspec.json.decode(encoded, type=_Versioned).version
+        version = decode_json(encoded, _Versioned).version
         if version > VERSION:
             return StoredRecord(version, [], [])
-        return msgspec.json.decode(encoded, type=StoredRecord)
+        return decode_json(encoded, StoredRecord)
     except (msgspec.MsgspecError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise CorruptionError(f"{name}: metadata: the record of its TrainState is none: {error}") from error
 

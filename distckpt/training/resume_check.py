@@ -20,6 +20,7 @@ from typing import Annotated, Literal, TypeAlias
 import msgspec
 import torch
 
+from distckpt.decoding import decode_builtins
 from distckpt.errors import CheckpointError
 
 Number: TypeAlias = "float | torch.Tensor"
@@ -152,9 +153,9 @@ class StepHistory:
         Raises CheckpointError for what is no history.
         """
         try:
-            stored = msgspec.convert(steps, Annotated[list[_StoredStep], msgspec.Meta(max_length=MAX_STORED_STEPS)])
-            hashes = msgspec.convert(batches, list[str | None] | None) or [None] * len(stored)
-            self._first_batch = msgspec.convert(first_batch, str | None)
+            stored = decode_builtins(steps, Annotated[list[_StoredStep], msgspec.Meta(max_length=MAX_STORED_STEPS)])
+            hashes = decode_builtins(batches, list[str | None] | None) or [None] * len(stored)
+            self._first_batch = decode_builtins(first_batch, str | None)
         except msgspec.ValidationError as error:
             raise CheckpointError(f"this is no stored history of steps: {error}") from error
         if not (len(hashes) == len(stored) <= min(len(losses), len(grad_norms))):

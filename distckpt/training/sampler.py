@@ -17,6 +17,7 @@ import torch.distributed
 from torch.utils.data import Sampler
 from typing_extensions import Self
 
+from distckpt.decoding import decode_builtins
 from distckpt.errors import CheckpointError
 from distckpt.training.fingerprint import fingerprint_of
 
@@ -282,7 +283,7 @@ def permutation(length: int, seed: int, epoch: int) -> np.ndarray:
 def decode_sampler_state(state: Mapping[str, object]) -> SamplerState:
     """The state as a record. Raises CheckpointError for anything that is none."""
     try:
-        decoded = msgspec.convert(state, SamplerState)
+        decoded = decode_builtins(state, SamplerState)
     except msgspec.ValidationError as error:
         raise CheckpointError(f"this is no state of a ResumableSampler: {error}") from error
     if decoded.global_batch_size % decoded.world_size:

@@ -20,6 +20,7 @@ from typing_extensions import Self
 
 from distckpt import CheckpointError, SaveReport, Termination
 from distckpt.coordinator import Coordinator, agree, default_coordinator
+from distckpt.decoding import decode_builtins
 
 logger = logging.getLogger("distckpt")
 
@@ -230,7 +231,7 @@ class CheckpointSchedule:
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Go on from the stored best value, if it is of this metric. Raises CheckpointError for what is no state."""
         try:
-            stored = msgspec.convert(state, _State)
+            stored = decode_builtins(state, _State)
         except msgspec.ValidationError as error:
             raise CheckpointError(f"this is no state of a CheckpointSchedule: {error}") from error
         if (stored.metric, stored.mode) == self._best_of:
