@@ -441,8 +441,8 @@ def _largest_values(index: Index) -> str:
 
 
 def highest_epoch(storage: Storage) -> int:
-    """Of all jobs that have claimed this root, or committed to it (it may be a copy without writer files); 0 if there was
-    none. Raises OSError."""
+    """Of all jobs that have claimed this root, or committed to it: a copy may lack writer files. 0 if there was none.
+    Raises OSError."""
     return max([*writer_epochs(storage), *(commit.epoch for commit in list_commits(storage))], default=0)
 
 

@@ -60,10 +60,11 @@ class LocatedChunks:
                 places[tensor] = place
         return places
 
-    def begun_together(self) -> int:
-        """How many chunks are begun at a time, at most, by who goes through a tensor in C order: those that a row
-        meets, and one in each file, where the next tensor goes on."""
-        return max(map(_begun_together, self.groups), default=0)
+    def begun_blocks(self) -> int:
+        """How many blocks are begun at a time, at most, by who goes through a tensor in C order: one of each chunk that
+        a row meets, another where the chunk before it in its file ends; and one of each file, where the next tensor
+        goes on."""
+        return max(map(_begun_blocks, self.groups), default=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ class _Group:
     by_file: Int64Array
 
 
-def _begun_together(group: _Group) -> int:
+def _begun_blocks(group: _Group) -> int:
     files, tensor = group.hits.files, group.tensor
     is_first = np.ones(len(tensor), bool)
     is_first[1:] = (tensor[1:] != tensor[:-1]) | (files[1:] != files[:-1])
@@ -84,6 +85,7 @@ def _begun_together(group: _Group) -> int:
         return in_files
     begin = group.hits.offsets[:, 0]
     row = np.concatenate([begin, begin + group.hits.shapes[:, 0]])
-    change = np.repeat([1, -1], len(tensor))
+    blocks = np.where(is_first, 1, 2)
+    change = np.concatenate([blocks, -blocks])
     order = np.lexsort((change, row, np.tile(tensor, 2)))  # Of one row, those that end there before those that begin.
     return max(in_files, int(change[order].cumsum().max()))

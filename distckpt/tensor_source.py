@@ -22,7 +22,6 @@ from distckpt.shard_file import BLOCK_BYTES
 from distckpt.storage import Storage, Target
 
 MEMORY_BYTES = 256 << 20  # what those who go through a checkpoint take, if nothing else is said
-CACHE_BYTES = 32 << 20
 OPEN_FILES = 128  # at a time: a process may have 1,024 open, and each is opened twice to be read directly
 
 
@@ -39,7 +38,7 @@ class TensorSource:
         directory: str,
         stored: StoredTensors,
         *,
-        cache_bytes: int = CACHE_BYTES,
+        cache_bytes: int,
         max_open_files: int = OPEN_FILES,
     ) -> None:
         self.stored = stored
@@ -68,19 +67,21 @@ class TensorSource:
             self._read(self._file(reads.file), reads)
 
     def _read(self, file: CheckedFile, reads: FileReads) -> None:
-        """One file's part: from the blocks that are begun already, then the others; those that this one begins, or does
-        not end, are kept."""
+        """One file's part: from the blocks that are begun already, then the others; those that are not wanted whole are
+        kept."""
         targets = Targets(reads.targets)
+        held = self._blocks.of(reads.file)
         ranges = []
         for begin, stop in reads.ranges:
-            held = [at for at in self._blocks.of(reads.file) if begin <= at < stop]
-            for low, high in pairwise([begin - BLOCK_BYTES, *held, stop]):
+            inside = [at for at in held if begin <= at < stop]
+            for low, high in pairwise([begin - BLOCK_BYTES, *inside, stop]):
                 if low + BLOCK_BYTES < high:
                     ranges.append((low + BLOCK_BYTES, high))
-        for at in self._blocks.of(reads.file):
+        for at in held:
             self._blocks.take(reads.file, at, targets)
-        edges = sorted({at for begin, stop in ranges for at in (begin, (stop - 1) // BLOCK_BYTES * BLOCK_BYTES)})
-        kept = [(at, min(BLOCK_BYTES, file.data_bytes - at)) for at in edges[-self._blocks.capacity :]]
+        ends = {end // BLOCK_BYTES * BLOCK_BYTES for extent in reads.extents for end in extent if end % BLOCK_BYTES}
+        begun = sorted(ends.difference(held))
+        kept = [(at, min(BLOCK_BYTES, file.data_bytes - at)) for at in begun[-self._blocks.capacity :]]
         slots = [self._blocks.add(reads.file, at, self._used_bytes(reads.file, at, size), size) for at, size in kept]
         copies: list[Target] = [
             (at, slot, 0, (size,), (1,), (1,), 1) for (at, size), slot in zip(kept, slots, strict=True)

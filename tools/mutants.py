@@ -575,6 +575,13 @@ MUTANTS = (
         COPYING,
     ),
     Mutant(
+        "tensor source: a block between two extents is not kept",
+        "distckpt/tensor_source.py",
+        "for extent in reads.extents for end in extent",
+        "for extent in reads.ranges for end in (extent[0] + 1, extent[1] - 1)",
+        ("tests/unit/test_tensor_source.py",),
+    ),
+    Mutant(
         "decoding: two threads may find out what a type is",
         "distckpt/decoding.py",
         "        with _finding_out:\n",
@@ -1397,7 +1404,7 @@ MUTANTS = (
     Mutant(
         "reshard: as many blocks in memory whatever is begun together",
         "distckpt/resharding/part.py",
-        "    cache = max(CACHE_BYTES, min(_blocks_bytes(begun_together), own // 2))\n",
+        "    cache = max(CACHE_BYTES, min(_blocks_bytes(begun_blocks), own // 2))\n",
         "    cache = CACHE_BYTES\n",
         RESHARDING_LIMITS,
     ),

@@ -11,7 +11,7 @@ from distckpt.cli.export import JOBS, Format
 from distckpt.cli.interruption import leaving
 from distckpt.cli.output import MEMORY, console, counted, print_json, progress_bar, size_text
 from distckpt.cli.quantities import size_bytes
-from distckpt.exchange.export_source import share_memory
+from distckpt.exchange.export_source import threads_and_memory
 from distckpt.exchange.import_commit import Incoming, commit_incoming
 from distckpt.exchange.importing import open_safetensors, open_zarr
 from distckpt.report import ImportReport
@@ -47,7 +47,7 @@ def import_(
 
     Example: distckpt import meta-llama/Llama-3.1-8B /checkpoints/base --from safetensors --prefix model/
     """
-    threads, memory_bytes = share_memory(size_bytes(memory), jobs)
+    threads, memory_bytes = threads_and_memory(size_bytes(memory), jobs)
     if from_ is Format.zarr:
         incoming, own = open_zarr(source, prefix=prefix, drop=drop or (), memory_bytes=memory_bytes)
         report = _commit(root, incoming, own if iteration is None else iteration, source, threads)

@@ -27,7 +27,7 @@ from distckpt.reader import StoredTensors, Wanted
 from distckpt.selecting import Selector, open_selected, select_commits
 from distckpt.shard_file import DTYPES
 from distckpt.storage import Storage
-from distckpt.tensor_source import CACHE_BYTES, OPEN_FILES, TensorSource
+from distckpt.tensor_source import OPEN_FILES, TensorSource
 
 T = TypeVar("T")
 LEAST_MEMORY_BYTES = 16 << 20
@@ -128,7 +128,7 @@ class Workers:
 
     def __init__(self, source: ExportSource, memory_bytes: int, jobs: int | None, on_bytes: OnBytes) -> None:
         """memory_bytes: of all threads together. jobs: how many; the processors if None. Raises ValueError."""
-        self.jobs, self.memory_bytes = share_memory(memory_bytes, jobs)
+        self.jobs, self.memory_bytes = threads_and_memory(memory_bytes, jobs)
         self._source = source
         self._on_bytes = on_bytes
         self._lock = threading.Lock()
@@ -159,12 +159,11 @@ class Workers:
 
     def _take(self, steps: Iterator[tuple[int, T]], work: Callable[[TensorSource, T], None]) -> None:
         source = self._source
-        cache_bytes = min(CACHE_BYTES, self.memory_bytes // 4)
         with TensorSource(
             source.storage,
             source.directory,
             source.stored,
-            cache_bytes=cache_bytes,
+            cache_bytes=self.memory_bytes // 4,
             max_open_files=max(8, 2 * OPEN_FILES // self.jobs),  # Of all threads together: a process has a limit.
         ) as tensors:
             while batch := self._next(steps):
@@ -191,7 +190,7 @@ class Workers:
             self._on_bytes(step_bytes)
 
 
-def share_memory(memory_bytes: int, jobs: int | None) -> tuple[int, int]:
+def threads_and_memory(memory_bytes: int, jobs: int | None) -> tuple[int, int]:
     """How many threads there are, and how much memory each has. Raises ValueError."""
     if memory_bytes < LEAST_MEMORY_BYTES:
         raise ValueError(

@@ -19,7 +19,7 @@ from typing_extensions import Buffer
 
 from distckpt.checkpoint_files import OnBytes
 from distckpt.errors import CheckpointError, CorruptionError
-from distckpt.exchange.export_source import share_memory
+from distckpt.exchange.export_source import threads_and_memory
 from distckpt.exchange.import_commit import Incoming, IncomingTensor, commit_incoming
 from distckpt.exchange.safetensors_files import (
     INDEX_FILE,
@@ -62,15 +62,14 @@ def import_zarr(
     CheckpointError without zarr, if there is no group, for an array that can be no tensor, if the root has checkpoints
     or there is no room; CorruptionError for an export that is not whole; ValueError; OSError.
     """
-    incoming, own_iteration = open_zarr(
-        source, prefix=prefix, drop=drop, memory_bytes=share_memory(memory_bytes, jobs)[1]
-    )
+    threads, of_each = threads_and_memory(memory_bytes, jobs)
+    incoming, own_iteration = open_zarr(source, prefix=prefix, drop=drop, memory_bytes=of_each)
     return commit_incoming(
         root,
         incoming,
         own_iteration if iteration is None else iteration,
         source=os.fspath(source),
-        jobs=share_memory(memory_bytes, jobs)[0],
+        jobs=threads,
         on_bytes=on_bytes,
     )
 
@@ -190,7 +189,7 @@ def import_safetensors(
         open_safetensors(source, prefix=prefix),
         iteration,
         source=os.fspath(source),
-        jobs=share_memory(memory_bytes, jobs)[0],
+        jobs=threads_and_memory(memory_bytes, jobs)[0],
         on_bytes=on_bytes,
     )
 

@@ -88,11 +88,11 @@ class LotMemory:
     window_bytes: int
 
 
-def share_memory(memory_bytes: int, lots: int, *, converts: bool, begun_together: int) -> LotMemory:
-    """If all lots together are to take memory_bytes. begun_together: as of LocatedChunks; at most half of what the
+def share_memory(memory_bytes: int, lots: int, *, converts: bool, begun_blocks: int) -> LotMemory:
+    """If all lots together are to take memory_bytes. begun_blocks: as of LocatedChunks; at most half of what the
     rings leave is for blocks of these. Raises CheckpointError for memory that is too little."""
     own = memory_bytes // max(1, lots) - RINGS_BYTES
-    cache = max(CACHE_BYTES, min(_blocks_bytes(begun_together), own // 2))
+    cache = max(CACHE_BYTES, min(_blocks_bytes(begun_blocks), own // 2))
     shares = 3 if converts else 2  # the third is what is read to be converted
     size = (own - cache) // shares
     if size < _MIN_WINDOW_BYTES:
@@ -104,15 +104,15 @@ def share_memory(memory_bytes: int, lots: int, *, converts: bool, begun_together
     return LotMemory(cache, min(size, _MAX_WINDOW_BYTES))
 
 
-def memory_to_read_once(lots: int, begun_together: int) -> int:
+def memory_to_read_once(lots: int, begun_blocks: int) -> int:
     """How much memory holds all blocks that are begun; 0 if any does."""
-    needed = _blocks_bytes(begun_together)
+    needed = _blocks_bytes(begun_blocks)
     return 0 if needed <= CACHE_BYTES else lots * (RINGS_BYTES + 2 * needed)
 
 
-def _blocks_bytes(begun_together: int) -> int:
-    """One block of each chunk, and two of the one that is being read."""
-    return (begun_together + 2) * BLOCK_BYTES
+def _blocks_bytes(begun_blocks: int) -> int:
+    """Those that are begun, and two of what is being read."""
+    return (begun_blocks + 2) * BLOCK_BYTES
 
 
 @dataclass(frozen=True, slots=True)

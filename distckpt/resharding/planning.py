@@ -41,7 +41,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class PlannedReshard:
-    """firsts: of each tensor of the layout where it begins in the source: (file, first byte). begun_together: as
+    """firsts: of each tensor of the layout where it begins in the source: (file, first byte). begun_blocks: as
     of LocatedChunks. digest: of all that decides what is written."""
 
     storage: Storage
@@ -51,7 +51,7 @@ class PlannedReshard:
     content: Content
     layout: TargetLayout
     firsts: Sequence[tuple[int, int]]
-    begun_together: int
+    begun_blocks: int
     digest: str
 
     @property
@@ -65,16 +65,16 @@ class PlannedReshard:
 
     def lot_memory(self, memory_bytes: int, lots: int) -> LotMemory:
         """Raises CheckpointError if that is too little for so many lots at a time."""
-        return share_memory(memory_bytes, lots, converts=self.converts, begun_together=self.begun_together)
+        return share_memory(memory_bytes, lots, converts=self.converts, begun_blocks=self.begun_blocks)
 
     def notes(self, memory_bytes: int, jobs: int) -> tuple[str, ...]:
         """What a reader should know."""
         lots = max(1, min(jobs, len(self.layout.tensors)))
-        needed = memory_to_read_once(lots, self.begun_together)
+        needed = memory_to_read_once(lots, self.begun_blocks)
         if memory_bytes >= needed:
             return self.content.notes
         note = (
-            f"up to {self.begun_together} chunks are read side by side: some blocks may be read more than once; with a "
+            f"up to {self.begun_blocks} blocks are begun at a time: some may be read more than once; with a "
             f"memory of {needed >> 20} MiB (--memory) none is"
         )
         return (*self.content.notes, note)
@@ -95,7 +95,7 @@ def plan_reshard(storage: Storage, commit: Commit, request: Request) -> PlannedR
     digest = digest_of(index.save_id, layout, content, index.tensors)
     located = stored.located
     return PlannedReshard(
-        storage, commit, index, stored, content, layout, located.first_places(), located.begun_together(), digest
+        storage, commit, index, stored, content, layout, located.first_places(), located.begun_blocks(), digest
     )
 
 

@@ -64,7 +64,7 @@ def read_all(storage: Storage) -> tuple[Index, dict[str, bytes], dict[str, dict[
     index, _ = read_index(storage, commit)
     source = ExportSource.open(storage)
     data = {}
-    with TensorSource(storage, commit.directory, source.stored) as tensors:
+    with TensorSource(storage, commit.directory, source.stored, cache_bytes=32 << 20) as tensors:
         for key, entry in index.tensors.items():
             whole = Box.whole(entry.global_shape)
             data[key] = source.read(tensors, [(key, whole)])[0].tobytes() if whole.size else b""

@@ -171,7 +171,7 @@ def test_stages_of_a_plan_that_mean_nothing(
 
 
 def test_memory_without_end_is_not_taken() -> None:
-    assert share_memory(1 << 62, 1, converts=False, begun_together=1).window_bytes <= 4 << 30
+    assert share_memory(1 << 62, 1, converts=False, begun_blocks=1).window_bytes <= 4 << 30
 
 
 @pytest.mark.parametrize("dim", [0, 1])
@@ -195,7 +195,7 @@ def test_each_byte_is_read_once_if_there_is_memory_for_a_block_of_all_that_are_b
     run_ranks(parts, save_parts)
     needed = (40 << 20) + (2 * (parts + 2) << 20)
     (note,) = distckpt.preview_reshard(source, {"tp": 2}, memory_bytes=needed - 1).notes
-    assert re.match(r"up to 40 chunks are read side by side.* a memory of 124 MiB", note)
+    assert re.match(r"up to 40 blocks are begun at a time.* a memory of 124 MiB", note)
     assert not distckpt.preview_reshard(source, {"tp": 2}, memory_bytes=needed).notes
     report = distckpt.reshard(source, target, {"tp": 2}, memory_bytes=needed)
     assert not report.notes

@@ -295,6 +295,24 @@ def test_memory_does_not_grow_with_a_tensor_and_each_byte_is_read_once(
     assert 0 < next(iter(read.values())) < (20 << 20) + 2 * BLOCK_BYTES
 
 
+def test_with_more_memory_more_blocks_are_kept_that_are_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """48 columns of a block and a half: all blocks are begun at once."""
+    rows = 24 << 10
+    boxes = [Box((0, column), (rows, 16)) for column in range(0, 48 * 16, 16)]
+    saved = stored({"w": Tensor.of("float32", (rows, 48 * 16), boxes=boxes)})
+    read = []
+
+    def watched(self: TensorSource, wanted: Sequence[Wanted]) -> None:
+        filling(self, wanted)
+        read.append(self.bytes_read)
+
+    filling = TensorSource.fill
+    monkeypatch.setattr(TensorSource, "fill", watched)
+    export_safetensors(saved, tmp_path / "x", memory_bytes=512 << 20, jobs=1)
+    assert len(read) > 1
+    assert read[-1] < (72 << 20) + 2 * BLOCK_BYTES
+
+
 def test_small_tensors_are_planned_and_read_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counts = []
 

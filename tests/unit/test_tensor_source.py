@@ -17,6 +17,7 @@ from distckpt.tensor_source import TensorSource
 from distckpt.testing import MemoryStorage
 from tests.unit.damage import change, flip
 from tests.unit.saved_roots import ROWS, saved_root
+from tests.unit.stored_tensors import Tensor, stored
 
 COLUMNS = BLOCK_BYTES // 8
 WEIGHT = np.arange(ROWS * COLUMNS, dtype=np.int64).reshape(ROWS, COLUMNS)
@@ -27,11 +28,11 @@ def root() -> MemoryStorage:
     return saved_root(1)
 
 
-def open_source(storage: Storage, **options: int) -> TensorSource:
+def open_source(storage: Storage, *, cache_bytes: int = 32 << 20, **options: int) -> TensorSource:
     commit = list_commits(storage)[0]
     index, _ = read_index(storage, commit)
-    stored = StoredTensors.read(storage, commit.directory, index, ["bias", "weight"])
-    return TensorSource(storage, commit.directory, stored, **options)
+    stored = StoredTensors.read(storage, commit.directory, index, list(index.tensors))
+    return TensorSource(storage, commit.directory, stored, cache_bytes=cache_bytes, **options)
 
 
 def read_box(source: TensorSource, box: Box) -> np.ndarray:
@@ -59,9 +60,28 @@ def test_bands_in_order_read_every_byte_once(root: MemoryStorage, max_elements: 
     with open_source(root) as source:
         for box in bands(Box.whole(WEIGHT.shape), max_elements):
             assert np.array_equal(read_box(source, box), WEIGHT[slices(box)])
-        once = sum(file.size_bytes for file in source.stored.index.files)
-        headers = sum(file.header_bytes for file in source.stored.index.files)
-        assert once <= source.bytes_read <= once + headers  # Headers lie in blocks, which are read too.
+        check_every_byte_was_read_once(source)
+
+
+def check_every_byte_was_read_once(source: TensorSource) -> None:
+    once = sum(file.size_bytes for file in source.stored.index.files)
+    headers = sum(file.header_bytes for file in source.stored.index.files)
+    assert once <= source.bytes_read <= once + headers  # Headers lie in blocks, which are read too.
+
+
+def test_chunks_that_share_a_file_are_read_once_though_each_is_begun() -> None:
+    """Columns of a block and a half, so that most blocks are the end of one and the begin of another."""
+    columns, rows = 8, 3 * BLOCK_BYTES // 2 // 8
+    boxes = [Box((0, column), (rows, 1)) for column in range(columns)]
+    tensor = Tensor.of("int64", (rows, columns), boxes=boxes)
+    elements = np.frombuffer(tensor.data, np.int64).reshape(rows, columns)
+    storage = stored({"weight": tensor})
+    with open_source(storage) as source:
+        assert source.stored.located.begun_blocks() == 2 * columns - 1
+    with open_source(storage, cache_bytes=(2 * columns - 1) * BLOCK_BYTES) as source:
+        for box in bands(Box.whole(elements.shape), elements.size // 5):
+            assert np.array_equal(read_box(source, box), elements[slices(box)])
+        check_every_byte_was_read_once(source)
 
 
 def test_a_cache_that_is_too_small_reads_again(root: MemoryStorage) -> None:
