@@ -1,0 +1,238 @@
+"""Mutants of resharding."""
+
+from __future__ import annotations
+
+from tests.mutants.mutant import Mutant
+
+RESHARDING = ("tests/unit/test_resharding_layouts.py",)
+RESHARDING_CASES = ("tests/unit/test_resharding_cases.py",)
+RESHARDING_PLANS = ("tests/unit/test_resharding_plans.py",)
+RESHARDING_LIMITS = ("tests/unit/test_resharding_limits.py",)
+RESHARDING_FAULTS = ("tests/crash/test_reshard_faults.py",)
+
+MUTANTS = (
+    Mutant(
+        "tensor source: a block between two extents is not kept",
+        "distckpt/tensor_source.py",
+        "for extent in reads.extents for end in extent",
+        "for extent in reads.ranges for end in (extent[0] + 1, extent[1] - 1)",
+        ("tests/unit/test_tensor_source.py",),
+    ),
+    Mutant(
+        "located: chunks may lie anywhere",
+        "distckpt/located_chunks.py",
+        "            check_locations(index, keys, copies.target, copies.hits)\n",
+        "",
+        ("tests/unit/test_located_chunks.py",),
+    ),
+    Mutant(
+        "reshard: a source that is gone lost a file",
+        "distckpt/resharding/job.py",
+        "        if planned.commit not in list_commits(planned.storage):\n",
+        "        if False:\n",
+        RESHARDING_LIMITS,
+    ),
+    Mutant(
+        "reshard: as many blocks in memory whatever is begun together",
+        "distckpt/resharding/part.py",
+        "    cache = max(CACHE_BYTES, min(_blocks_bytes(begun_blocks), own // 2))\n",
+        "    cache = CACHE_BYTES\n",
+        RESHARDING_LIMITS,
+    ),
+    Mutant(
+        "resharding: blocks are not split one by one",
+        "distckpt/resharding/target_layout.py",
+        "        blocks = self.spec.blocks[dim] if self.spec.blocks else 1\n",
+        "        blocks = 1\n",
+        RESHARDING,
+    ),
+    Mutant(
+        "resharding: the owner holds nothing alone",
+        "distckpt/resharding/target_layout.py",
+        "    if spec.owner is not None and tensor.at is not None and",
+        "    if False and",
+        RESHARDING,
+    ),
+    Mutant(
+        "resharding: layers are dealt out equally, whatever was asked",
+        "distckpt/resharding/numbering.py",
+        "        if counts is None:\n            if total % size:\n",
+        "        if True:\n            if total % size:\n",
+        RESHARDING,
+    ),
+    Mutant(
+        "resharding: an axis other than tp is not split",
+        "distckpt/resharding/target_layout.py",
+        "for axis in partition if axis is not None and mesh.size(axis) > 1))",
+        "for axis in partition if axis == 'tp' and mesh.size(axis) > 1))",
+        RESHARDING,
+    ),
+    Mutant(
+        "resharding: a checkpoint of another layout is taken for what is asked",
+        "distckpt/resharding/committing.py",
+        "        if not np.array_equal(found, _sorted_rows(chunks.offsets, chunks.shapes, chunks.ranks)):\n",
+        "        if False:\n",
+        RESHARDING,
+    ),
+    Mutant(
+        "resharding: it is not looked for what is there already",
+        "distckpt/resharding/committing.py",
+        "    there = _find_twin(target, planned)\n",
+        "    there = None\n",
+        RESHARDING,
+    ),
+    Mutant(
+        "resharding: a window takes more than it has room for",
+        "distckpt/resharding/steps.py",
+        "        if skipped <= room:\n",
+        "        if True:\n",
+        RESHARDING,
+    ),
+    Mutant(
+        "resharding: an axis may split two dimensions",
+        "distckpt/resharding/tensor_labels.py",
+        "        if len(set(axes)) < len(axes):",
+        "        if False:",
+        RESHARDING_PLANS,
+    ),
+    Mutant(
+        "resharding: a plan may name any axis",
+        "distckpt/resharding/tensor_labels.py",
+        "        if axis not in known:\n",
+        "        if False:\n",
+        RESHARDING_PLANS,
+    ),
+    Mutant(
+        "resharding: whatever ends as a key does is state of its tensor",
+        "distckpt/resharding/tensor_labels.py",
+        " and self._is_of_state(match.end(), key):",
+        ":",
+        RESHARDING,
+    ),
+    Mutant(
+        "resharding: what lies on one of two stages is taken for an end of the pipeline",
+        "distckpt/resharding/tensor_labels.py",
+        " and (numbering is not None or not numbers):",
+        ":",
+        RESHARDING_PLANS,
+    ),
+    Mutant(
+        "resharding: overflow is not noticed",
+        "distckpt/resharding/part.py",
+        "    if overflows(before, after):\n",
+        "    if False:\n",
+        RESHARDING_CASES,
+    ),
+    Mutant(
+        "resharding: exact values by rank may get lost",
+        "distckpt/resharding/content.py",
+        '        if entry.on_change == "exact":\n',
+        "        if False:\n",
+        RESHARDING_CASES,
+    ),
+    Mutant(
+        "resharding: padding is not zero",
+        "distckpt/resharding/part.py",
+        "            np.frombuffer(memory[begin : begin + size], np.uint8)[:] = 0\n",
+        "            np.frombuffer(memory[begin : begin + size], np.uint8)[:] = 1\n",
+        RESHARDING_CASES,
+    ),
+    Mutant(
+        "resharding: the journal speaks of what is not durable",
+        "distckpt/resharding/shard_output.py",
+        "        self._open_file().sync()\n",
+        "",
+        RESHARDING_FAULTS,
+    ),
+    Mutant(
+        "resharding: the journal speaks of files whose names are not durable",
+        "distckpt/resharding/part.py",
+        "            self._target.sync_directory(plan.directory)\n",
+        "",
+        RESHARDING_FAULTS,
+    ),
+    Mutant(
+        "resharding: pages that are not whole are lost",
+        "distckpt/resharding/shard_output.py",
+        "self._is_whole.tobytes(), begun, pages)",
+        "self._is_whole.tobytes(), begun)",
+        RESHARDING_FAULTS,
+    ),
+    Mutant(
+        "resharding: a job that saves to the target is ended",
+        "distckpt/resharding/committing.py",
+        "    if owner is not None and owner.reshards is None:\n",
+        "    if False:\n",
+        RESHARDING_LIMITS,
+    ),
+    Mutant(
+        "resharding: the target of a source that has pruned is another run's",
+        "distckpt/resharding/committing.py",
+        "    if owner is None or owner.reshards != planned.storage.location:\n",
+        "    if True:\n",
+        RESHARDING_LIMITS,
+    ),
+    Mutant(
+        "resharding: a mesh may have any number of ranks",
+        "distckpt/resharding/target_layout.py",
+        "        if prod(sizes.values()) > MAX_WORLD_SIZE:\n",
+        "        if False:\n",
+        RESHARDING_LIMITS,
+    ),
+    Mutant(
+        "resharding: a tensor may be cut into any number of parts",
+        "distckpt/resharding/target_layout.py",
+        "    if count > MAX_CHUNKS:\n",
+        "    if False:\n",
+        RESHARDING_LIMITS,
+    ),
+    Mutant(
+        "resharding: files are opened until there are too many",
+        "distckpt/resharding/job.py",
+        "        reserve_open_files(len(plan.own) + lots * _HANDLES_PER_SOURCE * sources)\n",
+        "",
+        RESHARDING_LIMITS,
+    ),
+    Mutant(
+        "resharding: stages that mean nothing are passed over",
+        "distckpt/resharding/tensor_labels.py",
+        "    _check_stages(plan, mesh, tensors)\n",
+        "",
+        RESHARDING_LIMITS,
+    ),
+    Mutant(
+        "resharding: nobody is told that parity could mend the source",
+        "distckpt/resharding/job.py",
+        "        if _has_parity(planned):\n",
+        "        if False:\n",
+        RESHARDING_LIMITS,
+    ),
+    Mutant(
+        "resharding: goes on with what had other options",
+        "distckpt/resharding/committing.py",
+        "        if journal.digest == planned.digest and",
+        "        if True and",
+        RESHARDING_FAULTS,
+    ),
+    Mutant(
+        "resharding: journals of one that is fenced go on",
+        "distckpt/resharding/part.py",
+        "            self._check_fence()\n",
+        "",
+        RESHARDING_FAULTS,
+    ),
+    Mutant(
+        "resharding: the chunk table of another's commit is removed",
+        "distckpt/resharding/committing.py",
+        "        target.replace(name, table)\n",
+        "        target.remove(name)\n        target.replace(name, table)\n",
+        RESHARDING_FAULTS,
+    ),
+    Mutant(
+        "resharding: what is left after a commit stays",
+        "distckpt/resharding/committing.py",
+        "        _finish_twin(target, planned, there)\n",
+        "",
+        RESHARDING_FAULTS,
+    ),
+)
