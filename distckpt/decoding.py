@@ -26,8 +26,13 @@ def decode_json(data: Buffer | str, kind: type[T]) -> T:
 
 def decode_msgpack(data: Buffer, kind: type[T]) -> T:
     """Raises msgspec.DecodeError, UnicodeDecodeError or RecursionError."""
-    decoded: T = _MSGPACK[kind].decode(data)
-    return decoded
+    return msgpack_decoder(kind).decode(data)
+
+
+def msgpack_decoder(kind: type[T]) -> msgspec.msgpack.Decoder[T]:
+    """For those who decode very many."""
+    decoder: msgspec.msgpack.Decoder[T] = _MSGPACK[kind]
+    return decoder
 
 
 @overload

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from distckpt.chunk_table import Boxes, Grids, Hits
-from distckpt.decoding import decode_msgpack
+from distckpt.decoding import decode_msgpack, msgpack_decoder
 from distckpt.errors import InvalidShardingError
 from distckpt.geometry import Box, Int32Array, Int64Array
 from distckpt.index import Mesh, MeshCoordinates, OnChange, Spec
@@ -233,10 +233,11 @@ class _JointSpecs:
     def add(self, encoded: bytes, rank: int) -> Int32Array:
         """The numbers of the keys of encoded specs."""
         pairs = [bytes(pair) for pair in decode_msgpack(encoded, list[msgspec.Raw])]
+        decoder = msgpack_decoder(tuple[str, Spec])
         known = self._number_of_pair
         for pair in pairs:
             if pair not in known:
-                key, spec = decode_msgpack(pair, tuple[str, Spec])
+                key, spec = decoder.decode(pair)
                 self._join(key, spec, rank)
                 known[pair] = self._number.setdefault(key, len(self._number))
         return np.array([known[pair] for pair in pairs], np.int32)
