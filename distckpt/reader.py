@@ -68,12 +68,13 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class FileReads:
-    """What to read of one shard file: ranges of whole blocks, the extents in them that are wanted, what to copy from
-    them, in order of position, and which entries the file's own header must have for that to be right."""
+    """What to read of one shard file: ranges of whole blocks, what to copy from them, in order of position, where each
+    of that begins and ends, and which entries the file's own header must have for that to be right."""
 
     file: int
     ranges: list[tuple[int, int]]
-    extents: list[tuple[int, int]]
+    lows: Int64Array
+    highs: Int64Array
     targets: list[Target]
     entries: list[ExpectedEntry]
 
@@ -100,11 +101,10 @@ def plan_reads(stored: StoredTensors, wanted: Sequence[Wanted]) -> list[FileRead
     for begin, stop in pairwise(np.flatnonzero(np.diff(files[order], prepend=-1, append=-1)).tolist()):
         mine = order[begin:stop]
         of_file = int(files[mine[0]])
-        end = index.files[of_file].checksum_start
-        ranges, extents = (merged_ranges(lows[mine], highs[mine], unit, end) for unit in (BLOCK_BYTES, 1))
+        ranges = merged_ranges(lows[mine], highs[mine], BLOCK_BYTES, index.files[of_file].checksum_start)
         rows = mine.tolist()
         unique = list(dict.fromkeys(entries[i] for i in rows))
-        reads.append(FileReads(of_file, ranges, extents, [targets[i] for i in rows], unique))
+        reads.append(FileReads(of_file, ranges, lows[mine], highs[mine], [targets[i] for i in rows], unique))
     return reads
 
 

@@ -15,7 +15,7 @@ from itertools import pairwise
 from typing_extensions import Self
 
 from distckpt._C import Memory, Targets
-from distckpt.checkpoint_files import CheckedFile, expected_entries
+from distckpt.checkpoint_files import CheckedFile, expected_entries, merged_ranges
 from distckpt.garbage import postponed_collection
 from distckpt.reader import FileReads, StoredTensors, Wanted, plan_reads
 from distckpt.shard_file import BLOCK_BYTES
@@ -79,7 +79,8 @@ class TensorSource:
                     ranges.append((low + BLOCK_BYTES, high))
         for at in held:
             self._blocks.take(reads.file, at, targets)
-        ends = {end // BLOCK_BYTES * BLOCK_BYTES for extent in reads.extents for end in extent if end % BLOCK_BYTES}
+        extents = merged_ranges(reads.lows, reads.highs, 1, file.data_bytes)
+        ends = {end // BLOCK_BYTES * BLOCK_BYTES for extent in extents for end in extent if end % BLOCK_BYTES}
         begun = sorted(ends.difference(held))
         kept = [(at, min(BLOCK_BYTES, file.data_bytes - at)) for at in begun[-self._blocks.capacity :]]
         slots = [self._blocks.add(reads.file, at, self._used_bytes(reads.file, at, size), size) for at, size in kept]

@@ -14,7 +14,7 @@ MUTANTS = (
     Mutant(
         "tensor source: a block between two extents is not kept",
         "distckpt/tensor_source.py",
-        "for extent in reads.extents for end in extent",
+        "for extent in extents for end in extent",
         "for extent in reads.ranges for end in (extent[0] + 1, extent[1] - 1)",
         ("tests/unit/test_tensor_source.py",),
     ),
