@@ -2,8 +2,8 @@
 
 A save of iteration I by the job that holds epoch E:
 
- 1. Claim. Before its first save the job creates writer-E, E one more than any there is, with put_if_absent, begins
-    again if a higher one is there afterwards, and removes the lower ones.
+ 1. Claim. Before its first save the job creates writer-E, E one more than any there is, with put_if_absent. If a
+    higher one is there afterwards, it is fenced as in step 5; else it removes the lower ones.
     Why: of two jobs on one root, exactly one holds the highest epoch, and everybody can see which.
  2. Announce. Make iter_I and put pending-<save_id> in it, which says E; touch it while the save goes on.
     Why: a sweep spares the files of a save that is under way. One that died it tells by the marker's age, or by
@@ -312,23 +312,22 @@ class Writer:
         cls, storage: Storage, second: Storage | None = None, *, above: int = 0, reshards: str | None = None
     ) -> Writer:
         """Step 1, in both roots: the order of commits must be one over them, although one may have been wiped. above:
-        epoch that is to be exceeded, too. reshards: as of RootOwner. Raises OSError."""
+        epoch that is to be exceeded, too. reshards: as of RootOwner. Raises FencedError, OSError."""
         roots = [storage] if second is None else [storage, second]
         for root in roots:
             root.make_directory("")
         while True:
             epoch = max(above, *map(highest_epoch, roots)) + 1
-            is_put = all(root.put_if_absent(f"writer-{epoch:06d}", encode_owner(reshards)) for root in roots)
-            # Of two jobs that claimed since we looked, the second removes the file of the first, whose number is then
-            # free, but not ours alone.
-            if is_put and not any(other > epoch for root in roots for other in writer_epochs(root)):
+            if all(root.put_if_absent(f"writer-{epoch:06d}", encode_owner(reshards)) for root in roots):
                 break
+        commit_seq = max((commit.commit_seq for root in roots for commit in list_commits(root)), default=0) + 1
+        writer = cls(storage, epoch, commit_seq, second=second)
+        writer.check_fences()  # A second job may have had this number since we looked, and a third removed its file.
         for root in roots:
             for old in writer_epochs(root):
                 if old < epoch:
                     root.remove(f"writer-{old:06d}")
-        commit_seq = max((commit.commit_seq for root in roots for commit in list_commits(root)), default=0) + 1
-        return cls(storage, epoch, commit_seq, second=second)
+        return writer
 
     def check_fence(self) -> None:
         """Step 5. Raises FencedError."""

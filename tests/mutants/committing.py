@@ -189,8 +189,15 @@ MUTANTS = (
     Mutant(
         "claim: a number that was given and whose file has gone is given again",
         "distckpt/commit.py",
-        " and not any(other > epoch for root in roots for other in writer_epochs(root))",
-        "",
+        "        writer.check_fences()  #",
+        "        #",
+        COMMIT,
+    ),
+    Mutant(
+        "claim: the file of a newer job is removed",
+        "distckpt/commit.py",
+        "                if old < epoch:\n",
+        "                if old != epoch:\n",
         COMMIT,
     ),
     Mutant(

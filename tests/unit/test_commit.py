@@ -87,19 +87,27 @@ def test_claim_goes_beyond_the_epochs_of_commits_whose_writer_is_lost(storage: M
     assert newest_iteration(storage) == 5
 
 
-def test_writers_that_claim_at_once_get_epochs_of_their_own(storage: MemoryStorage) -> None:
+def test_writers_that_claim_at_once_get_epochs_of_their_own_or_are_fenced(storage: MemoryStorage) -> None:
     writers: list[Writer] = []
-    threads = [threading.Thread(target=lambda: writers.append(Writer.claim(storage))) for _ in range(8)]
+    fenced: list[FencedError] = []
+
+    def claim() -> None:
+        try:
+            writers.append(Writer.claim(storage))
+        except FencedError as error:
+            fenced.append(error)
+
+    threads = [threading.Thread(target=claim) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    *fenced, newest = sorted(writers, key=lambda writer: writer.epoch)
-    assert len(fenced) == 7
-    assert len({w.epoch for w in writers}) == 8
-    assert storage.list("") == [f"writer-{newest.epoch:06d}"]
+    assert len(writers) + len(fenced) == 8
+    *others, newest = sorted(writers, key=lambda writer: writer.epoch)
+    assert len({writer.epoch for writer in writers}) == len(writers)
+    assert max(storage.list("")) == f"writer-{newest.epoch:06d}"
     newest.check_fence()
-    for writer in fenced:
+    for writer in others:
         with pytest.raises(FencedError, match=f"epoch {newest.epoch}"):
             writer.check_fence()
 
@@ -135,10 +143,52 @@ def test_epoch_whose_file_a_newer_job_has_removed_is_not_given_again() -> None:
             return super().put_if_absent(name, data)
 
     slow = Slow()
-    writer = Writer.claim(slow)
+    with pytest.raises(FencedError, match="epoch 1, but a newer job has claimed epoch 2"):
+        Writer.claim(slow)
     assert [w.epoch for w in slow.rivals] == [1, 2]
-    assert writer.epoch == 3
-    assert slow.list("") == ["writer-000003"]
+    slow.rivals[1].check_fence()
+
+
+def test_job_that_was_given_up_while_it_claimed_does_not_overrule_its_successor() -> None:
+    class Slow(HookedStorage):
+        """Another job claims once the file is there, before the put returns."""
+
+        successor: Writer | None = None
+
+        def put_if_absent(self, name: str, data: bytes) -> bool:
+            is_put = super().put_if_absent(name, data)
+            if name == "writer-000001":
+                self.successor = Writer.claim(self)
+            return is_put
+
+    slow = Slow()
+    with pytest.raises(FencedError, match="epoch 1, but a newer job has claimed epoch 2"):
+        Writer.claim(slow)
+    assert slow.successor is not None
+    slow.successor.check_fence()
+
+
+def test_claim_leaves_the_file_of_a_newer_job_that_has_come_since_its_fence_was_looked_at() -> None:
+    class Slow(HookedStorage):
+        """Another job claims when this one has looked at its fence, before it removes lower epochs."""
+
+        looks = 0
+        successor: Writer | None = None
+
+        def list(self, directory: str) -> list[str]:
+            if directory == "" and super().list("") == ["writer-000001"]:
+                self.looks += 1
+                if self.looks == 3:  # For commits, for its fence, for lower epochs.
+                    self.successor = Writer.claim(self)
+            return super().list(directory)
+
+    slow = Slow()
+    writer = Writer.claim(slow)
+    assert slow.successor is not None
+    assert slow.list("") == ["writer-000002"]
+    slow.successor.check_fence()
+    with pytest.raises(FencedError):
+        writer.check_fence()
 
 
 def test_fenced_writer_announces_nothing(storage: MemoryStorage) -> None:
