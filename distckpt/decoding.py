@@ -7,6 +7,7 @@ kept.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar, overload
@@ -16,6 +17,10 @@ from typing_extensions import Buffer
 
 T = TypeVar("T")
 _finding_out = threading.Lock()
+# A process that is forked while a thread finds out would wait for it for ever, and have a half of a type.
+os.register_at_fork(
+    before=_finding_out.acquire, after_in_parent=_finding_out.release, after_in_child=_finding_out.release
+)
 
 
 def decode_json(data: Buffer | str, kind: type[T]) -> T:
@@ -58,4 +63,5 @@ class _Decoders(dict[Any, Any]):
         return decoder
 
 
+# Module state, since what msgspec knows of a type lies in the type. It has an entry for each type of the package.
 _JSON, _MSGPACK = _Decoders(msgspec.json.Decoder), _Decoders(msgspec.msgpack.Decoder)
