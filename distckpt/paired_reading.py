@@ -22,6 +22,7 @@ from distckpt.geometry import Box, bands, strides_of
 from distckpt.index import Index
 from distckpt.number_differences import Uint8Array
 from distckpt.reader import StoredTensors, Wanted
+from distckpt.reading_order import reading_order
 from distckpt.shard_file import DTYPES
 from distckpt.storage import Storage
 from distckpt.tensor_source import MEMORY_BYTES, TensorSource
@@ -133,7 +134,8 @@ class PairReader:
         parts: list[_Part] = []
         used = [0, 0]
         stored = self._sources[0].stored
-        for _, key in sorted(zip(stored.located.first_places(), stored.keys, strict=True)):
+        for number in reading_order(stored.located):
+            key = stored.keys[number]
             whole, items = Box.whole(self._shapes[key]), self._items[key]
             at = 0
             for box in bands(whole, self._step_bytes // max(items)) if whole.size else (whole,):

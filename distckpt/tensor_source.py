@@ -8,14 +8,16 @@ is kept for the next, so that every byte is read once as long as the blocks that
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 from typing_extensions import Self
 
 from distckpt._C import Memory, Targets
-from distckpt.checkpoint_files import CheckedFile, expected_entries, merged_ranges
+from distckpt.checkpoint_files import CheckedFile, expected_entries
+from distckpt.extents import Extents
 from distckpt.garbage import postponed_collection
 from distckpt.reader import FileReads, StoredTensors, Wanted, plan_reads
 from distckpt.shard_file import BLOCK_BYTES
@@ -28,8 +30,8 @@ OPEN_FILES = 128  # at a time: a process may have 1,024 open, and each is opened
 class TensorSource:
     """The tensors of one checkpoint. A context manager; one thread at a time.
 
-    cache_bytes: for blocks that are begun, beside what is filled. max_open_files: at a time. A checkpoint
-    that vanishes meanwhile raises FileNotFoundError.
+    keys: what will be asked for; all if None. cache_bytes: for blocks that are begun, beside what is filled.
+    max_open_files: at a time. A checkpoint that vanishes meanwhile raises FileNotFoundError.
     """
 
     def __init__(
@@ -37,15 +39,20 @@ class TensorSource:
         storage: Storage,
         directory: str,
         stored: StoredTensors,
+        keys: Iterable[str] | None = None,
         *,
         cache_bytes: int,
         max_open_files: int = OPEN_FILES,
     ) -> None:
         self.stored = stored
+        self._is_wanted = np.ones(len(stored.keys), bool)
+        if keys is not None:
+            self._is_wanted[:] = False
+            self._is_wanted[[stored.number[key] for key in keys]] = True
         self._storage = storage
         self._directory = directory
         self._max_open_files = max_open_files
-        self._files: OrderedDict[int, CheckedFile] = OrderedDict()  # The one that was used last is last.
+        self._files: OrderedDict[int, _OpenFile] = OrderedDict()  # The one that was used last is last.
         self._blocks = _BegunBlocks(max(1, cache_bytes // BLOCK_BYTES))
         self._closed_bytes_read = 0
 
@@ -59,14 +66,14 @@ class TensorSource:
     @property
     def bytes_read(self) -> int:
         """From storage, headers and checksum tables included."""
-        return self._closed_bytes_read + sum(file.bytes_read for file in self._files.values())
+        return self._closed_bytes_read + sum(file.checked.bytes_read for file in self._files.values())
 
     def fill(self, wanted: Sequence[Wanted]) -> None:
         """Fill memory with boxes of tensors. Raises CorruptionError or OSError; the memory is then undefined."""
         for reads in plan_reads(self.stored, wanted):
             self._read(self._file(reads.file), reads)
 
-    def _read(self, file: CheckedFile, reads: FileReads) -> None:
+    def _read(self, file: _OpenFile, reads: FileReads) -> None:
         """One file's part: from the blocks that are begun already, then the others; those that are not wanted whole are
         kept."""
         targets = Targets(reads.targets)
@@ -79,43 +86,47 @@ class TensorSource:
                     ranges.append((low + BLOCK_BYTES, high))
         for at in held:
             self._blocks.take(reads.file, at, targets)
-        extents = merged_ranges(reads.lows, reads.highs, 1, file.data_bytes)
-        ends = {end // BLOCK_BYTES * BLOCK_BYTES for extent in extents for end in extent if end % BLOCK_BYTES}
-        begun = sorted(ends.difference(held))
-        kept = [(at, min(BLOCK_BYTES, file.data_bytes - at)) for at in begun[-self._blocks.capacity :]]
-        slots = [self._blocks.add(reads.file, at, self._used_bytes(reads.file, at, size), size) for at, size in kept]
         copies: list[Target] = [
-            (at, slot, 0, (size,), (1,), (1,), 1) for (at, size), slot in zip(kept, slots, strict=True)
+            (at, self._blocks.add(reads.file, at, left, size), 0, (size,), (1,), (1,), 1)
+            for at, size, left in self._begun(file, reads, held)[-self._blocks.capacity :]
         ]
         try:
-            file.copy(ranges, sorted([*reads.targets, *copies], key=lambda target: target[0]))
+            file.checked.copy(ranges, sorted([*reads.targets, *copies], key=lambda target: target[0]))
         except BaseException:
             self._blocks.forget(reads.file)  # They may hold nothing of the file.
             raise
-        for at, _ in kept:
-            self._blocks.take(reads.file, at, targets)
 
-    def _used_bytes(self, number: int, at: int, size: int) -> int:
-        """How many bytes of a block are those of tensors."""
-        file = self.stored.index.files[number]
-        return min(at + size, file.per_rank[0]) - max(at, file.header_bytes)
+    def _begun(self, file: _OpenFile, reads: FileReads, held: Sequence[int]) -> list[tuple[int, int, int]]:
+        """The blocks of which these reads leave something that will be asked for: (first byte, size, bytes left)."""
+        extents = Extents.joined(reads.lows, reads.highs)
+        ends = np.concatenate([extents.lows, extents.highs])
+        at = np.setdiff1d(ends[ends % BLOCK_BYTES != 0] // BLOCK_BYTES * BLOCK_BYTES, held)
+        stop = np.minimum(at + BLOCK_BYTES, file.checked.data_bytes)
+        left = file.wanted.bytes_in(at, stop) - extents.bytes_in(at, stop)
+        rows = np.flatnonzero(left > 0)
+        return list(zip(at[rows].tolist(), (stop - at)[rows].tolist(), left[rows].tolist(), strict=True))
 
     @postponed_collection()
-    def _open(self, number: int) -> CheckedFile:
+    def _open(self, number: int) -> _OpenFile:
         """A file whose own header speaks of the same bytes as the chunk table. The header is not kept: those of many
         files are long together."""
         stored = self.stored
+        item_bytes = stored.located.item_bytes
+        lows, highs = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         file = CheckedFile(self._storage, self._directory, stored.index.files[number])
         try:
             for tensor, chunks in stored.located.of_file(number):
                 file.check_entries(expected_entries(stored.index, stored.keys, tensor, chunks))
+                rows = np.flatnonzero(self._is_wanted[tensor])
+                lows.append(chunks.starts[rows])
+                highs.append(lows[-1] + chunks.shapes[rows].prod(axis=1) * item_bytes[tensor[rows]])
         except BaseException:
             file.close()
             raise
         file.drop_header()
-        return file
+        return _OpenFile(file, Extents.joined(np.concatenate(lows), np.concatenate(highs)))
 
-    def _file(self, number: int) -> CheckedFile:
+    def _file(self, number: int) -> _OpenFile:
         file = self._files.pop(number, None)
         if file is None:
             while len(self._files) >= self._max_open_files:
@@ -126,8 +137,16 @@ class TensorSource:
 
     def _close_oldest(self) -> None:
         _, file = self._files.popitem(last=False)
-        self._closed_bytes_read += file.bytes_read
-        file.close()
+        self._closed_bytes_read += file.checked.bytes_read
+        file.checked.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _OpenFile:
+    """wanted: what will be asked for of it."""
+
+    checked: CheckedFile
+    wanted: Extents
 
 
 class _BegunBlocks:
@@ -143,17 +162,18 @@ class _BegunBlocks:
         """Where in the file the blocks begin that are held of it, ascending."""
         return sorted(at for number, at in self._blocks if number == file)
 
-    def add(self, file: int, at: int, used_bytes: int, size: int) -> memoryview:
-        """Memory for a block of the file. At most `capacity` are added before they are filled."""
+    def add(self, file: int, at: int, left_bytes: int, size: int) -> memoryview:
+        """Memory for a block of the file, of which left_bytes will be taken. At most `capacity` are added before they
+        are filled."""
         if not self._free:
             self._remove(next(iter(self._blocks)))
         slot = self._free.pop()
-        block = _BegunBlock(slot, used_bytes, self._memory[slot * BLOCK_BYTES :][:size])
+        block = _BegunBlock(slot, left_bytes, self._memory[slot * BLOCK_BYTES :][:size])
         self._blocks[file, at] = block
         return block.data
 
     def take(self, file: int, at: int, targets: Targets) -> None:
-        """Copy what targets want of a block, which goes once every byte of it was taken."""
+        """Copy what targets want of a block, which goes once all was taken."""
         block = self._blocks[file, at]
         block.left_bytes -= targets.copy_from(block.data, at)
         if block.left_bytes <= 0:

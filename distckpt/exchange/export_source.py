@@ -24,6 +24,7 @@ from distckpt.geometry import Box
 from distckpt.index import Index, Spec
 from distckpt.key_globs import is_selected, unmatched_globs
 from distckpt.reader import StoredTensors, Wanted
+from distckpt.reading_order import reading_order
 from distckpt.selecting import Selector, open_selected, select_commits
 from distckpt.shard_file import DTYPES
 from distckpt.storage import Storage
@@ -75,7 +76,7 @@ class ExportSource:
             raise ValueError(f"dtype {dtype!r}: expected a floating-point type that tensors can be rounded to")
         keys = [key for key in index.tensors if is_selected(key, select, drop)]
         stored = StoredTensors.read(storage, commit.directory, index, keys)
-        ordered = [key for _, key in sorted(zip(stored.located.first_places(), keys, strict=True))]
+        ordered = [keys[number] for number in reading_order(stored.located)]
         return cls(storage, commit.directory, index, stored, ordered, select, drop, dtype)
 
     def is_selected(self, key: str) -> bool:

@@ -220,7 +220,7 @@ def write_safetensors(
         def write_file(tensors: TensorSource, file: FileOfTensors) -> None:
             header = file.header()
             with new_file(storage, file.name, len(header) + file.data_bytes) as out:
-                window = _Window(out, workers.memory_bytes // 4)
+                window = _Window(out, workers.memory_bytes // 8)
                 window.write(np.frombuffer(header, np.uint8))
                 for parts in _batches(source, file, workers.memory_bytes // 8):
                     for elements in source.read(tensors, parts):

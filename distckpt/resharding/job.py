@@ -209,7 +209,7 @@ class ReshardJob:
         found: list[TargetFiles] = []
 
         def lay_out() -> None:
-            files = plan_files(planned.layout, content, planned.firsts, order.parts)
+            files = plan_files(planned.layout, content, planned.turns, order.parts)
             with _explaining(planned):
                 per_rank = read_kept_per_rank(planned.storage, planned.commit.directory, index, content.per_rank)
             laid_out = lay_out_files(

@@ -232,7 +232,9 @@ class PartWriter:
         converts = any(tensor.source_dtype != tensor.dtype for tensor in plan.tensors)
         scratch = memoryview(Memory(self._memory.window_bytes + 4096)) if converts else windows[0][:0]
         writing: Future[None] | None = None
-        source = TensorSource(self._source, self._source_directory, self._stored, cache_bytes=self._memory.cache_bytes)
+        keys = [tensor.key for tensor in plan.tensors[lot.at.tensor : lot.end]]
+        memory = self._memory
+        source = TensorSource(self._source, self._source_directory, self._stored, keys, cache_bytes=memory.cache_bytes)
         with ThreadPoolExecutor(1, "distckpt-write") as writer, source:
             for count, step in enumerate(steps):
                 if self._stopped.is_set():

@@ -17,6 +17,7 @@ from distckpt.elements import can_convert
 from distckpt.errors import CheckpointError
 from distckpt.index import Index, TensorEntry
 from distckpt.reader import StoredTensors
+from distckpt.reading_order import begun_blocks, reading_order
 from distckpt.resharding.content import Content, choose_content
 from distckpt.resharding.part import LotMemory, memory_to_read_once, share_memory
 from distckpt.resharding.plan_file import ReshardPlan, plan_of
@@ -41,8 +42,8 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class PlannedReshard:
-    """firsts: of each tensor of the layout where it begins in the source: (file, first byte). begun_blocks: as
-    of LocatedChunks. digest: of all that decides what is written."""
+    """turns: of each tensor of the layout when it is read. begun_blocks: how many are begun at a time. digest: of all
+    that decides what is written."""
 
     storage: Storage
     commit: Commit
@@ -50,7 +51,7 @@ class PlannedReshard:
     stored: StoredTensors
     content: Content
     layout: TargetLayout
-    firsts: Sequence[tuple[int, int]]
+    turns: Sequence[int]
     begun_blocks: int
     digest: str
 
@@ -74,8 +75,8 @@ class PlannedReshard:
         if memory_bytes >= needed:
             return self.content.notes
         note = (
-            f"up to {self.begun_blocks} blocks are begun at a time: some may be read more than once; with a "
-            f"memory of {needed >> 20} MiB (--memory) none is"
+            f"up to {self.begun_blocks} blocks are begun at a time: some may be read more than once; a memory of "
+            f"{needed >> 20} MiB (--memory) holds them all"
         )
         return (*self.content.notes, note)
 
@@ -93,9 +94,10 @@ def plan_reshard(storage: Storage, commit: Commit, request: Request) -> PlannedR
             raise CheckpointError(f"{tensor.key!r}: {before} cannot be converted to {tensor.spec.dtype}")
     layout = lay_out(tensors, mesh)
     digest = digest_of(index.save_id, layout, content, index.tensors)
-    located = stored.located
+    order = reading_order(stored.located)
+    turns = np.argsort(np.array(order, np.int64)).tolist()
     return PlannedReshard(
-        storage, commit, index, stored, content, layout, located.first_places(), located.begun_blocks(), digest
+        storage, commit, index, stored, content, layout, turns, begun_blocks(stored.located, order), digest
     )
 
 

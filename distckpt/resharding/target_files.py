@@ -51,12 +51,12 @@ class PlannedFiles:
         return len(self.bounds) - 1
 
 
-def plan_files(layout: TargetLayout, content: Content, firsts: Sequence[tuple[int, int]], parts: int) -> PlannedFiles:
-    """firsts: for each tensor of the layout (file, first byte) in the source. parts: how many processes write."""
+def plan_files(layout: TargetLayout, content: Content, turns: Sequence[int], parts: int) -> PlannedFiles:
+    """turns: of each tensor of the layout when it is read. parts: how many processes write."""
     of_rank = [int(chunks.ranks.min()) if len(chunks) else 0 for chunks in layout.chunks]
-    by_rank = sorted(range(len(layout.tensors)), key=lambda t: (of_rank[t], firsts[t]))
+    by_rank = sorted(range(len(layout.tensors)), key=lambda t: (of_rank[t], turns[t]))
     bounds = _cut(by_rank, layout, parts)
-    slices = [sorted(by_rank[low:high], key=lambda t: firsts[t]) for low, high in pairwise(bounds)]
+    slices = [sorted(by_rank[low:high], key=lambda t: turns[t]) for low, high in pairwise(bounds)]
     order = [t for tensors in slices for t in tensors]
     per_rank = _per_rank_kinds(content)
     writers = sorted({0, *per_rank, *(rank for chunks in layout.chunks for rank in np.unique(chunks.ranks).tolist())})

@@ -14,9 +14,23 @@ MUTANTS = (
     Mutant(
         "tensor source: a block between two extents is not kept",
         "distckpt/tensor_source.py",
-        "for extent in extents for end in extent",
-        "for extent in reads.ranges for end in (extent[0] + 1, extent[1] - 1)",
+        "        ends = np.concatenate([extents.lows, extents.highs])\n",
+        "        ends = np.array([end for low, high in reads.ranges for end in (low + 1, high - 1)], np.int64)\n",
         ("tests/unit/test_tensor_source.py",),
+    ),
+    Mutant(
+        "tensor source: blocks are kept for what nobody will ask for",
+        "distckpt/tensor_source.py",
+        "            self._is_wanted[:] = False\n",
+        "",
+        ("tests/unit/test_tensor_source.py",),
+    ),
+    Mutant(
+        "reading order: by place in the first file alone",
+        "distckpt/reading_order.py",
+        "        yield number\n",
+        "        yield number\n        continue\n",
+        ("tests/unit/test_reading_order.py",),
     ),
     Mutant(
         "located: chunks may lie anywhere",

@@ -58,14 +58,16 @@ ALLOWED: dict[str, set[str]] = {
     "writing": VALUES | FORMAT | {"_C", "storage"},
     "checkpoint_files": VALUES | FORMAT | {"_C", "storage"},
     "located_chunks": VALUES | FORMAT | {"planner"},
+    "extents": {"geometry"},
+    "reading_order": VALUES | FORMAT | {"located_chunks"},
     "reader": VALUES | FORMAT | {"storage", "checkpoint_files", "located_chunks", "planner"},
     "wanted_tensor": VALUES | {"reader", "transport"},
-    "tensor_source": VALUES | FORMAT | {"_C", "storage", "checkpoint_files", "reader"},
+    "tensor_source": VALUES | FORMAT | {"_C", "storage", "checkpoint_files", "extents", "reader"},
     "number_differences": {"geometry", "shard_file", "elements"},
     "value_differences": {"errors", "json_value", "number_differences"},
     "paired_reading": {
         *VALUES | FORMAT,
-        *("storage", "checkpoint_files", "reader", "tensor_source", "number_differences"),
+        *("storage", "checkpoint_files", "reader", "reading_order", "tensor_source", "number_differences"),
     },
     "comparing": {
         *VALUES | FORMAT,
@@ -147,7 +149,7 @@ ALLOWED: dict[str, set[str]] = {
     "exchange": {
         *VALUES | FORMAT,
         *("_C", "storage", "assembling", "checkpoint_files", "commit", "heartbeat", "planner", "reader", "removing"),
-        *("report", "roots", "selecting", "share_files", "tensor_source", "writing"),
+        *("reading_order", "report", "roots", "selecting", "share_files", "tensor_source", "writing"),
     },
     "parity": VALUES | FORMAT | {"_C", "storage", "commit", "checkpoint_files"},
     "rebuilding": VALUES | FORMAT | {"_C", "storage", "assembling", "commit", "checkpoint_files"},
@@ -158,8 +160,9 @@ ALLOWED: dict[str, set[str]] = {
     "protecting": VALUES | FORMAT | PORTS | {"commit", "checkpoint_files", "parity"},
     "resharding": {
         *VALUES | FORMAT | PORTS | {"root_owner"},
-        *("_C", "assembling", "checkpoint_files", "commit", "copying", "elements", "heartbeat", "planner", "reader"),
-        *("parity", "removing", "report", "roots", "selecting", "share_files", "tensor_source", "writing"),
+        *("_C", "assembling", "checkpoint_files", "commit", "copying", "elements", "heartbeat", "parity", "planner"),
+        *("reader", "reading_order", "removing", "report", "roots", "selecting", "share_files", "tensor_source"),
+        "writing",
     },
     "report": VALUES,
     # The flows are the checkpointer, cut in pieces; they hand the list of adapters to flatten.

@@ -65,7 +65,6 @@ def test_chunks_are_found_by_tensor_and_by_file(checkpoint: tuple[list[tuple[int
     found = located(shapes, tensors)
     for number, places in enumerate(tensors):
         assert places_of(found.of_tensor(number)) == sorted(places)
-    assert found.first_places() == [min(places)[:2] if places else (0, 0) for places in tensors]
     for file in range(FILES):
         of_file = [
             (tensor, place)
@@ -73,16 +72,6 @@ def test_chunks_are_found_by_tensor_and_by_file(checkpoint: tuple[list[tuple[int
             for tensor, place in zip(numbers.tolist(), places_of(hits), strict=True)
         ]
         assert sorted(of_file) == [(t, p) for t, places in enumerate(tensors) for p in sorted(places) if p[0] == file]
-    assert found.begun_blocks() == max(map(begun_blocks, tensors), default=0)
-
-
-def begun_blocks(places: Sequence[Place]) -> int:
-    rows = [range(box.offset[0], box.end[0]) if box.shape else range(1) for *_, box in places]
-    first = {file: min(start for other, start, _ in places if other == file) for file, *_ in places}
-    blocks = [1 if start == first[file] or not box.shape else 2 for file, start, box in places]
-    stop = max((of.stop for of in rows), default=0)
-    in_row = [sum(n for n, of in zip(blocks, rows, strict=True) if row in of) for row in range(stop)]
-    return max(len(first), *in_row, 0)
 
 
 @pytest.mark.parametrize(("file", "start", "says"), [(FILES, 0, "is in file 3 of 3"), (0, 90, "data lies at 0-100")])

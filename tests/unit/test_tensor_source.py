@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distckpt import Checkpointer, ShardedTensor
 from distckpt.commit import list_commits, read_index
+from distckpt.coordinator import Coordinator
 from distckpt.errors import CorruptionError
 from distckpt.geometry import Box, bands
 from distckpt.reader import StoredTensors, Wanted
+from distckpt.reading_order import begun_blocks, reading_order
 from distckpt.shard_file import BLOCK_BYTES
 from distckpt.storage import Storage
 from distckpt.tensor_source import TensorSource
-from distckpt.testing import MemoryStorage
+from distckpt.testing import MemoryStorage, run_ranks
 from tests.unit.damage import change, flip
 from tests.unit.saved_roots import ROWS, saved_root
 from tests.unit.stored_tensors import Tensor, stored
@@ -77,11 +81,47 @@ def test_chunks_that_share_a_file_are_read_once_though_each_is_begun() -> None:
     elements = np.frombuffer(tensor.data, np.int64).reshape(rows, columns)
     storage = stored({"weight": tensor})
     with open_source(storage) as source:
-        assert source.stored.located.begun_blocks() == 2 * columns - 1
-    with open_source(storage, cache_bytes=(2 * columns - 1) * BLOCK_BYTES) as source:
+        located = source.stored.located
+    begun = begun_blocks(located, reading_order(located))
+    assert columns < begun < 2 * columns
+    with open_source(storage, cache_bytes=begun * BLOCK_BYTES) as source:
         for box in bands(Box.whole(elements.shape), elements.size // 5):
             assert np.array_equal(read_box(source, box), elements[slices(box)])
         check_every_byte_was_read_once(source)
+
+
+def test_blocks_are_not_kept_for_what_nobody_will_ask_for() -> None:
+    """Rank 0 has the first and the last tensor in one block, which is needed to the end. Of what rank 1 has in between,
+    every other is asked for: many blocks end with something else."""
+    storage, size_bytes = MemoryStorage(), BLOCK_BYTES // 24 * 8
+
+    def save(coordinator: Coordinator) -> None:
+        at = coordinator.rank
+        state: dict[str, object] = {  # Of a file, items of 8 bytes come first and those of 2 bytes last.
+            key: ShardedTensor.from_rank_offsets(key, tensor, (0, at, 2), partition=("tp",))
+            for key, tensor in (
+                ("first", torch.full((size_bytes // 8,), at, dtype=torch.int64)),
+                ("last", torch.full((size_bytes // 2,), at, dtype=torch.int16)),
+            )
+        }
+        if at == 1:
+            state |= {f"own{number:02}": torch.zeros(size_bytes // 4, dtype=torch.int32) for number in range(24)}
+        with Checkpointer(storage, coordinator=coordinator, mesh={"tp": (at, 2)}) as checkpointer:
+            checkpointer.save(state, iteration=1)
+
+    run_ranks(2, save)
+    with open_source(storage) as source:
+        everything = source.stored
+    keys = [everything.keys[number] for number in reading_order(everything.located)]
+    assert keys == ["first", *sorted(keys[1:-1]), "last"]
+    wanted = ["first", *keys[1:-1:2], "last"]
+    directory = list_commits(storage)[0].directory
+    with TensorSource(storage, directory, everything, wanted, cache_bytes=2 * BLOCK_BYTES) as source:
+        for key in wanted:
+            entry = everything.index.tensors[key]
+            out = np.zeros(entry.global_shape, entry.dtype)
+            source.fill([Wanted(key, Box.whole(out.shape), out.view(np.uint8), 0, out.strides, out.itemsize)])
+        assert source.bytes_read <= sum(file.size_bytes + file.header_bytes for file in everything.index.files)
 
 
 def test_a_cache_that_is_too_small_reads_again(root: MemoryStorage) -> None:
