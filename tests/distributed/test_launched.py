@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore
 
 import distckpt
 from distckpt.coordinator import SingleProcess, launched_coordinator
@@ -231,6 +232,18 @@ def test_port_that_somebody_else_has_is_an_error_of_rank_0(monkeypatch: pytest.M
             monkeypatch.setenv(name, text)
         with pytest.raises(DistributedError, match=f"rank 0 of 2 does not reach rank 0 through 127.0.0.1:{port}: "):
             launched_coordinator(timeout_s=6)
+
+
+def test_rank_0_that_does_not_come_to_the_store_of_an_agent_is_waited_for_within_the_bound(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    agent = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    place = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(agent.port)}
+    for name, text in {**place, "TORCHELASTIC_USE_AGENT_STORE": "True"}.items():
+        monkeypatch.setenv(name, text)
+    with pytest.raises(DistributedError, match=r"rank 1 of 2 does not reach rank 0 .*not come within 2 s") as failed:
+        launched_coordinator(timeout_s=2)
+    assert failed.value.failures == {0: "it has not come within 2 s"}
 
 
 WAITS = """
