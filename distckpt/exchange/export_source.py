@@ -138,17 +138,13 @@ class Workers:
     def run(self, steps: Iterator[tuple[int, T]], work: Callable[[TensorSource, T], None]) -> None:
         """Have work(source, step) done for each (bytes, step), by whichever thread comes next. Raises what one of them
         raised first, once all have stopped."""
-        if self.jobs == 1:
-            self._take(steps, work)
-        else:
-            # No threads that are joined here: Python 3.11 takes one whose join() is interrupted for one that has ended.
-            with ThreadPoolExecutor(self.jobs, "distckpt-export") as threads:
-                futures = [threads.submit(self._run, steps, work) for _ in range(self.jobs)]
-                try:
-                    wait(futures)
-                except BaseException as error:  # Ctrl-C.
-                    self._failures.append(error)
-                    raise
+        # No threads that are joined here: Python 3.11 takes one whose join() is interrupted for one that has ended.
+        with ThreadPoolExecutor(self.jobs, "distckpt-export") as threads:
+            try:
+                wait([threads.submit(self._run, steps, work) for _ in range(self.jobs)])
+            except BaseException as error:  # Ctrl-C.
+                self._failures.append(error)
+                raise
         if self._failures:
             raise self._failures[0]
 

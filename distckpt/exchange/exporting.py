@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 
@@ -30,7 +31,14 @@ from distckpt.exchange.safetensors_files import (
     index_document,
     rename_keys,
 )
-from distckpt.exchange.zarr_group import Compression, NewArray, NewGroup, import_zarr_library, sync_path
+from distckpt.exchange.zarr_group import (
+    Compression,
+    NewArray,
+    NewGroup,
+    UninterruptedCalls,
+    import_zarr_library,
+    sync_path,
+)
 from distckpt.exchange.zarr_layout import (
     LAYOUT_VERSION,
     GroupFacts,
@@ -91,8 +99,8 @@ def write_zarr(
     started = time.perf_counter()
     workers = Workers(source, memory_bytes, jobs, on_bytes)
     paths = node_paths(source.keys)
-    with _new_directory(target, source.size_bytes) as directory:
-        group = NewGroup.create(directory, _facts(source), compression)
+    with UninterruptedCalls() as zarr, _new_directory(target, source.size_bytes) as directory:
+        group = zarr.call(lambda: NewGroup.create(directory, _facts(source), compression))
         cells = {key: _stored_cell(source, key) for key in source.keys}
         arrays = {}
         for key in source.keys:
@@ -100,7 +108,7 @@ def write_zarr(
             # A part of the memory: zarr holds a shard several times while it puts it together.
             max_bytes = workers.memory_bytes // _SHARD_COPIES
             cut = cut_array(spec.global_shape, DTYPES[spec.dtype].item_bytes, cells[key], max_bytes)
-            arrays[key] = group.create_array(paths[key], key, spec, cut)
+            arrays[key] = zarr.call(partial(group.create_array, paths[key], key, spec, cut))
 
         def write_shard(tensors: TensorSource, step: tuple[str, NewArray, Box]) -> None:
             key, array, box = step
@@ -116,7 +124,7 @@ def write_zarr(
             ),
             write_shard,
         )
-        group.finish()
+        zarr.call(group.finish)
     others = [*source.index.values, *source.index.per_rank]
     left_out = sum(not source.is_selected(key) for key in others)
     return _report(source, target, sum(array.shard_count for array in arrays.values()), left_out, started)
@@ -301,8 +309,8 @@ def _new_directory(target: str | os.PathLike[str], size_bytes: int) -> Iterator[
         )
     # No target of another export, nor a name that a glob finds.
     temporary = os.path.join(above, f".{name[:50]}.tmp-{secrets.token_hex(8)}")
-    os.mkdir(temporary)
     try:
+        os.mkdir(temporary)
         yield temporary
         try:
             os.rename(temporary, path)

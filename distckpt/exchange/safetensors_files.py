@@ -117,12 +117,18 @@ def index_document(files: Sequence[FileOfTensors]) -> bytes:
 
 def rename_keys(keys: Iterable[str], strip: str, rename: Sequence[tuple[str, str]]) -> dict[str, str]:
     """Key -> name: without the prefix `strip` where it begins with that, then each (old, new) of `rename` replaced
-    wherever it stands, one after the other. Raises ValueError for two keys of one name, or one that is reserved."""
+    wherever it stands, one after the other. Raises ValueError for two keys of one name, for one that is reserved, and
+    for what is in no key."""
     names: dict[str, str] = {}
     taken: dict[str, str] = {}
+    idle = {strip, *(old for old, _ in rename)} - {""}
     for key in keys:
         name = key.removeprefix(strip)
+        if name != key:
+            idle.discard(strip)
         for old, new in rename:
+            if old in name:
+                idle.discard(old)
             name = name.replace(old, new)
         if name in taken:
             raise ValueError(f"{taken[name]!r} and {key!r} would both be named {name!r}; rename or select less")
@@ -130,6 +136,9 @@ def rename_keys(keys: Iterable[str], strip: str, rename: Sequence[tuple[str, str
             raise ValueError(f"{key!r} would be named {name!r}, which safetensors keeps for itself; rename it")
         names[key] = name
         taken[name] = key
+    if names and idle:
+        like = ", ".join(map(repr, list(names)[:5]))
+        raise ValueError(f"{min(idle)!r}, which was to be stripped or renamed, is in no key; keys are such as {like}")
     return names
 
 

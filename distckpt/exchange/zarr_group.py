@@ -8,16 +8,18 @@ from __future__ import annotations
 import os
 import stat
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
 from types import ModuleType
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import msgspec
 import numpy as np
+from typing_extensions import Self
 
 from distckpt.decoding import decode_json
 from distckpt.elements import Elements
@@ -37,6 +39,7 @@ from distckpt.geometry import Box
 from distckpt.index import MAX_INDEX_BYTES, Spec
 from distckpt.shard_file import DTYPES
 
+T = TypeVar("T")
 Compression: TypeAlias = Literal["zstd", "none"]
 ROOT_DOCUMENT = "zarr.json"
 _DOCUMENTS = (ROOT_DOCUMENT, ".zarray", ".zgroup", ".zattrs", ".zmetadata")
@@ -138,6 +141,27 @@ class NewGroup:
             if ROOT_DOCUMENT in names:
                 sync_path(os.path.join(directory, ROOT_DOCUMENT))
             sync_path(directory)
+
+
+class UninterruptedCalls:
+    """Calls of zarr that end before a signal is heard: it works on in a thread of its own when who waits for it is
+    interrupted, and would make again what is removed then. A context manager."""
+
+    def __enter__(self) -> Self:
+        self._thread = ThreadPoolExecutor(1, "distckpt-zarr")
+        self._thread.submit(int).result()  # Then no call starts it: who is interrupted in that does not know of it.
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
+
+    def call(self, work: Callable[[], T]) -> T:
+        """What work() returns, or raises."""
+        try:
+            return self._thread.submit(work).result()
+        except BaseException:
+            self._thread.submit(int).result()  # After it.
+            raise
 
 
 def sync_path(path: str) -> None:

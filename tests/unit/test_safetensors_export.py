@@ -269,6 +269,9 @@ def test_names_are_keys_without_a_prefix_and_with_texts_replaced() -> None:
         rename_keys(["a/w", "w"], "a/", [])
     with pytest.raises(ValueError, match="'a' would be named '__metadata__'"):
         rename_keys(["a"], "", [("a", "__metadata__")])
+    for strip, rename in (("model.", []), ("", [("lyers", "h")])):
+        with pytest.raises(ValueError, match="in no key; keys are such as 'model/a', 'b'"):
+            rename_keys(["model/a", "b"], strip, rename)
 
 
 def test_memory_does_not_grow_with_a_tensor_and_each_byte_is_read_once(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from distckpt.coordinator import Coordinator
 from distckpt.errors import CheckpointError, CorruptionError
 from distckpt.exchange import exporting, zarr_group
 from distckpt.exchange.export_source import LEAST_MEMORY_BYTES, ExportSource
+from distckpt.exchange.zarr_group import UninterruptedCalls
 from distckpt.exchange.zarr_layout import PerRankFacts, RankValues, cut_array, dimension_names, node_paths, zarr_type
 from distckpt.geometry import Box
 from distckpt.index import Spec
@@ -349,12 +351,29 @@ def test_an_array_of_more_chunks_than_can_be_is_refused(tmp_path: Path) -> None:
     refuse(tmp_path / "x", "array 'a' .* parts, at most 4194304 are taken", CheckpointError)
 
 
+def test_call_of_zarr_ends_before_who_is_interrupted_goes_on() -> None:
+    done = []
+
+    def work() -> None:
+        _thread.interrupt_main()
+        time.sleep(0.2)
+        done.append(1)
+
+    with UninterruptedCalls() as zarr_calls:
+        with pytest.raises(KeyboardInterrupt):
+            zarr_calls.call(work)
+        assert done == [1]
+        with pytest.raises(ZeroDivisionError):
+            zarr_calls.call(lambda: 1 // 0)
+
+
 def test_what_is_there_is_left_alone(tmp_path: Path) -> None:
     saved = stored({"w": Tensor.of("int8", (3,))})
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    for name in ("file", "link", "."):
-        with pytest.raises(FileExistsError):
+    (tmp_path / "empty").mkdir()  # rename() would replace it.
+    for name in ("file", "link", "empty", "."):
+        with pytest.raises(FileExistsError, match="something is there already"):
             export_zarr(saved, tmp_path / name)
     assert (tmp_path / "file").read_text() == "mine"
     export_zarr(saved, tmp_path / "x")
