@@ -78,8 +78,13 @@ def reshard(
     drop: Annotated[list[str] | None, typer.Option(help=DROP, show_default=False)] = None,
     iteration: Annotated[str | None, typer.Option(help=WHICH, show_default=False)] = None,
     memory: Annotated[
-        str, typer.Option(help="How much each process takes, whatever the size of the checkpoint: 256MiB, 1GB.")
-    ] = "256MiB",
+        str | None,
+        typer.Option(
+            help="How much each process takes, whatever the size of the checkpoint: 1GB. If nothing is said 256MiB, "
+            "and 84MiB for each thread of more than three.",
+            show_default=False,
+        ),
+    ] = None,
     jobs: Annotated[int, typer.Option(help="Threads of each process.", min=1)] = 1,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the layout, the bytes of each rank and the memory; write nothing.")
@@ -99,7 +104,7 @@ def reshard(
     mesh = _mesh({"tp": tp, "cp": cp, "ep": ep, "dp": dp, "pp": pp}, axis or [])
     wishes = _with_layers(ReshardPlan() if plan is None else read_plan(plan), pp_layers)
     wanted = None if dtype is None else dtype_name(dtype)
-    memory_bytes = size_bytes(memory)
+    memory_bytes = None if memory is None else size_bytes(memory)
     if dry_run:
         preview = preview_reshard(
             source,
@@ -118,7 +123,7 @@ def reshard(
     is_first, world_size = coordinator.rank == 0, coordinator.world_size
     # Rank 0 speaks for all, and of its own part.
     what = "reshard" if world_size == 1 else f"reshard, rank 0 of {world_size}"
-    left = f"what is whole stays in {target}, where it is no checkpoint yet; the same command goes on from there"
+    left = f"what is whole stays in {target}; the same command goes on from there, or says that it is done"
     with closing(coordinator), leaving(left), progress_bar(what, 0, is_shown=is_first) as on_bytes:
         report = reshard_root(
             source,

@@ -27,6 +27,7 @@ from distckpt.commit import (
     list_commits,
     new_save_id,
     pending_marker,
+    read_head,
     read_index,
     tracker_warning,
 )
@@ -40,7 +41,7 @@ from distckpt.resharding.part import Journal, journal_name, read_journal
 from distckpt.resharding.planning import PlannedReshard
 from distckpt.resharding.steps import PlacedTensor
 from distckpt.resharding.target_files import PlannedFiles, TargetFile
-from distckpt.root_owner import RootOwner
+from distckpt.root_owner import RootOwner, owner_name
 from distckpt.roots import check_place, owner_of
 from distckpt.shard_file import FORMAT, FORMAT_VERSION
 from distckpt.storage import PosixStorage, Storage
@@ -107,7 +108,7 @@ def begin(target: Storage, planned: PlannedReshard, world_size: int) -> tuple[Or
         return Order(there, 1, is_there=True), None
     _check_is_free(target, planned, owner)
     journal = _find_journal(target, planned)
-    writer = Writer.claim(target, reshards=planned.storage.location)
+    writer = Writer.claim(target, reshards=owner_name(planned.storage.location))
     save_id = new_save_id() if journal is None else journal.save_id
     directory = iteration_directory(planned.index.iteration)
     target.make_directory(directory)
@@ -138,8 +139,17 @@ def _check_is_free(target: Storage, planned: PlannedReshard, owner: RootOwner | 
             f"reshard there would end that job, and count as newer than what it has saved. Give a root of its "
             f"own. Nothing was written."
         )
+    newest = next(iter(list_commits(target)), None)
+    parent = None if newest is None else read_head(target, newest).parent
+    for commit in list_commits(planned.storage):
+        if commit > planned.commit and read_head(planned.storage, commit).save_id == parent:
+            raise CheckpointError(
+                f"{target.location} has iteration {commit.iteration} already, which {planned.storage.location} saved "
+                f"after iteration {planned.commit.iteration}, and which would not be the newest any more. Reshard in "
+                f"the order in which they were saved, or into a root of its own. Nothing was written."
+            )
     # What was resharded here before may be of checkpoints that the source has pruned since: then nothing else tells.
-    if owner is None or owner.reshards != planned.storage.location:
+    if owner is None or owner.reshards != owner_name(planned.storage.location):
         check_is_of_one_run(planned.storage, target, planned.commit)
 
 

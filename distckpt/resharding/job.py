@@ -35,6 +35,7 @@ from distckpt.resharding.part import (
     PartPlan,
     PartWriter,
     check_journal,
+    default_memory,
     journal_name,
     read_journal,
 )
@@ -44,7 +45,7 @@ from distckpt.resharding.target_files import cut_lots, lay_out_files, place_tens
 from distckpt.resharding.target_layout import TargetMesh
 from distckpt.selecting import open_selected, select_commits
 from distckpt.storage import PosixStorage, Storage
-from distckpt.tensor_source import MEMORY_BYTES, OPEN_FILES
+from distckpt.tensor_source import OPEN_FILES
 
 logger = logging.getLogger("distckpt")
 M = TypeVar("M")
@@ -63,7 +64,7 @@ def reshard(
     select: Sequence[str] = (),
     drop: Sequence[str] = (),
     dtype: str | None = None,
-    memory_bytes: int = MEMORY_BYTES,
+    memory_bytes: int | None = None,
     jobs: int = 1,
     coordinator: Coordinator | None = None,
     timeout_s: float = 600.0,
@@ -73,9 +74,9 @@ def reshard(
     """Rewrite the newest checkpoint under a root, or the selected one, for a mesh of other sizes, into another root.
 
     mesh: axis -> size; axes that are not named get size 1. select, drop: globs of keys. dtype: what floating-point
-    tensors are converted to. memory_bytes: what each process takes for it, whatever the size of the checkpoint. jobs:
-    threads of each process. on_bytes: told how many bytes of tensors this process has written since it was told last.
-    on_plan: told what will be done, once, before anything is written.
+    tensors are converted to. memory_bytes: what each process takes for it, whatever the size of the checkpoint; if None
+    256 MiB, or as much as `jobs`, the threads of each process, need. on_bytes: told how many bytes of tensors this
+    process has written since it was told last. on_plan: told what will be done, once, before anything is written.
 
     Collective: all ranks of the coordinator call it alike; by default that of torch.distributed or mpirun, else one
     process. Called again after it was cut short, it goes on.
@@ -86,6 +87,7 @@ def reshard(
     coordinator = default_coordinator() if coordinator is None else coordinator
     if jobs < 1:
         raise ValueError(f"jobs={jobs}: at least 1 expected")
+    memory_bytes = default_memory(jobs) if memory_bytes is None else memory_bytes
     job = ReshardJob(
         coordinator,
         timeout_s,

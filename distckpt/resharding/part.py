@@ -30,7 +30,7 @@ from distckpt.resharding.steps import Conversion, PlacedTensor, Step, Transfer, 
 from distckpt.resharding.target_files import Lot, TargetFile
 from distckpt.shard_file import BLOCK_BYTES, DTYPES, FORMAT, FORMAT_VERSION, FileLayout
 from distckpt.storage import Storage
-from distckpt.tensor_source import TensorSource
+from distckpt.tensor_source import MEMORY_BYTES, TensorSource
 
 JOURNAL_S = 5.0
 CACHE_BYTES = 32 << 20  # of each lot at least, for blocks that are begun
@@ -102,6 +102,11 @@ def share_memory(memory_bytes: int, lots: int, *, converts: bool, begun_blocks: 
             f"({-(-needed >> 20)} MiB), or fewer threads"
         )
     return LotMemory(cache, min(size, _MAX_WINDOW_BYTES))
+
+
+def default_memory(jobs: int) -> int:
+    """What a process takes if nothing else is said: MEMORY_BYTES, or what so many threads need at least."""
+    return max(MEMORY_BYTES, jobs * (CACHE_BYTES + RINGS_BYTES + 3 * _MIN_WINDOW_BYTES))
 
 
 def memory_to_read_once(lots: int, begun_blocks: int) -> int:

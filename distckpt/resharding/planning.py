@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 import numpy as np
@@ -19,14 +19,13 @@ from distckpt.index import Index, TensorEntry
 from distckpt.reader import StoredTensors
 from distckpt.reading_order import begun_blocks, reading_order
 from distckpt.resharding.content import Content, choose_content
-from distckpt.resharding.part import LotMemory, memory_to_read_once, share_memory
+from distckpt.resharding.part import LotMemory, default_memory, memory_to_read_once, share_memory
 from distckpt.resharding.plan_file import ReshardPlan, plan_of
 from distckpt.resharding.target_files import digest_of
-from distckpt.resharding.target_layout import TargetLayout, TargetMesh, lay_out
+from distckpt.resharding.target_layout import TargetLayout, TargetMesh, TargetTensor, lay_out
 from distckpt.resharding.tensor_labels import label_tensors
 from distckpt.selecting import open_selected, select_commits
 from distckpt.storage import Storage
-from distckpt.tensor_source import MEMORY_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +86,14 @@ def plan_reshard(storage: Storage, commit: Commit, request: Request) -> PlannedR
     mesh = _with_axes_of(index, request.mesh)
     content = choose_content(index, mesh, select=request.select, drop=request.drop)
     stored = StoredTensors.read(storage, commit.directory, index, content.keys)
-    tensors = label_tensors(stored, mesh, request.plan, request.dtype)
+    is_whole = len(content.keys) == len(index.tensors)
+    every = stored if is_whole else StoredTensors.read(storage, commit.directory, index, list(index.tensors))
+    tensors = label_tensors(every, content.keys, mesh, request.plan, request.dtype)
     for tensor in tensors:
         before = index.tensors[tensor.key].dtype
         if not can_convert(before, tensor.spec.dtype):
             raise CheckpointError(f"{tensor.key!r}: {before} cannot be converted to {tensor.spec.dtype}")
+    content = replace(content, notes=(*content.notes, *_padding_notes(index, tensors)))
     layout = lay_out(tensors, mesh)
     digest = digest_of(index.save_id, layout, content, index.tensors)
     order = reading_order(stored.located)
@@ -99,6 +101,17 @@ def plan_reshard(storage: Storage, commit: Commit, request: Request) -> PlannedR
     return PlannedReshard(
         storage, commit, index, stored, content, layout, turns, begun_blocks(stored.located, order), digest
     )
+
+
+def _padding_notes(index: Index, tensors: Sequence[TargetTensor]) -> list[str]:
+    """What is cut off as padding is told of: a plan may be wrong."""
+    cut = [
+        f"{tensor.key!r} {index.tensors[tensor.key].global_shape} -> {tensor.spec.global_shape}"
+        for tensor in tensors
+        if any(n < of for n, of in zip(tensor.spec.global_shape, index.tensors[tensor.key].global_shape, strict=True))
+    ]
+    more = f" and {len(cut) - 1} more" if len(cut) > 1 else ""
+    return [f"the end of {cut[0]}{more} is padding by the plan, and left out"] if cut else []
 
 
 def _with_axes_of(index: Index, mesh: TargetMesh) -> TargetMesh:
@@ -187,10 +200,11 @@ def preview_reshard(
     select: Sequence[str] = (),
     drop: Sequence[str] = (),
     dtype: str | None = None,
-    memory_bytes: int = MEMORY_BYTES,
+    memory_bytes: int | None = None,
     jobs: int = 1,
 ) -> ReshardPreview:
     """What reshard() would do. Writes nothing; one process. Raises as that does."""
+    memory_bytes = default_memory(jobs) if memory_bytes is None else memory_bytes
     request = Request(TargetMesh.of(mesh), plan_of(plan), tuple(select), tuple(drop), dtype)
     storage, selector = open_selected(source, iteration)
     planned = plan_reshard(storage, select_commits(storage, selector)[0], request)

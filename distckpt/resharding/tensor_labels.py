@@ -34,18 +34,23 @@ _INHERITED = ("partition", "owner", "at", "blocks", "pad")  # by the state of an
 Partition = tuple[str | None, ...]
 
 
-def label_tensors(stored: StoredTensors, mesh: TargetMesh, plan: ReshardPlan, dtype: str | None) -> list[TargetTensor]:
-    """What each tensor is in the target. dtype: what floating-point tensors are converted to, None leaves them.
+def label_tensors(
+    stored: StoredTensors, keys: Sequence[str], mesh: TargetMesh, plan: ReshardPlan, dtype: str | None
+) -> list[TargetTensor]:
+    """What each tensor is in the target. stored: all of the checkpoint; what is left out may tell how another lies.
+    keys: those that are taken along. dtype: what floating-point tensors are converted to, None leaves them.
 
     Raises CheckpointError for what is neither recorded nor can be inferred: it has the lines that the plan needs.
     """
+    if dtype is not None and dtype not in FLOATING:
+        raise CheckpointError(f"dtype {dtype!r}: expected one of {', '.join(FLOATING)}")
     _check_plan_axes(plan, {*mesh.sizes, *AXIS_ORDER})
-    labels = _Labels(stored, mesh, plan)
-    tensors = [labels.tensor(key, dtype) for key in stored.keys]
+    labels = _Labels(stored, keys, mesh, plan)
+    tensors = [labels.tensor(key, dtype) for key in keys]
     labels.refuse_unknown()
-    _check_rules(plan, stored.keys)
+    _check_rules(plan, keys)
     _check_stages(plan, mesh, tensors)
-    _check_axes(mesh, tensors)
+    _check_axes(mesh, tensors, stored.index.mesh)
     return tensors
 
 
@@ -80,26 +85,39 @@ def _check_plan_axes(plan: ReshardPlan, known: Collection[str]) -> None:
             raise CheckpointError(f"plan: {where}, which is no axis of the mesh; axes are {', '.join(sorted(known))}")
 
 
-def _check_axes(mesh: TargetMesh, tensors: Sequence[TargetTensor]) -> None:
-    """Nobody asks for tp 4 to get four times nothing."""
+def _check_axes(mesh: TargetMesh, tensors: Sequence[TargetTensor], before: Mapping[str, int]) -> None:
+    """Nobody asks for tp 4 to get four times nothing. Over an axis that keeps its size tensors may stay replicated."""
     for tensor in tensors:
         axes = [axis for axis in tensor.spec.partition or () if axis is not None]
         if len(set(axes)) < len(axes):  # Its coordinates would have the diagonal, and nobody the rest.
             raise CheckpointError(f"{tensor.key!r}: partition {list(tensor.spec.partition or ())} has an axis twice")
     used = {axis for tensor in tensors for axis in (*(tensor.spec.partition or ()), tensor.spec.owner)}
-    idle = [axis for axis, size in mesh.sizes.items() if size > 1 and axis not in used | REPLICATING]
+    idle = [
+        axis
+        for axis, size in mesh.sizes.items()
+        if size not in (1, before.get(axis)) and axis not in used | REPLICATING
+    ]
     if idle and tensors:
-        example = msgspec.json.encode(glob_of(tensors[0].key)).decode()
         raise CheckpointError(
             f"no tensor is split over {idle[0]!r}, or held by one of its coordinates: the checkpoint does not say how, "
             f"so size {mesh.size(idle[0])} would change nothing. Say in a plan (--plan FILE) how, such as\n"
-            f'  {{"tensors": [{{"match": {example}, "partition": {_placeholder(tensors[0].spec, idle[0])}}}]}}'
+            f"  {_example(tensors, idle[0])}"
         )
 
 
-def _placeholder(spec: Spec, axis: str) -> str:
-    partition = [axis if d == 0 else None for d in range(len(spec.global_shape))]
-    return msgspec.json.encode(partition).decode()
+def _example(tensors: Sequence[TargetTensor], axis: str) -> str:
+    """What a plan may say of an axis: stages hold layers; other axes split tensors."""
+    key = next((tensor.key for tensor in tensors if numbers_in(tensor.key)), None)
+    if axis == "pp" and key is not None:
+        word, _ = numbers_in(key)[0]
+        match = f"*{glob_of(word)}{key[key.index(word) + len(word)]}*"
+        plan: dict[str, object] = {"stages": {axis: {"numbered_by": word}}}
+        plan["tensors"] = [{"match": match, "owner": axis}]
+    else:
+        spec = tensors[0].spec
+        partition = [axis if d == 0 else None for d in range(len(spec.global_shape))]
+        plan = {"tensors": [{"match": glob_of(tensors[0].key), "partition": partition}]}
+    return msgspec.json.encode(plan).decode()
 
 
 def _some(keys: Iterable[str]) -> str:
@@ -113,6 +131,7 @@ class _Labels:
     """Labels of the tensors of one checkpoint; unknown: template of a key -> the line that the plan needs, and why."""
 
     stored: StoredTensors
+    keys: Sequence[str]
     mesh: TargetMesh
     plan: ReshardPlan
     unknown: dict[str, tuple[str, str]] = field(default_factory=dict)
@@ -123,7 +142,7 @@ class _Labels:
     _places: dict[str, Int64Array] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._is_kept = frozenset(self.stored.keys)
+        self._is_kept = frozenset(self.keys)
 
     def tensor(self, key: str, dtype: str | None) -> TargetTensor:
         rule = self._rule_of(key)
@@ -349,7 +368,7 @@ class _Labels:
         if axis not in self._numbering:
             owned = [
                 key
-                for key in self.stored.keys
+                for key in self.keys
                 if (self._rule_of(key).owner or self.stored.index.tensors[key].spec.owner) == axis
             ]
             self._numbering[axis] = self._find_numbering(axis, owned)
@@ -414,8 +433,9 @@ def _splitting_axis(
         elif axis not in REPLICATING and is_function and len(np.unique(of_cell)) > 1:
             varies = True
     proper = [found for found in fitting if found[0] not in REPLICATING] or fitting
-    # Replicas that were written in turn look like blocks: what needs none explains more.
-    proper = [found for found in proper if found[1] == min(blocks for _, blocks in proper)]
+    # Stages hold layers side by side. Of other axes one may split blocks, and the other have replicas that were written
+    # in turn, which look the same.
+    proper = [found for found in proper if found == ("pp", 1)] or proper
     if len(proper) == 1:
         return proper[0]
     return None if proper or varies else (None, 1)
@@ -447,7 +467,7 @@ def _dtype(key: str, stored: str, wanted: str | None) -> str:
     if wanted is None or stored == wanted or stored not in FLOATING:
         return stored
     if wanted not in FLOATING:
-        raise CheckpointError(f"{key!r}: dtype {wanted!r}, expected one of {', '.join(FLOATING)}")
+        raise CheckpointError(f"plan: {key!r}: dtype {wanted!r}, expected one of {', '.join(FLOATING)}")
     return wanted
 
 

@@ -12,6 +12,20 @@ RESHARDING_FAULTS = ("tests/crash/test_reshard_faults.py",)
 
 MUTANTS = (
     Mutant(
+        "resharding: one of two axes that may split a tensor is taken",
+        "distckpt/resharding/tensor_labels.py",
+        "    if len(proper) == 1:\n",
+        "    if proper:\n",
+        ("tests/unit/test_resharding_plans.py",),
+    ),
+    Mutant(
+        "resharding: an older iteration becomes the newest",
+        "distckpt/resharding/committing.py",
+        "        if commit > planned.commit and",
+        "        if False and",
+        RESHARDING_LIMITS,
+    ),
+    Mutant(
         "tensor source: a block between two extents is not kept",
         "distckpt/tensor_source.py",
         "        ends = np.concatenate([extents.lows, extents.highs])\n",
@@ -182,7 +196,7 @@ MUTANTS = (
     Mutant(
         "resharding: the target of a source that has pruned is another run's",
         "distckpt/resharding/committing.py",
-        "    if owner is None or owner.reshards != planned.storage.location:\n",
+        "    if owner is None or owner.reshards != owner_name(planned.storage.location):\n",
         "    if True:\n",
         RESHARDING_LIMITS,
     ),

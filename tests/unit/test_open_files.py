@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import cast
 
+import numpy as np
 import pytest
 
 from distckpt.checkpoint_files import CheckedFile
@@ -69,7 +70,8 @@ def files() -> Iterator[CountedFiles]:
 
 
 def reads_of(numbers: Sequence[int]) -> list[FileReads]:
-    return [FileReads(number, [(0, 1)], [], []) for number in numbers]
+    none = np.zeros(0, np.int64)
+    return [FileReads(number, [(0, 1)], none, none, [], []) for number in numbers]
 
 
 def test_every_file_is_read_once_in_order_and_counted(files: CountedFiles) -> None:

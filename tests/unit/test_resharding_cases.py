@@ -212,6 +212,8 @@ def test_padding_follows_the_number_of_parts() -> None:
         assert {box.shape[0] for _, box in held_chunks(storage)["w"]} == {padded // tp}
     # Rows that are no real ones go where there is no room for them, and come back as zeros.
     small = ReshardPlan(tensors=(TensorRule(match="w", pad=Pad(dim=0, size=real, multiple=2)),))
+    (note,) = distckpt.preview_reshard(storage, {"tp": 1}, plan=small).notes
+    assert note == "the end of 'w' (64, 6) -> (50, 6) is padding by the plan, and left out"
     shrunk = reshard(storage, small, tp=1)
     assert torch.equal(read_tensors(shrunk)["w"], whole[:50])
     grown = read_tensors(reshard(shrunk, plan, tp=4))["w"]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import resource
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -168,6 +170,37 @@ def test_stages_of_a_plan_that_mean_nothing(
     plan = ReshardPlan(stages={axis: StageRule(counts=counts)}, tensors=(rule,))
     with pytest.raises(CheckpointError, match=message):
         distckpt.reshard(source, MemoryStorage(), {"tp": 2}, plan=plan)
+
+
+@pytest.mark.parametrize("jobs", [1, 4, 32])
+def test_more_threads_get_more_memory_if_nothing_is_said(jobs: int) -> None:
+    source = MemoryStorage()
+    save_one(source, 1)
+    assert distckpt.preview_reshard(source, {"tp": 1}, jobs=jobs).memory_bytes >= 256 << 20
+    assert distckpt.reshard(source, MemoryStorage(), {"tp": 1}, jobs=jobs, dtype="bfloat16").iteration == 1
+    with pytest.raises(CheckpointError, match="too little"):
+        distckpt.preview_reshard(source, {"tp": 1}, jobs=jobs, memory_bytes=16 << 20)
+
+
+def test_iteration_that_is_older_than_what_is_there_is_refused() -> None:
+    """It would be the newest of the target, which a job resumes from, and retention keep it instead of the other."""
+    source, target = MemoryStorage(), MemoryStorage()
+    for iteration in (1, 2, 3):
+        save_one(source, iteration)
+    distckpt.reshard(source, target, {"tp": 2}, plan=ROWS, iteration=2)
+    with pytest.raises(CheckpointError, match=r"has iteration 2 already, which .* saved after iteration 1, and"):
+        distckpt.reshard(source, target, {"tp": 2}, plan=ROWS, iteration=1)
+    distckpt.reshard(source, target, {"tp": 2}, plan=ROWS, iteration=3)
+    assert [commit.iteration for commit in list_commits(target)] == [3, 2]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="paths are bytes there")
+def test_source_may_have_a_path_that_is_not_utf_8(tmp_path: Path) -> None:
+    source = os.fsdecode(os.path.join(os.fsencode(tmp_path), b"bad\xff"))
+    save_one(PosixStorage(source), 1)
+    report = distckpt.reshard(source, tmp_path / "target", {"tp": 2}, plan=ROWS)
+    assert report.iteration == 1
+    assert distckpt.reshard(source, tmp_path / "target", {"tp": 2}, plan=ROWS).is_there
 
 
 def test_memory_without_end_is_not_taken() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import distckpt
-from distckpt import Checkpointer, ShardedTensor
+from distckpt import Checkpointer, PerRank, ShardedTensor
 from distckpt.coordinator import Coordinator
 from distckpt.errors import CheckpointError
 from distckpt.resharding.plan_file import ReshardPlan, StageRule, read_plan
@@ -27,6 +27,7 @@ from tests.unit.model_states import (
     gpt,
     held_chunks,
     load_model,
+    read_tensors,
     whole_tensor,
 )
 from tests.unit.resharded_roots import index_of, reshard_into, saved
@@ -269,6 +270,71 @@ def test_axis_that_would_change_nothing_is_an_error() -> None:
     source = saved(gpt(), Layout(tp=2, pp=2))
     with pytest.raises(CheckpointError, match="no tensor is split over 'fsdp'"):
         distckpt.reshard(source, MemoryStorage(), {"fsdp": 2})
+
+
+def test_plan_that_an_error_prints_for_stages_holds_layers() -> None:
+    state = {"layers.0.w": torch.ones(2), "layers.1.w": torch.ones(2)}
+    with pytest.raises(CheckpointError, match="no tensor is split over 'pp'") as refused:
+        distckpt.reshard(save(lambda _: state), MemoryStorage(), {"pp": 2})
+    plan = json.loads(str(refused.value).splitlines()[-1])
+    assert plan == {
+        "stages": {"pp": {"numbered_by": "layers"}},
+        "tensors": [{"match": "*layers.*", "owner": "pp"}],
+    }
+    target = reshard(save(lambda _: state), plan_of_json(plan), pp=2)
+    assert {key: [rank for rank, _ in chunks] for key, chunks in held_chunks(target).items()} == {
+        "layers.0.w": [0],
+        "layers.1.w": [1],
+    }
+
+
+def test_axis_over_which_all_is_replicated_may_keep_its_size() -> None:
+    def make(rank: int) -> dict[str, object]:
+        return {
+            "w": rows("w", torch.arange(8.0), rank % 2, 2, partition=("tp",)),
+            "at": PerRank(rank // 2, axes=("rep",), on_change="exact"),
+        }
+
+    source = save(make, tp=2, rep=2)
+    target = reshard(source, tp=4, rep=2)
+    assert index_of(target).mesh == {"tp": 4, "rep": 2}
+    assert torch.equal(read_tensors(target)["w"], torch.arange(8.0))
+    with pytest.raises(CheckpointError, match="no tensor is split over 'rep'"):
+        distckpt.reshard(save(make, tp=2, rep=1), MemoryStorage(), {"tp": 2, "rep": 2}, drop=["at"])
+
+
+def test_two_axes_that_may_split_a_tensor_are_asked_about() -> None:
+    """Gate and up, split one by one over tp. Of replicas along ep one may have written the gate and one the rest: then
+    ep may be what splits."""
+    whole = torch.arange(64.0).reshape(16, 4)
+
+    def make(rank: int) -> dict[str, object]:
+        tp = rank % 2
+        parts = [whole[begin : begin + 4].clone() for begin in (tp * 4, 8 + tp * 4)]
+        shards = [
+            ShardedTensor("fc1", part, global_shape=(16, 4), global_offset=(begin, 0))
+            for part, begin in zip(parts, (tp * 4, 8 + tp * 4), strict=True)
+        ]
+        return {"fc1": shards}
+
+    source = save(make, tp=2, ep=2)
+    with pytest.raises(CheckpointError, match=r"fc1: shape \[16, 4\], and nothing tells whether or how tp split it"):
+        reshard(source, tp=4)
+    plan = plan_of_json({"tensors": [{"match": "fc1", "partition": ["tp", None], "blocks": [2, 1]}]})
+    target = reshard(source, plan, tp=4)
+    assert torch.equal(read_tensors(target)["fc1"], whole)
+    assert sorted(box.offset[0] for rank, box in held_chunks(target)["fc1"] if rank == 0) == [0, 8]
+
+
+def test_state_is_taken_along_without_its_parameters() -> None:
+    def make(rank: int) -> dict[str, object]:
+        whole = torch.arange(8.0).reshape(4, 2)
+        return {key: rows(key, whole, rank, 2, partition=("tp", None)) for key in ("w", "exp_avg.w")}
+
+    target = MemoryStorage()
+    distckpt.reshard(save(make, tp=2), target, {"tp": 4}, select=["exp_avg.*"])
+    assert set(index_of(target).tensors) == {"exp_avg.w"}
+    assert len(held_chunks(target)["exp_avg.w"]) == 4
 
 
 def test_layers_that_lie_on_stages_in_turn_are_dealt_out_when_a_plan_says_so() -> None:
