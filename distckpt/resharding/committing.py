@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -34,7 +34,7 @@ from distckpt.commit import (
 from distckpt.copying import check_is_of_one_run
 from distckpt.errors import CheckpointError, DistributedError
 from distckpt.geometry import Int64Array
-from distckpt.index import Index, PerRankEntry, ShardFile, Spec
+from distckpt.index import Index, IndexHead, PerRankEntry, ShardFile, Spec
 from distckpt.reader import StoredTensors
 from distckpt.removing import sweep
 from distckpt.resharding.part import Journal, journal_name, read_journal
@@ -139,18 +139,33 @@ def _check_is_free(target: Storage, planned: PlannedReshard, owner: RootOwner | 
             f"reshard there would end that job, and count as newer than what it has saved. Give a root of its "
             f"own. Nothing was written."
         )
-    newest = next(iter(list_commits(target)), None)
-    parent = None if newest is None else read_head(target, newest).parent
-    for commit in list_commits(planned.storage):
-        if commit > planned.commit and read_head(planned.storage, commit).save_id == parent:
-            raise CheckpointError(
-                f"{target.location} has iteration {commit.iteration} already, which {planned.storage.location} saved "
-                f"after iteration {planned.commit.iteration}, and which would not be the newest any more. Reshard in "
-                f"the order in which they were saved, or into a root of its own. Nothing was written."
-            )
+    _check_order(target, planned)
     # What was resharded here before may be of checkpoints that the source has pruned since: then nothing else tells.
     if owner is None or owner.reshards != owner_name(planned.storage.location):
         check_is_of_one_run(planned.storage, target, planned.commit)
+
+
+def _check_order(target: Storage, planned: PlannedReshard) -> None:
+    """Raise CheckpointError if the target has something that the source saved later: it would not be the newest there
+    any more. What cannot be read, or has gone meanwhile, says nothing."""
+    made_of = {head.parent for head in _heads(target, list_commits(target))} - {None}
+    later = [commit for commit in list_commits(planned.storage) if commit > planned.commit] if made_of else []
+    for head in _heads(planned.storage, later):
+        if head.save_id in made_of:
+            raise CheckpointError(
+                f"{target.location} has iteration {head.iteration} already, which {planned.storage.location} saved "
+                f"after iteration {planned.commit.iteration}, and which would not be the newest any more. Reshard in "
+                f"the order in which they were saved, or into a root of its own. Nothing was written."
+            )
+
+
+def _heads(storage: Storage, commits: Sequence[Commit]) -> Iterator[IndexHead]:
+    for commit in commits:
+        try:
+            yield read_head(storage, commit)
+        except (CheckpointError, OSError) as error:
+            if not is_damage(error) and not isinstance(error, FileNotFoundError):
+                raise
 
 
 def _check_room(target: Storage, planned: PlannedReshard, save_id: str) -> None:

@@ -5,6 +5,7 @@ Every process of a reshard plans for itself, from the same index, and comes to t
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,9 +13,10 @@ from dataclasses import dataclass, replace
 import msgspec
 import numpy as np
 
+from distckpt.chunk_table import Hits
 from distckpt.commit import Commit, read_index
 from distckpt.elements import can_convert
-from distckpt.errors import CheckpointError
+from distckpt.errors import CheckpointError, CorruptionError
 from distckpt.index import Index, TensorEntry
 from distckpt.reader import StoredTensors
 from distckpt.reading_order import begun_blocks, reading_order
@@ -26,6 +28,8 @@ from distckpt.resharding.target_layout import TargetLayout, TargetMesh, TargetTe
 from distckpt.resharding.tensor_labels import label_tensors
 from distckpt.selecting import open_selected, select_commits
 from distckpt.storage import Storage
+
+logger = logging.getLogger("distckpt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,21 +90,41 @@ def plan_reshard(storage: Storage, commit: Commit, request: Request) -> PlannedR
     mesh = _with_axes_of(index, request.mesh)
     content = choose_content(index, mesh, select=request.select, drop=request.drop)
     stored = StoredTensors.read(storage, commit.directory, index, content.keys)
-    is_whole = len(content.keys) == len(index.tensors)
-    every = stored if is_whole else StoredTensors.read(storage, commit.directory, index, list(index.tensors))
-    tensors = label_tensors(every, content.keys, mesh, request.plan, request.dtype)
+    tensors = label_tensors(stored, mesh, request.plan, request.dtype, _ChunksLeftOut(storage, commit, index).of)
     for tensor in tensors:
         before = index.tensors[tensor.key].dtype
         if not can_convert(before, tensor.spec.dtype):
             raise CheckpointError(f"{tensor.key!r}: {before} cannot be converted to {tensor.spec.dtype}")
     content = replace(content, notes=(*content.notes, *_padding_notes(index, tensors)))
     layout = lay_out(tensors, mesh)
-    digest = digest_of(index.save_id, layout, content, index.tensors)
     order = reading_order(stored.located)
     turns = np.argsort(np.array(order, np.int64)).tolist()
+    digest = digest_of(index.save_id, layout, content, index.tensors, turns)
     return PlannedReshard(
         storage, commit, index, stored, content, layout, turns, begun_blocks(stored.located, order), digest
     )
+
+
+@dataclass(slots=True)
+class _ChunksLeftOut:
+    """Of tensors that are not taken along, read when the first is asked for."""
+
+    storage: Storage
+    commit: Commit
+    index: Index
+    _stored: StoredTensors | None = None
+
+    def of(self, key: str) -> Hits | None:
+        """None if it cannot be read: nothing is lost that is taken along. Raises OSError."""
+        try:
+            if self._stored is None:
+                self._stored = StoredTensors.read(
+                    self.storage, self.commit.directory, self.index, list(self.index.tensors)
+                )
+            return self._stored.chunks_of(key)
+        except CorruptionError as error:
+            logger.warning("how %r lay is not known: %s", key, error)
+            return None
 
 
 def _padding_notes(index: Index, tensors: Sequence[TargetTensor]) -> list[str]:

@@ -115,9 +115,16 @@ def _plan_rank(
     return [PlannedFile(rank, part, file, [held[n] for n in file.numbers]) for file in files]
 
 
-def digest_of(source_id: str, layout: TargetLayout, content: Content, sources: Mapping[str, TensorEntry]) -> str:
+def digest_of(
+    source_id: str,
+    layout: TargetLayout,
+    content: Content,
+    sources: Mapping[str, TensorEntry],
+    turns: Sequence[int],
+) -> str:
     """Of all that decides what is written: with equal ones, equal bytes are, but for save_ids and parts."""
     found = hashlib.blake2b(source_id.encode(), digest_size=16)
+    found.update(np.array(turns, np.int64).tobytes())
     found.update(msgspec.msgpack.encode(dict(layout.mesh.sizes)))
     for tensor, chunks in zip(layout.tensors, layout.chunks, strict=True):
         found.update(msgspec.msgpack.encode((tensor.key, tensor.spec, sources[tensor.key].dtype)))

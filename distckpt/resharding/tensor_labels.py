@@ -8,9 +8,8 @@ prints the lines that the plan needs.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 
 import msgspec
 import numpy as np
@@ -21,13 +20,11 @@ from distckpt.geometry import Int64Array, grid_cuts
 from distckpt.index import Spec
 from distckpt.reader import StoredTensors
 from distckpt.resharding.numbering import Numbering, numbers_in
+from distckpt.resharding.plan_checks import REPLICATING, STAGES, check_axes, check_plan_axes, check_rules, check_stages
 from distckpt.resharding.plan_file import ReshardPlan, TensorRule, glob_of
 from distckpt.resharding.target_layout import AXIS_ORDER, TargetMesh, TargetTensor
 from distckpt.shard_file import DTYPES
 
-# Axes over which a tensor is the same unless something says otherwise: of its replicas any one is written, so that
-# who wrote a chunk says little.
-REPLICATING = frozenset(("dp", "cp"))
 _MAX_SHOWN = 12
 _INHERITED = ("partition", "owner", "at", "blocks", "pad")  # by the state of an optimizer, from its parameter
 
@@ -35,95 +32,28 @@ Partition = tuple[str | None, ...]
 
 
 def label_tensors(
-    stored: StoredTensors, keys: Sequence[str], mesh: TargetMesh, plan: ReshardPlan, dtype: str | None
+    stored: StoredTensors,
+    mesh: TargetMesh,
+    plan: ReshardPlan,
+    dtype: str | None,
+    chunks_left_out: Callable[[str], Hits | None],
 ) -> list[TargetTensor]:
-    """What each tensor is in the target. stored: all of the checkpoint; what is left out may tell how another lies.
-    keys: those that are taken along. dtype: what floating-point tensors are converted to, None leaves them.
+    """What each tensor is in the target. stored: what is taken along. dtype: what floating-point tensors are converted
+    to, None leaves them. chunks_left_out: of a tensor that is not taken along but may tell how another lies; None if it
+    does not.
 
     Raises CheckpointError for what is neither recorded nor can be inferred: it has the lines that the plan needs.
     """
     if dtype is not None and dtype not in FLOATING:
         raise CheckpointError(f"dtype {dtype!r}: expected one of {', '.join(FLOATING)}")
-    _check_plan_axes(plan, {*mesh.sizes, *AXIS_ORDER})
-    labels = _Labels(stored, keys, mesh, plan)
-    tensors = [labels.tensor(key, dtype) for key in keys]
+    check_plan_axes(plan, {*mesh.sizes, *AXIS_ORDER})
+    labels = _Labels(stored, mesh, plan, chunks_left_out)
+    tensors = [labels.tensor(key, dtype) for key in stored.keys]
     labels.refuse_unknown()
-    _check_rules(plan, keys)
-    _check_stages(plan, mesh, tensors)
-    _check_axes(mesh, tensors, stored.index.mesh)
+    check_rules(plan, stored.keys)
+    check_stages(plan, mesh, tensors)
+    check_axes(mesh, tensors, stored.index.mesh)
     return tensors
-
-
-def _check_rules(plan: ReshardPlan, keys: Sequence[str]) -> None:
-    for rule in plan.tensors:
-        if not any(fnmatchcase(key, rule.match) for key in keys):
-            raise CheckpointError(
-                f"the plan has a rule for {rule.match!r}, which is the key of no tensor; keys are {_some(keys)}"
-            )
-
-
-def _check_stages(plan: ReshardPlan, mesh: TargetMesh, tensors: Sequence[TargetTensor]) -> None:
-    """What a plan says of stages is never passed over in silence."""
-    used = {axis for tensor in tensors for axis in (*(tensor.spec.partition or ()), tensor.spec.owner)}
-    for axis, stage in plan.stages.items():
-        if tensors and axis not in used:
-            raise CheckpointError(f"plan: stages of {axis!r}, but no tensor is split over it or held by one coordinate")
-        if stage.counts is not None and len(stage.counts) != mesh.size(axis):
-            raise CheckpointError(
-                f"plan: counts of {axis!r} are {list(stage.counts)}, {mesh.size(axis)} numbers expected, one for each "
-                f"coordinate"
-            )
-
-
-def _check_plan_axes(plan: ReshardPlan, known: Collection[str]) -> None:
-    named = [(axis, f"stages of {axis!r}") for axis in plan.stages]
-    for rule in plan.tensors:
-        axes = [axis for axis in (*(rule.partition or ()), rule.owner) if axis is not None]
-        named += [(axis, f"the rule for {rule.match!r} names {axis!r}") for axis in axes]
-    for axis, where in named:
-        if axis not in known:
-            raise CheckpointError(f"plan: {where}, which is no axis of the mesh; axes are {', '.join(sorted(known))}")
-
-
-def _check_axes(mesh: TargetMesh, tensors: Sequence[TargetTensor], before: Mapping[str, int]) -> None:
-    """Nobody asks for tp 4 to get four times nothing. Over an axis that keeps its size tensors may stay replicated."""
-    for tensor in tensors:
-        axes = [axis for axis in tensor.spec.partition or () if axis is not None]
-        if len(set(axes)) < len(axes):  # Its coordinates would have the diagonal, and nobody the rest.
-            raise CheckpointError(f"{tensor.key!r}: partition {list(tensor.spec.partition or ())} has an axis twice")
-    used = {axis for tensor in tensors for axis in (*(tensor.spec.partition or ()), tensor.spec.owner)}
-    idle = [
-        axis
-        for axis, size in mesh.sizes.items()
-        if size not in (1, before.get(axis)) and axis not in used | REPLICATING
-    ]
-    if idle and tensors:
-        raise CheckpointError(
-            f"no tensor is split over {idle[0]!r}, or held by one of its coordinates: the checkpoint does not say how, "
-            f"so size {mesh.size(idle[0])} would change nothing. Say in a plan (--plan FILE) how, such as\n"
-            f"  {_example(tensors, idle[0])}"
-        )
-
-
-def _example(tensors: Sequence[TargetTensor], axis: str) -> str:
-    """What a plan may say of an axis: stages hold layers; other axes split tensors."""
-    key = next((tensor.key for tensor in tensors if numbers_in(tensor.key)), None)
-    if axis == "pp" and key is not None:
-        word, _ = numbers_in(key)[0]
-        match = f"*{glob_of(word)}{key[key.index(word) + len(word)]}*"
-        plan: dict[str, object] = {"stages": {axis: {"numbered_by": word}}}
-        plan["tensors"] = [{"match": match, "owner": axis}]
-    else:
-        spec = tensors[0].spec
-        partition = [axis if d == 0 else None for d in range(len(spec.global_shape))]
-        plan = {"tensors": [{"match": glob_of(tensors[0].key), "partition": partition}]}
-    return msgspec.json.encode(plan).decode()
-
-
-def _some(keys: Iterable[str]) -> str:
-    keys = list(keys)
-    more = f" and {len(keys) - _MAX_SHOWN} more" if len(keys) > _MAX_SHOWN else ""
-    return ", ".join(repr(key) for key in keys[:_MAX_SHOWN]) + more
 
 
 @dataclass(slots=True)
@@ -131,9 +61,9 @@ class _Labels:
     """Labels of the tensors of one checkpoint; unknown: template of a key -> the line that the plan needs, and why."""
 
     stored: StoredTensors
-    keys: Sequence[str]
     mesh: TargetMesh
     plan: ReshardPlan
+    chunks_left_out: Callable[[str], Hits | None]
     unknown: dict[str, tuple[str, str]] = field(default_factory=dict)
     _is_kept: frozenset[str | None] = field(init=False)
     _state_prefixes: dict[str, bool] = field(default_factory=dict)
@@ -142,7 +72,7 @@ class _Labels:
     _places: dict[str, Int64Array] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._is_kept = frozenset(self.keys)
+        self._is_kept = frozenset(self.stored.keys)
 
     def tensor(self, key: str, dtype: str | None) -> TargetTensor:
         rule = self._rule_of(key)
@@ -220,7 +150,7 @@ class _Labels:
             for axis, size in self.mesh.sizes.items()
             if size > 1 and axis not in REPLICATING and self.stored.index.mesh.get(axis, 1) == 1
         ]
-        found = None if open_axes else self._infer(entry, self.stored.chunks_of(key))
+        found = None if open_axes else self._infer(entry, self._chunks_of(key))
         if found is not None:
             return found
         return self._as_its_parameter(key, entry)
@@ -235,9 +165,9 @@ class _Labels:
             known = self._known_spec(parameter)
             is_alike = known is not None and known.partition == entry.partition
             return msgspec.structs.replace(entry, blocks=known.blocks) if known is not None and is_alike else entry
-        chunks = self.stored.chunks_of(key)
-        cuts = grid_cuts(chunks.offsets, chunks.shapes)
-        if cuts is None:
+        chunks = self._chunks_of(key)
+        cuts = None if chunks is None else grid_cuts(chunks.offsets, chunks.shapes)
+        if chunks is None or cuts is None:
             return entry
         blocks = [
             1 if axis is None else self._blocks_in(entry.global_shape[d], cuts[d], chunks, d, axis)
@@ -291,10 +221,13 @@ class _Labels:
         said = {name: getattr(of, name) for name in _INHERITED if getattr(rule, name) is None}
         return msgspec.structs.replace(rule, **said)
 
-    def _infer(self, entry: Spec, chunks: Hits) -> Spec | None:
+    def _chunks_of(self, key: str) -> Hits | None:
+        return self.stored.chunks_of(key) if key in self._is_kept else self.chunks_left_out(key)
+
+    def _infer(self, entry: Spec, chunks: Hits | None) -> Spec | None:
         """From which ranks wrote which chunks; None if that does not say."""
-        cuts = grid_cuts(chunks.offsets, chunks.shapes)
-        if cuts is None:
+        cuts = None if chunks is None else grid_cuts(chunks.offsets, chunks.shapes)
+        if chunks is None or cuts is None:
             return None
         places = {
             axis: self._places_on(axis)[chunks.files] for axis, size in self.stored.index.mesh.items() if size > 1
@@ -303,7 +236,8 @@ class _Labels:
         blocks: list[int] = []
         for d, starts in enumerate(cuts):
             cell = np.searchsorted(starts, chunks.offsets[:, d])
-            found = _splitting_axis(cell, len(starts), places, self.stored.index.mesh)
+            are_single = len(starts) == entry.global_shape[d]
+            found = _splitting_axis(cell, len(starts), places, self.stored.index.mesh, are_single=are_single)
             if found is None:
                 return None
             partition.append(found[0])
@@ -368,7 +302,7 @@ class _Labels:
         if axis not in self._numbering:
             owned = [
                 key
-                for key in self.keys
+                for key in self.stored.keys
                 if (self._rule_of(key).owner or self.stored.index.tensors[key].spec.owner) == axis
             ]
             self._numbering[axis] = self._find_numbering(axis, owned)
@@ -415,10 +349,11 @@ class _Labels:
 
 
 def _splitting_axis(
-    cell: Int64Array, count: int, places: Mapping[str, Int64Array], mesh: Mapping[str, int]
+    cell: Int64Array, count: int, places: Mapping[str, Int64Array], mesh: Mapping[str, int], *, are_single: bool
 ) -> tuple[str | None, int] | None:
     """The axis that splits a dimension into `count` cells, and into how many blocks first; (None, 1) where none does;
-    None where that cannot be told. places: the coordinate, on each axis, of who wrote each chunk."""
+    None where that cannot be told. places: the coordinate, on each axis, of who wrote each chunk. are_single: each cell
+    has one entry, as those of stacked layers have."""
     if count == 1:
         return None, 1
     fitting: list[tuple[str, int]] = []
@@ -433,9 +368,9 @@ def _splitting_axis(
         elif axis not in REPLICATING and is_function and len(np.unique(of_cell)) > 1:
             varies = True
     proper = [found for found in fitting if found[0] not in REPLICATING] or fitting
-    # Stages hold layers side by side. Of other axes one may split blocks, and the other have replicas that were written
-    # in turn, which look the same.
-    proper = [found for found in proper if found == ("pp", 1)] or proper
+    if are_single and (STAGES, 1) in proper and all(n > 1 for axis, n in proper if axis != STAGES):
+        return STAGES, 1
+    # Of several one may split, and the others have replicas that were written in turn, which look the same.
     if len(proper) == 1:
         return proper[0]
     return None if proper or varies else (None, 1)

@@ -21,8 +21,8 @@ MUTANTS = (
     Mutant(
         "resharding: an older iteration becomes the newest",
         "distckpt/resharding/committing.py",
-        "        if commit > planned.commit and",
-        "        if False and",
+        "        if head.save_id in made_of:\n",
+        "        if False:\n",
         RESHARDING_LIMITS,
     ),
     Mutant(
@@ -118,14 +118,14 @@ MUTANTS = (
     ),
     Mutant(
         "resharding: an axis may split two dimensions",
-        "distckpt/resharding/tensor_labels.py",
+        "distckpt/resharding/plan_checks.py",
         "        if len(set(axes)) < len(axes):",
         "        if False:",
         RESHARDING_PLANS,
     ),
     Mutant(
         "resharding: a plan may name any axis",
-        "distckpt/resharding/tensor_labels.py",
+        "distckpt/resharding/plan_checks.py",
         "        if axis not in known:\n",
         "        if False:\n",
         RESHARDING_PLANS,
@@ -224,7 +224,7 @@ MUTANTS = (
     Mutant(
         "resharding: stages that mean nothing are passed over",
         "distckpt/resharding/tensor_labels.py",
-        "    _check_stages(plan, mesh, tensors)\n",
+        "    check_stages(plan, mesh, tensors)\n",
         "",
         RESHARDING_LIMITS,
     ),

@@ -28,6 +28,7 @@ from distckpt.resharding.part import share_memory
 from distckpt.resharding.plan_file import ReshardPlan, StageRule, TensorRule
 from distckpt.storage import PosixStorage, Storage
 from distckpt.testing import MemoryStorage, run_ranks
+from tests.unit.damage import change, flip
 from tests.unit.model_states import read_tensors
 from tests.unit.test_resharding_cases import rows, save
 
@@ -192,6 +193,32 @@ def test_iteration_that_is_older_than_what_is_there_is_refused() -> None:
         distckpt.reshard(source, target, {"tp": 2}, plan=ROWS, iteration=1)
     distckpt.reshard(source, target, {"tp": 2}, plan=ROWS, iteration=3)
     assert [commit.iteration for commit in list_commits(target)] == [3, 2]
+
+
+def test_damage_of_other_iterations_does_not_keep_one_from_being_resharded() -> None:
+    source, target = MemoryStorage(), MemoryStorage()
+    for iteration in (1, 2, 3):
+        save_one(source, iteration)
+    distckpt.reshard(source, target, {"tp": 2}, plan=ROWS, iteration=1)
+    damage = flip(20)
+    for storage in (source, target):
+        change(storage, list_commits(storage)[0].name, damage)
+    distckpt.reshard(source, target, {"tp": 2}, plan=ROWS, iteration=1)
+    distckpt.reshard(source, target, {"tp": 2}, plan=ROWS, iteration=2)
+    assert list_commits(target)[0].iteration == 2
+
+
+def test_what_is_left_out_may_be_damaged(tmp_path: Path) -> None:
+    """Whose parameter it was cannot be told then, but is not needed: it is recorded."""
+    source = MemoryStorage()
+    state = {f"{word}{number:04}": torch.ones(1) for number in range(3000) for word in "ab"}
+    with Checkpointer(source) as checkpointer:
+        checkpointer.save(state, iteration=1)
+    table = next(name for name in source.list("iter_0000001") if name.startswith("chunks-"))
+    size = source.open(f"iter_0000001/{table}").size_bytes
+    change(source, f"iter_0000001/{table}", flip(size // 2))
+    report = distckpt.reshard(source, MemoryStorage(), {"tp": 1}, select=["a00*"])
+    assert report.bytes_written
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="paths are bytes there")

@@ -326,6 +326,30 @@ def test_two_axes_that_may_split_a_tensor_are_asked_about() -> None:
     assert sorted(box.offset[0] for rank, box in held_chunks(target)["fc1"] if rank == 0) == [0, 8]
 
 
+def test_tensor_that_stages_or_tp_may_have_split_is_asked_about() -> None:
+    whole = torch.arange(64.0).reshape(16, 4)
+
+    def make(rank: int) -> dict[str, object]:
+        own = {"own": torch.ones(9)} if rank == 1 else {}  # Then rank 3 writes the half of rank 1.
+        return {"emb": rows("emb", whole, rank % 2, 2), **own}
+
+    source = save(make, tp=2, pp=2)
+    with pytest.raises(CheckpointError, match=r"emb: .* nothing tells whether or how tp, pp split it"):
+        reshard(source, tp=2, pp=2)
+
+
+def test_stages_do_not_hold_the_same_though_their_number_stays() -> None:
+    """Layers that were stored by stages, but do not say so, would be dealt out to anybody."""
+
+    def make(rank: int) -> dict[str, object]:
+        stage = rank // 2
+        keys = [f"layers.{number}.w" for number in (2 * stage, 2 * stage + 1)]
+        return {key: rows(key, torch.arange(8.0), rank % 2, 2, partition=("tp",)) for key in keys}
+
+    with pytest.raises(CheckpointError, match=r'no tensor is split over .pp.(.|\n)*"match":"\*layers.\*","owner":"pp"'):
+        reshard(save(make, tp=2, pp=2), tp=4, pp=2)
+
+
 def test_state_is_taken_along_without_its_parameters() -> None:
     def make(rank: int) -> dict[str, object]:
         whole = torch.arange(8.0).reshape(4, 2)
