@@ -21,6 +21,13 @@ CUDA = "distckpt/transport/cuda.py"
 
 MUTANTS = (
     Mutant(
+        "garbage: of two bodies the second finds collection off, and leaves it so",
+        "distckpt/garbage.py",
+        "            if not self.bodies:\n                self.was_enabled",
+        "            if True:\n                self.was_enabled",
+        ("tests/unit/test_garbage.py",),
+    ),
+    Mutant(
         "load: later work in the first root is removed",
         "distckpt/checkpointer.py",
         "self._has_resumed = not load.leaves_newer",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -43,3 +45,38 @@ def test_bodies_of_two_threads_may_overlap_in_any_order() -> None:
         for body in (bodies[first_out], bodies[1 - first_out]):
             body.__exit__(None, None, None)
         assert gc.isenabled()
+
+
+def test_body_that_begins_while_another_ends_leaves_collection_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other ends after this one has looked whether collection is on, and before it switches it off."""
+    other = postponed_collection()
+    other.__enter__()
+    has_ended = []
+
+    def disable() -> None:
+        if not has_ended:
+            has_ended.append(True)
+            other.__exit__(None, None, None)
+        disabling()
+
+    disabling = gc.disable
+    monkeypatch.setattr(gc, "disable", disable)
+    with postponed_collection():
+        assert not gc.isenabled()
+    if not has_ended:
+        other.__exit__(None, None, None)
+    assert gc.isenabled()
+
+
+def test_process_that_is_forked_meanwhile_collects() -> None:
+    program = """
+import gc, os, sys
+from distckpt.garbage import postponed_collection
+with postponed_collection():
+    child = os.fork()
+    if not child:
+        os._exit(not gc.isenabled())
+sys.exit(os.waitpid(child, 0)[1])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
