@@ -18,6 +18,7 @@ from distckpt._C import crc32c
 from distckpt.chunk_table import PAGE_BYTES, Boxes, Grids, Hits, check_pages, decode_records
 from distckpt.decoding import decode_json
 from distckpt.errors import CorruptionError
+from distckpt.extents import Extents
 from distckpt.garbage import postponed_collection
 from distckpt.geometry import Int64Array
 from distckpt.index import Index, ShardFile
@@ -222,13 +223,8 @@ class CheckedFile(BlockFile):
 def merged_ranges(low: Int64Array, high: Int64Array, unit: int, end: int) -> list[tuple[int, int]]:
     """The whole units (blocks, pages) that hold bytes of the extents low..high, ascending by low, as ranges that do
     not touch. The last unit ends at `end`."""
-    if not len(low):
-        return []
-    begin, stop = low // unit * unit, np.minimum(-(-high // unit) * unit, end)
-    reach = np.maximum.accumulate(stop)
-    first = np.flatnonzero(np.concatenate([[True], begin[1:] > reach[:-1]]))
-    last = np.append(first[1:], len(low)) - 1
-    return list(zip(begin[first].tolist(), reach[last].tolist(), strict=True))
+    extents = Extents.joined(low // unit * unit, np.minimum(-(-high // unit) * unit, end))
+    return list(zip(extents.lows.tolist(), extents.highs.tolist(), strict=True))
 
 
 def check_length(file: ReadFile, size_bytes: int, who_says: str = "the index") -> None:

@@ -13,17 +13,12 @@ MAX_OWNER_BYTES = 1 << 20
 
 
 class RootOwner(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The process that claimed it. reshards: location of the root that a reshard reads, as owner_name() has it; None
+    """The process that claimed it. reshards: location of the root that a reshard reads, as utf8_text() has it; None
     for a job."""
 
     host: str = ""
     pid: int = 0
     reshards: str | None = None
-
-
-def owner_name(location: str) -> str:
-    """A location as text that JSON can hold: a path need not be UTF-8."""
-    return location.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def encode_owner(reshards: str | None) -> bytes:

@@ -37,6 +37,7 @@ from distckpt.inspecting import (
 )
 from distckpt.storage import Storage
 from distckpt.training.resumable import resumability
+from distckpt.utf8_text import utf8_text
 
 _SCRIPTS = ("common.js", "treemap.js", "drawing.js", "tensors.js", "main.js")
 _MAX_NUMBERS = 4_000_000  # in all arrangements of chunks together: a page of tens of megabytes
@@ -88,7 +89,7 @@ def page_data(
         return part
 
     ranks = list_ranks(index, map(noted, placements(storage, commit, index, keys)))
-    location = storage.location.encode("utf-8", "backslashreplace").decode()  # A path may have bytes that are no text.
+    location = utf8_text(storage.location)
     metadata = metadata_rows(entry.metadata)
     omitted = []
     if arrangements.left_out:

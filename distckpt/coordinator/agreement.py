@@ -28,6 +28,7 @@ from distckpt import errors
 from distckpt.coordinator.port import Coordinator, RankFailure
 from distckpt.decoding import decode_msgpack
 from distckpt.errors import CheckpointError, CheckpointNotFoundError, Committed, DistributedError, MismatchError
+from distckpt.utf8_text import utf8_text
 
 M = TypeVar("M")
 D = TypeVar("D")
@@ -301,27 +302,22 @@ def _name_ranks(ranks: Sequence[int]) -> str:
 
 
 def _describe(error: BaseException) -> str:
-    return _sendable(f"{type(error).__name__}: {error}"[:_DESCRIPTION_CHARS])
-
-
-def _sendable(text: str) -> str:
-    """A file name that is not UTF-8 is a str with lone surrogates, which cannot be encoded."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return utf8_text(f"{type(error).__name__}: {error}"[:_DESCRIPTION_CHARS])
 
 
 def _freeze(error: CheckpointError) -> _Error:
     # The nearest type of distckpt.errors: a subclass from elsewhere may take other arguments.
     kind = next(cls.__name__ for cls in type(error).__mro__ if vars(errors).get(cls.__name__) is cls)
-    text = _sendable(str(error))
+    text = utf8_text(str(error))
     if isinstance(error, DistributedError):
-        failures = {rank: _sendable(why) for rank, why in error.failures.items()}
+        failures = {rank: utf8_text(why) for rank, why in error.failures.items()}
         return _Error(kind, text, failures=failures, committed=error.committed)
     if isinstance(error, MismatchError):
         keys = (error.missing, error.unexpected, error.mismatched)
-        missing, unexpected, mismatched = (tuple(map(_sendable, some)) for some in keys)
+        missing, unexpected, mismatched = (tuple(map(utf8_text, some)) for some in keys)
         return _Error(kind, text, missing=missing, unexpected=unexpected, mismatched=mismatched)
     if isinstance(error, CheckpointNotFoundError):
-        return _Error(kind, text, candidates=tuple(map(_sendable, error.candidates)))
+        return _Error(kind, text, candidates=tuple(map(utf8_text, error.candidates)))
     return _Error(kind, text)
 
 

@@ -41,10 +41,11 @@ from distckpt.resharding.part import Journal, journal_name, read_journal
 from distckpt.resharding.planning import PlannedReshard
 from distckpt.resharding.steps import PlacedTensor
 from distckpt.resharding.target_files import PlannedFiles, TargetFile
-from distckpt.root_owner import RootOwner, owner_name
+from distckpt.root_owner import RootOwner
 from distckpt.roots import check_place, owner_of
 from distckpt.shard_file import FORMAT, FORMAT_VERSION
 from distckpt.storage import PosixStorage, Storage
+from distckpt.utf8_text import utf8_text
 
 logger = logging.getLogger("distckpt")
 _GRACE_S = 60.0  # of readers of what is swept in the target
@@ -108,7 +109,7 @@ def begin(target: Storage, planned: PlannedReshard, world_size: int) -> tuple[Or
         return Order(there, 1, is_there=True), None
     _check_is_free(target, planned, owner)
     journal = _find_journal(target, planned)
-    writer = Writer.claim(target, reshards=owner_name(planned.storage.location))
+    writer = Writer.claim(target, reshards=utf8_text(planned.storage.location))
     save_id = new_save_id() if journal is None else journal.save_id
     directory = iteration_directory(planned.index.iteration)
     target.make_directory(directory)
@@ -141,7 +142,7 @@ def _check_is_free(target: Storage, planned: PlannedReshard, owner: RootOwner | 
         )
     _check_order(target, planned)
     # What was resharded here before may be of checkpoints that the source has pruned since: then nothing else tells.
-    if owner is None or owner.reshards != owner_name(planned.storage.location):
+    if owner is None or owner.reshards != utf8_text(planned.storage.location):
         check_is_of_one_run(planned.storage, target, planned.commit)
 
 

@@ -89,14 +89,14 @@ class LotMemory:
 
 
 def share_memory(memory_bytes: int, lots: int, *, converts: bool, begun_blocks: int) -> LotMemory:
-    """If all lots together are to take memory_bytes. begun_blocks: as of LocatedChunks; at most half of what the
+    """If all lots together are to take memory_bytes. begun_blocks: as of reading_order; at most half of what the
     rings leave is for blocks of these. Raises CheckpointError for memory that is too little."""
     own = memory_bytes // max(1, lots) - RINGS_BYTES
     cache = max(CACHE_BYTES, min(_blocks_bytes(begun_blocks), own // 2))
     shares = 3 if converts else 2  # the third is what is read to be converted
     size = (own - cache) // shares
     if size < _MIN_WINDOW_BYTES:
-        needed = lots * (CACHE_BYTES + RINGS_BYTES + shares * _MIN_WINDOW_BYTES)
+        needed = lots * _least_memory(shares)
         raise CheckpointError(
             f"memory of {memory_bytes} bytes is too little for {lots} threads (--jobs): give at least {needed} bytes "
             f"({-(-needed >> 20)} MiB), or fewer threads"
@@ -106,7 +106,12 @@ def share_memory(memory_bytes: int, lots: int, *, converts: bool, begun_blocks: 
 
 def default_memory(jobs: int) -> int:
     """What a process takes if nothing else is said: MEMORY_BYTES, or what so many threads need at least."""
-    return max(MEMORY_BYTES, jobs * (CACHE_BYTES + RINGS_BYTES + 3 * _MIN_WINDOW_BYTES))
+    return max(MEMORY_BYTES, jobs * _least_memory(3))
+
+
+def _least_memory(shares: int) -> int:
+    """Of a lot. shares: windows and what is read to be converted."""
+    return CACHE_BYTES + RINGS_BYTES + shares * _MIN_WINDOW_BYTES
 
 
 def memory_to_read_once(lots: int, begun_blocks: int) -> int:

@@ -113,9 +113,12 @@ class _ChunksLeftOut:
     commit: Commit
     index: Index
     _stored: StoredTensors | None = None
+    _is_damaged: bool = False
 
     def of(self, key: str) -> Hits | None:
         """None if it cannot be read: nothing is lost that is taken along. Raises OSError."""
+        if self._is_damaged:
+            return None
         try:
             if self._stored is None:
                 self._stored = StoredTensors.read(
@@ -123,7 +126,8 @@ class _ChunksLeftOut:
                 )
             return self._stored.chunks_of(key)
         except CorruptionError as error:
-            logger.warning("how %r lay is not known: %s", key, error)
+            self._is_damaged = True
+            logger.warning("how %r and others lay that are left out is not known: %s", key, error)
             return None
 
 

@@ -26,6 +26,7 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from distckpt.coordinator import Coordinator, agree
+from distckpt.utf8_text import utf8_text
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 Severity: TypeAlias = Literal["ignore", "warn", "block", "overridden"]
@@ -230,7 +231,7 @@ def _repr(value: object) -> str:
 def _visible(text: str) -> str:
     """Bounded, storable, and without what looks like a secret in a URL or after a name and an equals sign."""
     cut = text if len(text) <= _MAX_TEXT_CHARS else f"{text[:_MAX_TEXT_CHARS]}... ({len(text)} characters)"
-    cut = cut.encode("utf-8", "backslashreplace").decode("utf-8")
+    cut = utf8_text(cut)
     return _IN_TEXT.sub(rf"\1{HIDDEN}", _IN_URL.sub(HIDDEN, cut))
 
 

@@ -196,7 +196,7 @@ MUTANTS = (
     Mutant(
         "resharding: the target of a source that has pruned is another run's",
         "distckpt/resharding/committing.py",
-        "    if owner is None or owner.reshards != owner_name(planned.storage.location):\n",
+        "    if owner is None or owner.reshards != utf8_text(planned.storage.location):\n",
         "    if True:\n",
         RESHARDING_LIMITS,
     ),

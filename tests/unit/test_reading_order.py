@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from random import Random
 from unittest.mock import patch
 
 import numpy as np
@@ -66,11 +67,11 @@ def test_tensors_that_files_have_in_contrary_orders_are_all_read() -> None:
 
 
 @given(written(), st.randoms(use_true_random=False))
-def test_as_many_blocks_are_begun_as_who_goes_through_it_finds(checkpoint: Checkpoint, random: st.DataObject) -> None:
+def test_as_many_blocks_are_begun_as_who_goes_through_it_finds(checkpoint: Checkpoint, random: Random) -> None:
     shapes, tensors = checkpoint
     found = located(shapes, tensors)
     order = reading_order(found)
-    random.shuffle(order)  # type: ignore[attr-defined]
+    random.shuffle(order)
     blocks = [block for number in order for block in blocks_of_elements(shapes[number], tensors[number])]
     begun = [len(set(blocks[:at]) & set(blocks[at:])) for at in range(len(blocks))]
     with patch.object(module, "BLOCK_BYTES", SMALL_BLOCK):
